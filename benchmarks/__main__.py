@@ -1,0 +1,49 @@
+"""Command line of the benchmarks: one sub-command per measurement."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+SUMMARIES = {
+    "forward": "speed beside torch's FlashAttention-2 and cuDNN",
+    "host": "host time of one call",
+    "memory": "peak GPU memory by sequence length",
+    "build": "CPU seconds, memory and size of the last build",
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    from benchmarks import build, forward, host, memory
+
+    modules = {"forward": forward, "host": host, "memory": memory, "build": build}
+    top = argparse.ArgumentParser(prog="python -m benchmarks", description="Benchmarks of flash_attn.")
+    commands = top.add_subparsers(dest="command", required=True)
+    for name, module in modules.items():
+        command = commands.add_parser(name, help=SUMMARIES[name], description=module.__doc__)
+        command.add_argument(
+            "--output", type=Path, default=Path("benchmarks/results"), help="folder for JSON, PNG"
+        )
+        if name != "build":
+            command.add_argument("--family", help="force a kernel family, such as sm80")
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    return top
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    if args.command != "build":
+        import torch
+
+        if not torch.cuda.is_available():
+            print(f"`python -m benchmarks {args.command}` needs an NVIDIA GPU, and torch sees none.")
+            return 2
+        if args.family:
+            os.environ["FLASH_ATTN_FORCE_FAMILY"] = args.family
+    return args.run(args)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,44 @@
+"""Host time of one call on tensors so small that the GPU is never the bottleneck."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from torch.nn.attention import SDPBackend
+
+from benchmarks import report
+from benchmarks.providers import CUDNN, OURS, TORCH_FA2, TORCH_SDPA, Call, ours, runnable, sdpa
+from benchmarks.timing import host_medians
+
+SHAPE = (1, 16, 2, 64)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--batches", type=int, default=100, help="batches of 100 calls per provider")
+
+
+def calls() -> dict[str, Call]:
+    """Every provider on the same q, k, v of `SHAPE`, without gradients; torch's allocations for scale."""
+    q, k, v = (torch.randn(SHAPE, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    attention = {
+        OURS: ours(q, k, v, causal=True),
+        TORCH_SDPA: sdpa(q, k, v, causal=True),
+        TORCH_FA2: sdpa(q, k, v, True, SDPBackend.FLASH_ATTENTION),
+        CUDNN: sdpa(q, k, v, True, SDPBackend.CUDNN_ATTENTION),
+    }
+    empty = Call(lambda: torch.empty(SHAPE, device="cuda", dtype=torch.bfloat16))
+    return {
+        **runnable(attention),
+        "torch.empty": empty,
+        "torch.empty_like": Call(lambda: torch.empty_like(q)),
+    }
+
+
+def run(args: argparse.Namespace) -> int:
+    medians = host_medians(calls(), args.batches)
+    for name, microseconds in medians.items():
+        print(f"{name:<18} {microseconds:7.2f} us  {microseconds / medians[TORCH_SDPA]:5.2f} of {TORCH_SDPA}")
+    records = [{"name": name, "microseconds": round(value, 2)} for name, value in medians.items()]
+    report.write_json(args.output / "host.json", report.environment(), records)
+    return 0

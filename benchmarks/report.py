@@ -1,0 +1,185 @@
+"""What the benchmarks leave behind: text tables, JSON with the circumstances, plots, the README's table."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.settings import Setting
+
+
+@dataclass(frozen=True)
+class Row:
+    """TFLOP/s by provider for one setting; a provider that cannot run it is missing."""
+
+    setting: Setting
+    tflops: Mapping[str, float]
+
+    def ratio(self, name: str, peer: str) -> float | None:
+        """Speed of `name` over that of `peer`, None where one of them is missing."""
+        if name in self.tflops and peer in self.tflops:
+            return self.tflops[name] / self.tflops[peer]
+        return None
+
+    def as_record(self) -> dict[str, Any]:
+        return {**asdict(self.setting), "tflops": {n: round(t, 1) for n, t in self.tflops.items()}}
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    """exp(mean(log(values))). ValueError for no values or for one that is not positive."""
+    logs = []
+    for value in values:
+        if value <= 0:
+            raise ValueError(f"a geometric mean needs positive values, got {value}")
+        logs.append(math.log(value))
+    if not logs:
+        raise ValueError("a geometric mean needs at least one value")
+    return math.exp(sum(logs) / len(logs))
+
+
+def ratios(rows: Iterable[Row], name: str, peer: str) -> list[float]:
+    """The ratios of all rows that have both providers."""
+    return [ratio for row in rows if (ratio := row.ratio(name, peer)) is not None]
+
+
+def titles(names: Sequence[str]) -> list[str]:
+    """Column titles of the forward table: setting, TFLOP/s by provider, ratio of the first to each peer."""
+    return ["d", "mask", "s", *names, *(f"/ {peer}" for peer in names[1:])]
+
+
+def cells(row: Row, names: Sequence[str]) -> list[str]:
+    """One row of the forward table as text, in the order of `titles`; what is missing is a dash."""
+    setting = row.setting
+    speeds = [f"{row.tflops[name]:.0f}" if name in row.tflops else "-" for name in names]
+    against = [row.ratio(names[0], peer) for peer in names[1:]]
+    quotients = ["-" if ratio is None else f"{ratio:.2f}" for ratio in against]
+    return [str(setting.head_dim), setting.mask, str(setting.seqlen), *speeds, *quotients]
+
+
+def aligned(cells: Sequence[str], width: int = 11) -> str:
+    """Right-aligned columns for a terminal."""
+    return "  ".join(cell.rjust(width) for cell in cells)
+
+
+def summary(rows: Sequence[Row], names: Sequence[str]) -> list[str]:
+    """One sentence per peer: geometric mean, worst and number of settings won."""
+    sentences = []
+    for peer in names[1:]:
+        values = ratios(rows, names[0], peer)
+        if not values:
+            sentences.append(f"{peer}: does not run here")
+            continue
+        won = sum(value >= 1 for value in values)
+        sentences.append(
+            f"{names[0]} / {peer}: geometric mean {geometric_mean(values):.3f}, "
+            f"worst {min(values):.3f}, at least 1 in {won} of {len(values)} settings"
+        )
+    return sentences
+
+
+def markdown(rows: Sequence[Row], names: Sequence[str], facts: Mapping[str, Any]) -> str:
+    """The forward table with its circumstances, for the README."""
+    lines = [
+        f"{facts['device']}, driver {facts['driver']}, torch {facts['torch']}, {facts['dtype']}, "
+        f"kernel family {facts['family']}, {facts['date']}, commit {facts['commit'][:10]}. "
+        "TFLOP/s, and our speed over each peer's.",
+        "",
+        "| " + " | ".join(titles(names)) + " |",
+        "|" + "---|" * len(titles(names)),
+        *("| " + " | ".join(cells(row, names)) + " |" for row in rows),
+        "",
+        *(f"- {sentence}" for sentence in summary(rows, names)),
+    ]
+    return "\n".join(lines)
+
+
+def replace_between_markers(text: str, name: str, replacement: str) -> str:
+    """`text` with what stands between `<!-- benchmark:name -->` and `<!-- /benchmark:name -->` replaced.
+
+    ValueError unless the pair of markers occurs exactly once.
+    """
+    opening, closing = f"<!-- benchmark:{name} -->", f"<!-- /benchmark:{name} -->"
+    pattern = re.compile(f"({re.escape(opening)}).*?({re.escape(closing)})", re.DOTALL)
+    if len(pattern.findall(text)) != 1 or text.count(opening) != 1 or text.count(closing) != 1:
+        raise ValueError(f"expected the markers {opening} and {closing} exactly once, in this order")
+    return pattern.sub(lambda match: f"{match[1]}\n{replacement}\n{match[2]}", text)
+
+
+def environment() -> dict[str, str]:
+    """Device, driver, software versions, commit and date: what a figure means nothing without."""
+    import torch
+
+    from flash_attn import build_info
+    from flash_attn._doctor import driver_version
+
+    info = build_info()
+    return {
+        "device": torch.cuda.get_device_name(),
+        "driver": driver_version() or "unknown",
+        "torch": torch.__version__,
+        "cudnn": str(torch.backends.cudnn.version()),
+        "project_version": info["project_version"],
+        "commit": info["commit"] or "unknown",
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def write_json(path: Path, facts: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> None:
+    """One object with the circumstances and the rows; makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**facts, "rows": list(records)}, indent=1) + "\n")
+    print(f"wrote {path}")
+
+
+def _plot_panel(speed: Any, ratio: Any, rows: Sequence[Row], names: Sequence[str]) -> None:
+    """TFLOP/s of every provider by sequence length, and below it the first one's ratio to its peers.
+
+    `rows` are those of one head dim and mask, at least one.
+    """
+    for index, name in enumerate(names):
+        known = [row for row in rows if name in row.tflops]
+        seqlens = [row.setting.seqlen for row in known]
+        speed.plot(seqlens, [row.tflops[name] for row in known], marker="o", color=f"C{index}", label=name)
+        if index:
+            quotients = [row.ratio(names[0], name) or float("nan") for row in known]
+            ratio.plot(seqlens, quotients, marker=".", color=f"C{index}")
+    setting = rows[0].setting
+    speed.set(title=f"head_dim {setting.head_dim}, {setting.mask}", ylabel="TFLOP/s", ylim=(0, None))
+    ratio.axhline(1, color="gray", linewidth=0.8)
+    ratio.set(ylabel="ours / peer", xlabel="seqlen")
+    ratio.set_xscale("log", base=2)
+
+
+def plot_forward(path: Path, rows: Sequence[Row], names: Sequence[str], facts: Mapping[str, Any]) -> None:
+    """A PNG with one panel per mask (down) and head dim (across). Without matplotlib: says so and returns."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("matplotlib is not installed: no plot")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    head_dims = sorted({row.setting.head_dim for row in rows})
+    masks = list(dict.fromkeys(row.setting.mask for row in rows))
+    figure, axes = pyplot.subplots(
+        2 * len(masks), len(head_dims), sharex=True, squeeze=False, layout="constrained",
+        figsize=(4.5 * len(head_dims), 4.5 * len(masks)), height_ratios=[3, 1] * len(masks),
+    )  # fmt: skip
+    for i, mask in enumerate(masks):
+        for j, head_dim in enumerate(head_dims):
+            panel = [row for row in rows if (row.setting.mask, row.setting.head_dim) == (mask, head_dim)]
+            if panel:
+                _plot_panel(axes[2 * i][j], axes[2 * i + 1][j], panel, names)
+    axes[0][0].legend()
+    figure.suptitle(f"Forward, {facts['dtype']}, {facts['device']}, torch {facts['torch']}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    print(f"wrote {path}")

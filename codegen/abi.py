@@ -1,0 +1,264 @@
+"""The C ABI of the library, described once; the C header and the ctypes mirror are rendered from here."""
+
+import hashlib
+from dataclasses import dataclass
+
+from codegen import axes
+
+# type -> (C++, ctypes, struct code, bytes)
+SCALARS = {
+    "int32": ("int32_t", "ctypes.c_int32", "i", 4),
+    "int64": ("int64_t", "ctypes.c_int64", "q", 8),
+    "uint64": ("uint64_t", "ctypes.c_uint64", "Q", 8),
+    "float32": ("float", "ctypes.c_float", "f", 4),
+    "string": ("const char*", "ctypes.c_char_p", "Q", 8),
+}
+
+
+@dataclass(frozen=True)
+class Field:
+    """A struct member or argument; ``type`` is a key of SCALARS or a C++ pointer such as ``float*``."""
+
+    name: str
+    type: str
+    doc: str = ""
+
+    @property
+    def c_type(self) -> str:
+        return self.type if self.is_pointer else SCALARS[self.type][0]
+
+    @property
+    def ctypes_type(self) -> str:
+        return "ctypes.c_void_p" if self.is_pointer else SCALARS[self.type][1]
+
+    @property
+    def code(self) -> str:
+        return "Q" if self.is_pointer else SCALARS[self.type][2]
+
+    @property
+    def size(self) -> int:
+        return 8 if self.is_pointer else SCALARS[self.type][3]
+
+    @property
+    def is_pointer(self) -> bool:
+        return self.type.endswith("*")
+
+
+@dataclass(frozen=True)
+class Struct:
+    """A parameter struct, laid out as in C: fields at multiples of their size, the whole a multiple of 8."""
+
+    name: str
+    doc: str
+    fields: tuple[Field, ...]
+
+    def offsets(self) -> list[int]:
+        """Offset of each field in bytes."""
+        offsets, end = [], 0
+        for field in self.fields:
+            offsets.append(_round_up(end, field.size))
+            end = offsets[-1] + field.size
+        return offsets
+
+    @property
+    def size(self) -> int:
+        return _round_up(self.offsets()[-1] + self.fields[-1].size, 8)
+
+    @property
+    def constant(self) -> str:
+        """Name of the packer in Python: ForwardParams -> FORWARD_PARAMS."""
+        return "".join("_" + c if c.isupper() else c for c in self.name).lstrip("_").upper()
+
+    @property
+    def packing(self) -> str:
+        """Format for ``struct.Struct``: little endian, explicit padding, runs of one type counted."""
+        codes, end = [], 0
+        for field, offset in zip(self.fields, self.offsets(), strict=True):
+            codes += ["x"] * (offset - end) + [field.code]
+            end = offset + field.size
+        codes += ["x"] * (self.size - end)
+        return "<" + "".join(f"{count}{code}" for code, count in _runs(codes))
+
+
+@dataclass(frozen=True)
+class Enum:
+    """An ``enum class : int32_t`` and its IntEnum; members are in snake_case here."""
+
+    name: str
+    doc: str
+    members: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class Function:
+    """An exported ``extern "C"`` function; ``result`` is a key of SCALARS."""
+
+    name: str
+    result: str
+    arguments: tuple[Field, ...]
+    doc: str
+
+    @property
+    def result_field(self) -> Field:
+        return Field("result", self.result)
+
+    @property
+    def argument_tuple(self) -> str:
+        """The arguments' ctypes types as Python source."""
+        types = ", ".join(argument.ctypes_type for argument in self.arguments)
+        return f"({types},)" if len(self.arguments) == 1 else f"({types})"
+
+
+def cpp_enumerator(member: str) -> str:
+    """``not_built`` -> ``kNotBuilt``."""
+    return "k" + "".join(word.capitalize() for word in member.split("_"))
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def _runs(codes: list[str]) -> list[tuple[str, int]]:
+    runs: list[tuple[str, int]] = []
+    for code in codes:
+        if runs and runs[-1][0] == code:
+            runs[-1] = (code, runs[-1][1] + 1)
+        else:
+            runs.append((code, 1))
+    return runs
+
+
+def _strides(tensor: str, *dimensions: str) -> tuple[Field, ...]:
+    return tuple(Field(f"{tensor}_{d}_stride", "int64", f"from one {d} to the next") for d in dimensions)
+
+
+FORWARD_PARAMS = Struct(
+    "ForwardParams",
+    "Arguments of one attention forward call. Sequences are packed (varlen) iff cu_seqlens_q is not null:"
+    " then batch strides are ignored and row i of sequence b is cu_seqlens[b] + i. Strides are in elements.",
+    (
+        Field("q", "const void*", "(batch, seqlen_q, num_heads, d), or (total_q, num_heads, d)"),
+        Field(
+            "k",
+            "const void*",
+            "(batch, seqlen_k, num_heads_k, d), or (total_k, num_heads_k, d)",
+        ),
+        Field("v", "const void*", "as k"),
+        Field("out", "void*", "as q"),
+        Field("softmax_lse", "float*", "(batch, num_heads, seqlen_q), or (num_heads, total_q)"),
+        Field(
+            "cu_seqlens_q",
+            "const int32_t*",
+            "(batch + 1), or null: where each sequence starts in q",
+        ),
+        Field(
+            "cu_seqlens_k",
+            "const int32_t*",
+            "(batch + 1), or null: where each sequence starts in k, v",
+        ),
+        Field("seqused_k", "const int32_t*", "(batch), or null: keys used of each sequence"),
+        Field("leftpad_k", "const int32_t*", "(batch), or null: leading keys skipped of each sequence"),
+        Field("alibi_slopes", "const float*", "(num_heads), or (batch, num_heads), or null"),
+        Field("rng_state", "const int64_t*", "(2): Philox seed and offset, read where dropout_p > 0"),
+        Field(
+            "probs",
+            "void*",
+            "output of flash_attn_dropout_probs, see there",
+        ),
+        *_strides("q", "batch", "row", "head"),
+        *_strides("k", "batch", "row", "head"),
+        *_strides("v", "batch", "row", "head"),
+        *_strides("out", "batch", "row", "head"),
+        *_strides("lse", "batch", "head"),
+        *_strides("alibi", "batch"),
+        Field(
+            "total_q",
+            "int64",
+            "rows of q; past cu_seqlens_q[batch]: out = 0, lse = +inf",
+        ),
+        Field("batch", "int32", "number of sequences"),
+        Field("num_heads", "int32", "heads of q, a multiple of num_heads_k"),
+        Field("num_heads_k", "int32", "heads of k and v"),
+        Field("seqlen_q", "int32", "rows per sequence of q, the longest if varlen"),
+        Field("seqlen_k", "int32", "rows per sequence of k, the longest if varlen"),
+        Field("head_dim", "int32", "elements per head, a multiple of 8; the next larger kernel is used"),
+        Field("window_left", "int32", "keys visible left of the diagonal, -1 = unlimited"),
+        Field("window_right", "int32", "keys visible right of the diagonal, -1 = unlimited; 0 = causal"),
+        Field("dtype", "int32", "Dtype of q, k, v, out"),
+        Field("device", "int32", "CUDA device ordinal"),
+        Field("family", "int32", "Family to use, 0 = choose"),
+        Field("softmax_scale", "float32", "factor of q k^T"),
+        Field("softcap", "float32", "scores are softcap * tanh(score / softcap), 0 = off"),
+        Field("dropout_p", "float32", "probability of dropping an element of P"),
+    ),
+)
+STRUCTS = (FORWARD_PARAMS,)
+
+
+def enums() -> tuple[Enum, ...]:
+    """Every enum of the ABI; dtypes, masks and families follow the axes."""
+    families = (("auto", 0), *((name, int(name.removeprefix("sm"))) for name in axes.FAMILIES))
+    status = ("ok", "not_built", "unsupported_device", "cuda_error", "invalid_argument")
+    return (
+        Enum("Dtype", "Element type of q, k, v and out.", _numbered(axes.DTYPES)),
+        Enum("Mask", "Mask class: what a kernel is compiled to mask.", _numbered(axes.MASKS)),
+        Enum("Family", "Kernel family; auto = the best one for the device.", families),
+        Enum("Direction", "Pass that a kernel computes.", _numbered(("forward", "backward"))),
+        Enum("Status", "Result of a call; flash_attn_last_error() has the text.", _numbered(status)),
+    )
+
+
+def _numbered(names: tuple[str, ...]) -> tuple[tuple[str, int], ...]:
+    return tuple((name, number) for number, name in enumerate(names))
+
+
+_PARAMS = Field("params", "const flash_attn::ForwardParams*")
+_CALL = (_PARAMS, Field("stream", "void*"))
+
+FUNCTIONS = (
+    Function("flash_attn_forward", "int32", _CALL, "Launches the forward kernel; returns a Status."),
+    Function(
+        "flash_attn_dropout_probs",
+        "int32",
+        _CALL,
+        "Writes probs (sign bit = dropped) from q, k, softmax_lse, rng_state; returns a Status. probs is"
+        " contiguous, (batch, num_heads, seqlen_q, seqlen_k), both lengths rounded up to a multiple of 128.",
+    ),
+    Function(
+        "flash_attn_forward_kernel",
+        "string",
+        (_PARAMS,),
+        "Key of the kernel that flash_attn_forward would run, or null (see flash_attn_last_error).",
+    ),
+    Function("flash_attn_last_error", "string", (), "Text of this thread's last error."),
+    Function(
+        "flash_attn_layout_hash",
+        "uint64",
+        (),
+        "kLayoutHash of the library's abi.h.",
+    ),
+    Function("flash_attn_forward_params_size", "int64", (), "sizeof(ForwardParams) in bytes."),
+    Function("flash_attn_kernel_count", "int32", (), "Number of kernels in the library."),
+    Function("flash_attn_kernel_key", "string", (Field("index", "int32"),), "Key of one kernel."),
+    Function("flash_attn_targets", "string", (), 'Compiled targets, such as "sm80:80,sm80:90+ptx".'),
+)
+
+
+def layout_text() -> str:
+    """Canonical text of everything that both sides of the ABI must agree on."""
+    lines = []
+    for struct in STRUCTS:
+        lines.append(f"struct {struct.name} {struct.size}")
+        for field, offset in zip(struct.fields, struct.offsets(), strict=True):
+            lines.append(f"{offset} {field.type} {field.name}")
+    for enum in enums():
+        lines.append(f"enum {enum.name} " + " ".join(f"{name}={value}" for name, value in enum.members))
+    for function in FUNCTIONS:
+        arguments = " ".join(f"{argument.type} {argument.name}" for argument in function.arguments)
+        lines.append(f"function {function.name} {function.result} {arguments}".rstrip())
+    return "\n".join(lines) + "\n"
+
+
+def layout_hash() -> int:
+    """64-bit hash of the layout text: the library refuses to run under a mirror with another one."""
+    return int.from_bytes(hashlib.sha256(layout_text().encode()).digest()[:8], "big")

@@ -1,0 +1,79 @@
+"""The axes of the kernel matrix as data: families, architectures, dtypes, head dims, masks, directions."""
+
+from dataclasses import dataclass
+
+KIB = 1024
+
+DTYPES = ("fp16", "bf16")
+HEAD_DIMS = (32, 64, 96, 128, 192, 256)
+MASKS = ("full", "causal", "windowed")
+
+
+@dataclass(frozen=True)
+class Family:
+    """One kernel design and the limits of the GPUs that it is tuned for.
+
+    ``directions`` lists what has been written for the family; a family without any is known but cannot be
+    built. ``template_dir`` is the folder under ``templates/`` and the C++ namespace that hold its kernels.
+    """
+
+    name: str
+    template_dir: str
+    dtypes: tuple[str, ...]
+    directions: tuple[str, ...]
+    smem_per_block: int
+    smem_per_sm: int
+    regs_per_sm: int = 65536
+    regs_per_thread: int = 255
+    smem_reserved_per_block: int = 1 * KIB
+
+
+@dataclass(frozen=True)
+class Arch:
+    """A compute capability: the family that serves it, its nvcc target and the first CUDA that knows it."""
+
+    capability: int
+    family: str
+    code: str
+    min_cuda: tuple[int, int]
+
+
+FAMILIES = {
+    family.name: family
+    for family in (
+        Family("sm75", "sm75", ("fp16",), (), 64 * KIB, 64 * KIB),
+        Family("sm80", "sm80", DTYPES, ("forward",), 163 * KIB, 164 * KIB),
+        Family("sm86", "sm80", DTYPES, ("forward",), 99 * KIB, 100 * KIB),
+        Family("sm90", "sm90", DTYPES, (), 227 * KIB, 228 * KIB),
+    )
+}
+
+ARCHS = {
+    arch.capability: arch
+    for arch in (
+        Arch(75, "sm75", "75", (10, 0)),
+        Arch(80, "sm80", "80", (11, 0)),
+        Arch(86, "sm86", "86", (11, 1)),
+        Arch(89, "sm86", "89", (11, 8)),
+        Arch(90, "sm80", "90", (11, 8)),
+        Arch(100, "sm80", "100", (12, 8)),
+        Arch(110, "sm80", "110", (13, 0)),
+        Arch(120, "sm86", "120", (12, 8)),
+    )
+}
+
+
+def built_families() -> list[Family]:
+    """The families that have kernels."""
+    return [family for family in FAMILIES.values() if family.directions]
+
+
+def directions() -> tuple[str, ...]:
+    """The directions that at least one family has kernels for, in order of first appearance."""
+    return tuple(dict.fromkeys(d for family in FAMILIES.values() for d in family.directions))
+
+
+def is_legal(family: str, direction: str, dtype: str) -> bool:
+    """Whether a family has kernels for this direction and dtype (every head dim and mask exists for each)."""
+    row = FAMILIES[family]
+    return direction in row.directions and dtype in row.dtypes

@@ -1,0 +1,114 @@
+"""Building a selection: render, compile with ninja, link, and put the library into the package."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+from codegen import PACKAGE, ROOT, TEMPLATES, CodegenError, ninja, render, toolchain
+from codegen.ninja import LIBRARY
+from codegen.selection import Selection
+from codegen.units import Unit, list_units
+
+BUILD_INFO = "_build.json"
+
+
+class BuildError(CodegenError):
+    """Compilation or linking failed; the compiler's own words have been printed."""
+
+
+def default_build_dir(selection: Selection) -> Path:
+    """Folder of objects and generated sources, the same for equal selections."""
+    return ROOT / "build" / selection.slug
+
+
+def build(selection: Selection, build_dir: Path, out: Path, templates: Path = TEMPLATES) -> None:
+    """Compile the selection in ``build_dir`` and put the library and ``_build.json`` into the folder ``out``.
+
+    Without targets nothing is compiled and a library that is there is removed. Raises CodegenError.
+    """
+    if not selection.targets:
+        remove_library(out)
+        return
+    tools = toolchain.find_toolchain()
+    toolchain.check_targets(tools, selection)
+    units = list_units(selection)
+    generated = build_dir / "generated"
+    render.write_tree(render.render_sources(selection), generated)
+    sources = ninja.sources(selection, units, generated, templates)
+    text = ninja.build_file(sources, tools, (templates, generated), build_dir)
+    render.write_file(build_dir / "exports.map", ninja.VERSION_SCRIPT)
+    render.write_file(build_dir / "build.ninja", text)
+    _run_ninja(build_dir)
+    install(build_dir / LIBRARY, out)
+    render.write_file(out / BUILD_INFO, json.dumps(_build_info(selection, units, tools), indent=1) + "\n")
+
+
+def install(library: Path, out: Path) -> None:
+    """Copy the library unless it is there; by rename, since a process may have the old one mapped."""
+    present = out / library.name
+    if present.is_file() and present.stat().st_mtime_ns == library.stat().st_mtime_ns:
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    fresh = out / f".{library.name}.{os.getpid()}"
+    shutil.copy2(library, fresh)
+    fresh.replace(present)
+
+
+def remove_library(out: Path) -> None:
+    """Remove the library and its description from a package folder."""
+    for name in (LIBRARY, BUILD_INFO):
+        (out / name).unlink(missing_ok=True)
+
+
+def _run_ninja(build_dir: Path) -> None:
+    command = [*_ninja_command(), "-f", str(build_dir / "build.ninja"), "-j", str(ninja.jobs())]
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {"NINJA_STATUS": "[%f/%t, %es] ", **os.environ, "PYTHONPATH": path}
+    if subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode:
+        raise BuildError(f"the build in {build_dir} failed, see above")
+
+
+def _ninja_command() -> list[str]:
+    if find_spec("ninja"):
+        return [sys.executable, "-m", "ninja"]
+    found = shutil.which("ninja")
+    if found is None:
+        raise BuildError("no ninja: pip install ninja")
+    return [found]
+
+
+def _build_info(selection: Selection, units: list[Unit], tools: toolchain.Toolchain) -> dict[str, object]:
+    return {
+        "project_version": project_version(),
+        "commit": commit(),
+        "archs": [str(target) for target in selection.targets],
+        "head_dims": list(selection.head_dims),
+        "dtypes": list(selection.dtypes),
+        "directions": list(selection.directions),
+        "nvcc": tools.release,
+        "kernels": [unit.key for unit in units],
+        "targets": [str(target) for target in selection.targets],
+    }
+
+
+def project_version() -> str | None:
+    """PROJECT_VERSION of ``flash_attn/_version.py``, read without importing the package."""
+    file = PACKAGE / "_version.py"
+    match = (
+        re.search(r'^PROJECT_VERSION = "(.+)"$', file.read_text(), re.MULTILINE) if file.is_file() else None
+    )
+    return match[1] if match else None
+
+
+def commit() -> str | None:
+    """The commit of the source tree, with "-dirty" after local changes; None outside a checkout."""
+    if not (ROOT / ".git").exists() or shutil.which("git") is None:
+        return None
+    describe = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    answer = subprocess.run(describe, capture_output=True, text=True, check=False)
+    return answer.stdout.strip() or None

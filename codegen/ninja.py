@@ -1,0 +1,151 @@
+"""The ninja file of a build: one edge per translation unit, one link."""
+
+import os
+import shlex
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from codegen import TEMPLATES, CodegenError, axes
+from codegen.selection import Selection, Target
+from codegen.toolchain import Toolchain
+from codegen.units import Unit
+
+LIBRARY = "libflash_attn.so"
+
+MEMORY_PER_JOB = 1.5 * 2**30
+"""Bytes that a compilation may take: no unit is allowed above it."""
+
+COMPILE_FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "--expt-relaxed-constexpr",
+    "-Xcompiler=-fvisibility=hidden,-fPIC,-Wall",
+    "--threads=1",
+)
+
+RULES = """\
+rule compile
+  command = $python -m codegen.compile --name $name --object $out --nvcc $nvcc --release $release -- $
+      $flags $gencode -c $in
+  depfile = $out.d
+  deps = gcc
+  description = nvcc $name
+
+rule link
+  command = $nvcc -shared -cudart static -Xlinker $exports $library_dirs -o $out $in
+  description = link $out
+"""
+
+VERSION_SCRIPT = "{ global: flash_attn_*; local: *; };\n"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file to compile: its name in the build log, its path, and what it is compiled for."""
+
+    name: str
+    path: Path
+    gencode: tuple[str, ...]
+
+
+def sources(
+    selection: Selection, units: Iterable[Unit], generated: Path, templates: Path = TEMPLATES
+) -> list[Source]:
+    """The units, those that take longest first, then the dispatch table and the hand-written files."""
+    everything = gencode_flags(selection.targets)
+    largest_first = sorted(units, key=lambda unit: -unit.head_dim)
+    kernels = [
+        Source(u.key, generated / u.path, gencode_flags(t for t in selection.targets if t.family == u.family))
+        for u in largest_first
+    ]
+    shared = [generated / "dispatch.cu", *sorted(templates.glob("*/*.cu"))]
+    return kernels + [Source(path.stem, path, everything) for path in shared]
+
+
+def gencode_flags(targets: Iterable[Target]) -> tuple[str, ...]:
+    """One ``-gencode`` per code, in order of capability; PTX only where asked for."""
+    codes: dict[str, bool] = {}
+    for target in sorted(targets, key=lambda target: target.capability):
+        code = axes.ARCHS[target.capability].code
+        codes[code] = codes.get(code, False) or target.ptx
+    return tuple(
+        f"-gencode=arch=compute_{code},code=[sm_{code}{f',compute_{code}' if ptx else ''}]"
+        for code, ptx in codes.items()
+    )
+
+
+def build_file(
+    sources: Iterable[Source], toolchain: Toolchain, includes: Iterable[Path], build_dir: Path
+) -> str:
+    """Text of ``build.ninja``; paths are absolute so that it can run from any folder."""
+    flags = [*COMPILE_FLAGS, *(f"-I{path}" for path in includes)]
+    library_dirs = [f"-L{toolchain.library_dir}"] if toolchain.library_dir else []
+    exports = build_dir / "exports.map"
+    lines = [
+        "ninja_required_version = 1.5",
+        f"builddir = {_value(build_dir)}",
+        f"python = {_words(sys.executable)}",
+        f"nvcc = {_words(toolchain.nvcc)}",
+        f"release = {toolchain.release}",
+        f"flags = {_words(*flags)}",
+        f"exports = {_words(f'--version-script={exports}')}",
+        f"library_dirs = {_words(*library_dirs)}",
+        "",
+        RULES,
+    ]
+    objects = []
+    for source in sources:
+        objects.append(_path(build_dir / "objects" / f"{source.name}.o"))
+        lines += [
+            f"build {objects[-1]}: compile {_path(source.path)}",
+            f"  name = {source.name}",
+            f"  gencode = {_words(*source.gencode)}",
+        ]
+    library = _path(build_dir / LIBRARY)
+    lines += ["", f"build {library}: link {' '.join(objects)} | {_path(exports)}", f"default {library}"]
+    return "\n".join(lines) + "\n"
+
+
+def _value(text: object) -> str:
+    return str(text).replace("$", "$$")
+
+
+def _path(text: object) -> str:
+    return _value(text).replace(" ", "$ ").replace(":", "$:")
+
+
+def _words(*words: object) -> str:
+    return _value(shlex.join(str(word) for word in words))
+
+
+def jobs(environ: Mapping[str, str] | None = None, available: float | None = None) -> int:
+    """Parallel compilations: MAX_JOBS, or what cores and available memory (bytes) allow, at least 1."""
+    environ = os.environ if environ is None else environ
+    asked = environ.get("MAX_JOBS", "").strip()
+    if asked:
+        if not asked.isdigit() or int(asked) < 1:
+            raise CodegenError(f"MAX_JOBS must be a positive number, not {asked!r}")
+        return int(asked)
+    available = available_memory() if available is None else available
+    return max(1, min(len(os.sched_getaffinity(0)), int(available // MEMORY_PER_JOB)))
+
+
+def available_memory() -> float:
+    """Bytes that this process may still take, by the kernel's estimate and the control group's limit."""
+    available = float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    for line in _read("/proc/meminfo").splitlines():
+        if line.startswith("MemAvailable:"):
+            available = float(line.split()[1]) * 1024
+    limit, used = _read("/sys/fs/cgroup/memory.max"), _read("/sys/fs/cgroup/memory.current")
+    if limit.isdigit() and used.isdigit():
+        available = min(available, float(limit) - float(used))
+    return available
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return ""

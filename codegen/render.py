@@ -1,0 +1,117 @@
+"""Rendering: a selection's files as text, written only where they changed, or compared with what is there."""
+
+import dataclasses
+import difflib
+import textwrap
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+import jinja2
+
+from codegen import TEMPLATES, abi, axes
+from codegen.selection import Selection
+from codegen.units import list_units
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
+    environment.filters["enumerator"] = abi.cpp_enumerator
+    environment.filters["cpp"] = lambda value: str(value).lower()
+    environment.filters["fields"] = dataclasses.asdict
+    environment.policies["json.dumps_kwargs"] = {"sort_keys": False}
+    environment.filters["wrap"] = lambda text, prefix: "\n".join(
+        textwrap.wrap(text, 105, initial_indent=prefix, subsequent_indent=prefix)
+    )
+    return environment
+
+
+def _render(template: str, **variables: object) -> str:
+    return _environment().get_template(template).render(template=template, **variables)
+
+
+def render_sources(selection: Selection) -> dict[str, str]:
+    """Text of every generated source, by path relative to the folder of generated files."""
+    units = list_units(selection)
+    files = {unit.path: _render(f"{unit.direction}_unit.cu.j2", unit=unit) for unit in units}
+    files["abi.h"] = _render("abi.h.j2", **_abi_variables())
+    files["dispatch.cu"] = _render(
+        "dispatch.cu.j2",
+        units=units,
+        targets=selection.targets,
+        families=axes.built_families(),
+        head_dims=axes.HEAD_DIMS,
+    )
+    files["manifest.json"] = _render(
+        "manifest.json.j2", units=units, selection=selection, layout_hash=_hex(abi.layout_hash())
+    )
+    return files
+
+
+def render_abi_module() -> str:
+    """Text of ``flash_attn/_abi.py``: enums, ctypes mirror, packers, function signatures."""
+    return _render("abi.py.j2", **_abi_variables())
+
+
+def _abi_variables() -> dict[str, object]:
+    return {
+        "structs": abi.STRUCTS,
+        "enums": abi.enums(),
+        "functions": abi.FUNCTIONS,
+        "layout_hash": _hex(abi.layout_hash()),
+    }
+
+
+def _hex(value: int) -> str:
+    return f"0x{value:016X}"
+
+
+def write_tree(files: Mapping[str, str], folder: Path) -> list[str]:
+    """Make the folder hold exactly these files; returns the paths that were written or deleted.
+
+    A file whose text is already right is not touched, so that its time stamp stays and nothing is rebuilt.
+    """
+    changed = [path for path, text in files.items() if write_file(folder / path, text)]
+    for path in stale_files(files, folder):
+        (folder / path).unlink()
+        changed.append(path)
+    return changed
+
+
+def write_file(path: Path, text: str) -> bool:
+    """Write the text unless the file already holds it; returns whether it wrote."""
+    if path.is_file() and path.read_text() == text:
+        return False
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return True
+
+
+def stale_files(files: Mapping[str, str], folder: Path) -> list[str]:
+    """Paths under the folder that are not among the files."""
+    present = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file())
+    return [path for path in present if path not in files]
+
+
+def diff_tree(files: Mapping[str, str], folder: Path) -> str:
+    """Unified diff from what the folder holds to what it should hold; empty if it is up to date."""
+    expected = {**dict.fromkeys(stale_files(files, folder), ""), **files}
+    return "".join(diff_file(folder / path, text) for path, text in sorted(expected.items()))
+
+
+def diff_file(path: Path, text: str) -> str:
+    """Unified diff from a file (absent = empty) to the text that it should hold."""
+    present = path.read_text() if path.is_file() else ""
+    name = "/".join(path.parts[-3:])
+    lines = difflib.unified_diff(
+        present.splitlines(keepends=True), text.splitlines(keepends=True), f"a/{name}", f"b/{name}"
+    )
+    return "".join(lines)

@@ -1,0 +1,76 @@
+"""The build log as a table: what each translation unit cost and what the compiler made of it."""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from codegen import CodegenError
+from codegen.compile import Record
+
+COLUMNS = ("unit", "wall s", "CPU s", "peak MB", "regs", "spill B", "stack B", "smem B", "object KB")
+
+
+def read_records(build_dir: Path) -> list[Record]:
+    """The records beside the objects of a build, by name; raises CodegenError if there are none."""
+    records = [json.loads(path.read_text()) for path in sorted((build_dir / "objects").glob("*.json"))]
+    if not records:
+        raise CodegenError(f"no build log in {build_dir}: run python -m codegen --build first")
+    return records
+
+
+def table(records: Sequence[Record]) -> str:
+    """Units in order of name, totals per family and for all, and the extremes."""
+    families = sorted({family_of(record) for record in records})
+    totals = [_total(f"total {name}", [r for r in records if family_of(r) == name]) for name in families]
+    rows = [COLUMNS, *(_row(record) for record in records), *totals, _total("total", records)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    return "\n".join([*lines, "", *_extremes(records)]) + "\n"
+
+
+def family_of(record: Record) -> str:
+    """The family in the unit's key; "host" for files that hold none."""
+    parts = record["name"].split("_")
+    return parts[1] if len(parts) > 1 and parts[1].startswith("sm") else "host"
+
+
+def _row(record: Record) -> tuple[str, ...]:
+    return (record["name"], *_cells([record]))
+
+
+def _total(name: str, records: Sequence[Record]) -> tuple[str, ...]:
+    return (name, *_cells(records))
+
+
+def _cells(records: Sequence[Record]) -> tuple[str, ...]:
+    """Sums of time and size; maxima of memory, registers, spills, stack and static shared memory."""
+    return (
+        f"{sum(r['wall_s'] for r in records):.1f}",
+        f"{sum(r['cpu_s'] for r in records):.1f}",
+        f"{max(r['peak_mb'] for r in records):.0f}",
+        *(_worst(records, field) for field in ("registers", "spills", "stack", "smem")),
+        f"{sum(r['object_bytes'] for r in records) / 1024:.0f}",
+    )
+
+
+def _worst(records: Iterable[Record], field: str) -> str:
+    values = [kernel[field] for record in records for kernel in record["kernels"]]
+    return str(max(values)) if values else "-"
+
+
+def _extremes(records: Sequence[Record]) -> list[str]:
+    def top(label: str, value: Callable[[Record], float], unit: str) -> str:
+        record = max(records, key=value)
+        return f"{label}: {record['name']} ({value(record):.1f} {unit})"
+
+    return [
+        top("slowest", lambda r: r["wall_s"], "s"),
+        top("most memory", lambda r: r["peak_mb"], "MB"),
+        top("biggest", lambda r: r["object_bytes"] / 1024, "KB"),
+    ]

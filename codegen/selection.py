@@ -1,0 +1,239 @@
+"""What to build: the ``FLASH_ATTN_*`` environment as a frozen Selection."""
+
+import ctypes
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from codegen import CodegenError, axes
+
+VARIABLES = {
+    "FLASH_ATTN_ARCHS": "all, native, none, or a list of compute capabilities such as 80;90+ptx",
+    "FLASH_ATTN_CUDA_ARCHS": "another name of FLASH_ATTN_ARCHS",
+    "FLASH_ATTN_HEAD_DIMS": "a list of head dims such as 64;128",
+    "FLASH_ATTN_DTYPES": "a list of dtypes such as bf16",
+    "FLASH_ATTN_DIRECTIONS": "a list of directions such as forward",
+    "FLASH_ATTN_FORCE_BUILD": "compile even if a prebuilt wheel matches",
+    "FLASH_ATTN_WHEEL_INDEX": "where to look for a prebuilt wheel",
+    "FLASH_ATTN_FORCE_FAMILY": "kernel family to use, read at run time",
+}
+
+
+class SelectionError(CodegenError):
+    """An unknown variable or value in the environment; the message lists the known ones."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A family's kernels compiled for a compute capability, as a cubin and, if ``ptx``, as PTX too."""
+
+    family: str
+    capability: int
+    ptx: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.family}:{self.capability}{'+ptx' if self.ptx else ''}"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Targets and axis values to build; ``notes`` says in one line each what was left out and why."""
+
+    targets: tuple[Target, ...]
+    head_dims: tuple[int, ...]
+    dtypes: tuple[str, ...]
+    directions: tuple[str, ...]
+    notes: tuple[str, ...] = field(default=(), compare=False)
+
+    @property
+    def families(self) -> tuple[str, ...]:
+        chosen = {target.family for target in self.targets}
+        return tuple(family for family in axes.FAMILIES if family in chosen)
+
+    @property
+    def slug(self) -> str:
+        """A short name, stable for equal selections, fit for a folder."""
+        parts = [
+            ".".join([family, *(_short(t) for t in self.targets if t.family == family)])
+            for family in self.families
+        ] or ["none"]
+        if self.head_dims != axes.HEAD_DIMS:
+            parts.append("d" + ".".join(map(str, self.head_dims)))
+        if self.dtypes != axes.DTYPES:
+            parts.append(".".join(self.dtypes))
+        if self.directions != axes.directions():
+            parts.append(".".join(self.directions))
+        return "-".join(parts)
+
+
+def _short(target: Target) -> str:
+    return f"{target.capability}{'ptx' if target.ptx else ''}"
+
+
+def full_selection() -> Selection:
+    """Everything that can be built: the selection whose sources are committed under ``generated/``."""
+    return Selection(all_targets(), axes.HEAD_DIMS, axes.DTYPES, axes.directions())
+
+
+def all_targets() -> tuple[Target, ...]:
+    """Every architecture whose family has kernels, without PTX."""
+    return _ordered(
+        Target(a.family, a.capability) for a in axes.ARCHS.values() if axes.FAMILIES[a.family].directions
+    )
+
+
+def from_environment(
+    environ: Mapping[str, str] | None = None, detect: Callable[[], list[int]] | None = None
+) -> Selection:
+    """The selection that the ``FLASH_ATTN_*`` variables ask for; raises SelectionError.
+
+    ``detect`` returns the compute capabilities (80 for 8.0) of the GPUs present; called for ``native`` only.
+    """
+    environ = os.environ if environ is None else environ
+    check_variable_names(environ)
+    targets, notes = _targets(_archs_value(environ), detect or detect_gpus)
+    return Selection(
+        targets=targets,
+        head_dims=_axis(environ, "FLASH_ATTN_HEAD_DIMS", axes.HEAD_DIMS),
+        dtypes=_axis(environ, "FLASH_ATTN_DTYPES", axes.DTYPES),
+        directions=_axis(environ, "FLASH_ATTN_DIRECTIONS", axes.directions()),
+        notes=notes,
+    )
+
+
+def check_variable_names(environ: Mapping[str, str]) -> None:
+    """Raise SelectionError for a ``FLASH_ATTN_*`` variable that nothing reads."""
+    unknown = sorted(name for name in environ if name.startswith("FLASH_ATTN_") and name not in VARIABLES)
+    if unknown:
+        known = "\n".join(f"  {name}: {meaning}" for name, meaning in VARIABLES.items())
+        raise SelectionError(
+            f"unknown environment variable {', '.join(unknown)}; the known ones are\n{known}"
+        )
+
+
+def _items(value: str) -> list[str]:
+    return [item.lower() for item in re.split(r"[;,\s]+", value) if item]
+
+
+def _axis(environ: Mapping[str, str], name: str, known: tuple) -> tuple:
+    """The chosen values of one axis, in the axis's own order; unset or empty means all."""
+    by_text = {str(value): value for value in known}
+    chosen = _items(environ.get(name, "")) or list(by_text)
+    for item in chosen:
+        if item not in by_text:
+            raise SelectionError(f"{name}: unknown value {item!r}; known: {', '.join(by_text)}")
+    return tuple(value for text, value in by_text.items() if text in chosen)
+
+
+def _archs_value(environ: Mapping[str, str]) -> str:
+    values = {
+        name: environ[name]
+        for name in ("FLASH_ATTN_ARCHS", "FLASH_ATTN_CUDA_ARCHS")
+        if environ.get(name, "").strip()
+    }
+    if len({tuple(_items(value)) for value in values.values()}) > 1:
+        raise SelectionError("FLASH_ATTN_ARCHS and FLASH_ATTN_CUDA_ARCHS disagree: set one of them")
+    return next(iter(values.values()), "native")
+
+
+def _targets(value: str, detect: Callable[[], list[int]]) -> tuple[tuple[Target, ...], tuple[str, ...]]:
+    items = _items(value)
+    if items == ["none"]:
+        return (), ()
+    if items == ["all"]:
+        return all_targets(), ()
+    if items == ["native"]:
+        return _native_targets(detect())
+    return _ordered(_target(item) for item in items), ()
+
+
+def _target(item: str) -> Target:
+    """``80``, ``80+ptx``, ``sm86:90`` or ``sm86:90+ptx`` as a Target."""
+    match = re.fullmatch(r"(?:(?P<family>\w+):)?(?P<capability>\d+)(?P<ptx>\+ptx)?", item)
+    arch = axes.ARCHS.get(int(match["capability"])) if match else None
+    if match is None or arch is None:
+        known = ", ".join(map(str, axes.ARCHS))
+        raise SelectionError(
+            f"FLASH_ATTN_ARCHS: unknown value {item!r}; known: all, native, none (each alone), or a list of"
+            f" {known}, each optionally followed by +ptx or preceded by a family such as sm86:"
+        )
+    family = axes.FAMILIES.get(match["family"] or arch.family)
+    if family is None:
+        raise SelectionError(
+            f"FLASH_ATTN_ARCHS: unknown family in {item!r}; known: {', '.join(axes.FAMILIES)}"
+        )
+    if not family.directions:
+        built = ", ".join(f.name for f in axes.built_families())
+        raise SelectionError(
+            f"FLASH_ATTN_ARCHS: {item} belongs to family {family.name}, which has no kernels yet"
+            f" (families with kernels: {built})"
+        )
+    return Target(family.name, arch.capability, match["ptx"] is not None)
+
+
+def _native_targets(capabilities: list[int]) -> tuple[tuple[Target, ...], tuple[str, ...]]:
+    """Targets for the GPUs present; a GPU without kernels is skipped with a note."""
+    if not capabilities:
+        return (), (
+            "no GPU found: no kernels are built, CPU backend only (FLASH_ATTN_ARCHS=80;90 would build some)",
+        )
+    targets, notes = [], []
+    for capability in sorted(set(capabilities)):
+        arch = _compatible_arch(capability)
+        if arch and axes.FAMILIES[arch.family].directions:
+            targets.append(Target(arch.family, arch.capability))
+        else:
+            notes.append(
+                f"the GPU of compute capability {capability // 10}.{capability % 10} has no kernels: skipped"
+            )
+    return _ordered(targets), tuple(notes)
+
+
+def _compatible_arch(capability: int) -> axes.Arch | None:
+    """The newest known architecture whose cubins run there: same major version, minor not above it."""
+    known = [a for c, a in axes.ARCHS.items() if c // 10 == capability // 10 and c <= capability]
+    return max(known, key=lambda arch: arch.capability, default=None)
+
+
+def _ordered(targets: Iterable[Target]) -> tuple[Target, ...]:
+    """Sorted by family and capability; a target named twice keeps its PTX."""
+    merged: dict[tuple[str, int], bool] = {}
+    for target in targets:
+        key = (target.family, target.capability)
+        merged[key] = merged.get(key, False) or target.ptx
+    return tuple(Target(family, capability, ptx) for (family, capability), ptx in sorted(merged.items()))
+
+
+def detect_gpus() -> list[int]:
+    """Compute capabilities (90 for 9.0) of the GPUs present, from libcuda or else nvidia-smi."""
+    try:
+        return _gpus_from_driver(ctypes.CDLL("libcuda.so.1"))
+    except OSError:
+        return _gpus_from_smi()
+
+
+def _gpus_from_driver(cuda: ctypes.CDLL) -> list[int]:
+    major_attribute, minor_attribute = 75, 76
+    count, value = ctypes.c_int(), ctypes.c_int()
+    if cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count)):
+        return []
+    capabilities = []
+    for device in range(count.value):
+        numbers = []
+        for attribute in (major_attribute, minor_attribute):
+            cuda.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
+            numbers.append(value.value)
+        capabilities.append(numbers[0] * 10 + numbers[1])
+    return capabilities
+
+
+def _gpus_from_smi() -> list[int]:
+    smi = shutil.which("nvidia-smi")
+    if smi is None:
+        return []
+    query = [smi, "--query-gpu=compute_cap", "--format=csv,noheader"]
+    listed = subprocess.run(query, capture_output=True, text=True, check=False)
+    return [int(line.replace(".", "")) for line in listed.stdout.split() if re.fullmatch(r"\d+\.\d", line)]

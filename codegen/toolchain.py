@@ -1,0 +1,119 @@
+"""Finding nvcc: CUDA_HOME, PATH, then NVIDIA's compiler wheels from PyPI."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from codegen import CodegenError, axes
+from codegen.selection import Selection
+
+MINIMUM_CUDA = (12, 0)
+
+WHEEL_RELEASE = "13.0.*"
+"""CUDA release of the compiler wheels: the same for all of them, and 13.0 is the first complete one."""
+
+WHEEL_PACKAGES = (
+    "nvidia-cuda-nvcc",
+    "nvidia-nvvm",
+    "nvidia-cuda-crt",
+    "nvidia-cuda-runtime",
+    "nvidia-cuda-cccl",
+)
+
+
+class ToolchainError(CodegenError):
+    """No nvcc, or one that cannot compile the selection."""
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    """An nvcc with its release, such as "13.0.88", and the library folder that it does not find by itself."""
+
+    nvcc: Path
+    release: str
+    library_dir: Path | None = None
+
+    @property
+    def cuda(self) -> tuple[int, int]:
+        major, minor, *_ = self.release.split(".")
+        return int(major), int(minor)
+
+
+def wheel_requirements() -> list[str]:
+    """Requirements that put a complete nvcc into a build environment."""
+    return [f"{package}=={WHEEL_RELEASE}" for package in WHEEL_PACKAGES]
+
+
+def find_toolchain() -> Toolchain:
+    """The first nvcc of CUDA_HOME, PATH and the compiler wheels; raises ToolchainError."""
+    nvcc = find_nvcc()
+    if nvcc is None:
+        wheels = " ".join(f"'{requirement}'" for requirement in wheel_requirements())
+        raise ToolchainError(f"no nvcc: set CUDA_HOME, put nvcc on PATH, or run pip install {wheels}")
+    return Toolchain(nvcc, _release(nvcc), _library_dir(nvcc.parent.parent))
+
+
+def find_nvcc(
+    environ: Mapping[str, str] | None = None, nvidia_folders: Iterable[Path] | None = None
+) -> Path | None:
+    """Path of nvcc, or None; raises ToolchainError if CUDA_HOME names a folder without one.
+
+    ``nvidia_folders`` are the folders of the ``nvidia`` namespace package, where the compiler wheels unpack.
+    """
+    environ = os.environ if environ is None else environ
+    home = environ.get("CUDA_HOME")
+    if home:
+        nvcc = Path(home) / "bin" / "nvcc"
+        if not nvcc.is_file():
+            raise ToolchainError(f"CUDA_HOME is {home}, but there is no {nvcc}")
+        return nvcc
+    found = shutil.which("nvcc", path=environ.get("PATH", ""))
+    if found:
+        return Path(found)
+    folders = _nvidia_folders() if nvidia_folders is None else nvidia_folders
+    wheels = [nvcc for folder in folders for nvcc in folder.glob("cu*/bin/nvcc")]
+    return max(wheels, key=lambda nvcc: int(nvcc.parent.parent.name.removeprefix("cu") or 0), default=None)
+
+
+def _library_dir(root: Path) -> Path | None:
+    """``lib`` of a toolkit from wheels: nvcc's own profile looks in ``lib64``, which those do not have."""
+    library_dir = root / "lib"
+    return (
+        library_dir
+        if (library_dir / "libcudart_static.a").exists() and not (root / "lib64").exists()
+        else None
+    )
+
+
+def _nvidia_folders() -> list[Path]:
+    spec = importlib.util.find_spec("nvidia")
+    return [Path(folder) for folder in (spec and spec.submodule_search_locations) or ()]
+
+
+def _release(nvcc: Path) -> str:
+    try:
+        answer = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise ToolchainError(f"{nvcc} --version failed: {error}") from error
+    match = re.search(r"\bV(\d+\.\d+\.\d+)", answer)
+    if match is None:
+        raise ToolchainError(f"{nvcc} --version does not tell a release: {answer!r}")
+    return match[1]
+
+
+def check_targets(toolchain: Toolchain, selection: Selection) -> None:
+    """Raise ToolchainError if nvcc is too old for the project or for one of the targets."""
+    needed = {"this project": MINIMUM_CUDA}
+    for target in selection.targets:
+        needed[f"target {target}"] = axes.ARCHS[target.capability].min_cuda
+    for what, minimum in needed.items():
+        if toolchain.cuda < minimum:
+            raise ToolchainError(
+                f"{what} needs CUDA {minimum[0]}.{minimum[1]} or newer;"
+                f" {toolchain.nvcc} is {toolchain.release}"
+            )

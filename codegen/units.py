@@ -1,0 +1,77 @@
+"""The translation units of a selection: one kernel instantiation each."""
+
+from dataclasses import dataclass
+
+from codegen import CodegenError, axes, tiles
+from codegen.selection import Selection
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One kernel: its place on the axes and its tile."""
+
+    direction: str
+    family: str
+    dtype: str
+    head_dim: int
+    mask: str
+    tile: tiles.ForwardTile
+    split: bool = False
+
+    @property
+    def _suffix(self) -> str:
+        return f"{self.dtype}_d{self.head_dim}_{self.mask}{'_split' if self.split else ''}"
+
+    @property
+    def key(self) -> str:
+        """The kernel's name everywhere: launcher function, dispatch table, build log, error messages."""
+        return f"{self.direction}_{self.family}_{self._suffix}"
+
+    @property
+    def path(self) -> str:
+        """Path of the source, relative to the folder of generated files."""
+        return f"{self.family}/{self.direction}_{self._suffix}.cu"
+
+    @property
+    def config(self) -> str:
+        """C++ type that describes the kernel: ``ForwardSm80Bf16D128Causal``."""
+        return "".join(word.capitalize() for word in self.key.split("_"))
+
+    @property
+    def namespace(self) -> str:
+        """Folder under ``templates/`` and C++ namespace of the kernel."""
+        return axes.FAMILIES[self.family].template_dir
+
+    @property
+    def smem_bytes(self) -> int:
+        """Dynamic shared memory of a block, in bytes."""
+        return self.tile.smem_bytes(self.head_dim)
+
+
+def list_units(selection: Selection) -> list[Unit]:
+    """Every unit of the selection, by family, direction, head dim, dtype, mask; raises TileError."""
+    return [
+        Unit(direction, family, dtype, head_dim, mask, tiles.forward_tile(family, head_dim, mask))
+        for family in selection.families
+        for direction in selection.directions
+        for head_dim in selection.head_dims
+        for dtype in selection.dtypes
+        for mask in axes.MASKS
+        if axes.is_legal(family, direction, dtype)
+    ]
+
+
+def shard(units: list[Unit], text: str) -> list[Unit]:
+    """Part ``i`` of ``n`` (text ``"i/n"``, from 1): disjoint, together complete, of nearly equal cost.
+
+    Units are sorted by what their compile time follows, then dealt out back and forth.
+    """
+    try:
+        index, count = (int(number) for number in text.split("/"))
+    except ValueError:
+        raise CodegenError(f"--shard takes i/n such as 1/4, not {text!r}") from None
+    if not 1 <= index <= count:
+        raise CodegenError(f"--shard {text}: i must be from 1 to n")
+    costliest_first = sorted(units, key=lambda u: (u.head_dim, axes.MASKS.index(u.mask), u.key), reverse=True)
+    turns = (min(i % (2 * count), 2 * count - 1 - i % (2 * count)) for i in range(len(units)))
+    return [unit for unit, turn in zip(costliest_first, turns, strict=True) if turn == index - 1]

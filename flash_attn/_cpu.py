@@ -1,0 +1,276 @@
+"""CPU backend: attention forward and backward through torch operations, in blocks of queries.
+
+At most about `SCORES_AT_ONCE` scores exist at any time, so memory grows linearly with the sequence length. Half types are
+computed in fp32, fp32 and fp64 in themselves. Arguments come validated from `_operations`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import inf
+
+import torch
+from torch import Tensor
+
+from flash_attn._layout import empty_out, lse_dtype, probs_shape, softmax_d_shape, varlen_softmax_d_shape
+from flash_attn._philox import keep_mask, new_rng_state
+from flash_attn._validation import Scoring
+
+SCORES_AT_ONCE = 2**21
+Outputs = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Some batch entries, heads before rows, in the type that is computed in: q (B, h, sq, d), k and v (B, hk, sk, d)."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    slopes: Tensor | None  # (B, h, 1, 1)
+    scoring: Scoring
+    first_batch: int
+
+    @property
+    def offset(self) -> int:
+        """Key that the first query is aligned with: the last query is aligned with the last key."""
+        return self.k.shape[2] - self.q.shape[2]
+
+    def grouped(self, x: Tensor) -> Tensor:
+        """View (B, h, rows, n) as (B, hk, group * rows, n), to be multiplied with a KV head's matrix."""
+        return x.reshape(x.shape[0], self.k.shape[1], -1, x.shape[-1])
+
+    def scores(self, rows: range, cols: range) -> tuple[Tensor, Tensor | None]:
+        """Return scaled, capped, biased and masked scores (B, h, rows, cols), and the softcap's tanh."""
+        scoring, tanh = self.scoring, None
+        q, k = self.q[:, :, _slice(rows)], self.k[:, :, _slice(cols)]
+        scores = (self.grouped(q) @ k.mT).view(*q.shape[:3], len(cols)).mul_(scoring.softmax_scale)
+        if scoring.softcap > 0.0:
+            tanh = scores.div_(scoring.softcap).tanh_()
+            scores = tanh * scoring.softcap
+        windowed = scoring.window_left >= 0 or scoring.window_right >= 0
+        if windowed or self.slopes is not None:
+            distance = torch.arange(rows.start, rows.stop).unsqueeze(1) + self.offset
+            distance = distance - torch.arange(cols.start, cols.stop)
+            if self.slopes is not None:
+                scores = scores - self.slopes * distance.abs()
+            if windowed:
+                scores.masked_fill_(_hidden(distance, scoring), -inf)
+        return scores, tanh
+
+    def keep(self, rng_state: Tensor, rows: range, cols: range) -> Tensor:
+        """Return the dropout mask (B, h, rows, cols), True where kept."""
+        batch, num_heads = self.q.shape[:2]
+        heads = range(self.first_batch * num_heads, (self.first_batch + batch) * num_heads)
+        mask = keep_mask(rng_state, self.scoring.dropout_p, heads, rows, cols)
+        return mask.view(batch, num_heads, len(rows), len(cols))
+
+    def tiles(self) -> Iterator[tuple[range, range]]:
+        """Yield blocks of rows, each with the columns that any of its rows may see."""
+        batch, num_heads, seqlen_q, _ = self.q.shape
+        seqlen_k, left, right = self.k.shape[2], self.scoring.window_left, self.scoring.window_right
+        step = _clamp(SCORES_AT_ONCE // max(1, batch * num_heads * seqlen_k), seqlen_q)
+        for start in range(0, seqlen_q, step):
+            stop = min(start + step, seqlen_q)
+            first = max(0, start + self.offset - left) if left >= 0 else 0
+            last = min(seqlen_k, stop + self.offset + right) if right >= 0 else seqlen_k
+            yield range(start, stop), range(first, max(first, last))
+
+
+def _slice(r: range) -> slice:
+    return slice(r.start, r.stop)
+
+
+def _clamp(x: int, high: int) -> int:
+    return max(1, min(x, high))
+
+
+def _hidden(distance: Tensor, scoring: Scoring) -> Tensor:
+    """Return which keys are outside the window; `distance` is the query's aligned position minus the key's."""
+    hidden = torch.zeros_like(distance, dtype=torch.bool)
+    if scoring.window_left >= 0:
+        hidden |= distance > scoring.window_left
+    if scoring.window_right >= 0:
+        hidden |= distance < -scoring.window_right
+    return hidden
+
+
+def _heads_first(x: Tensor) -> Tensor:
+    """Return (B, s, h, d) as (B, h, s, d) in the type that is computed in."""
+    return x.transpose(1, 2).to(lse_dtype(x.dtype))
+
+
+def _chunks(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, first_batch: int) -> Iterator[tuple[slice, _Chunk]]:
+    """Split q, k, v (b, s, h, d) into groups of batch entries whose scores for 16 rows fit the budget."""
+    batch, seqlen_q, num_heads, _ = q.shape
+    step = _clamp(SCORES_AT_ONCE // max(1, num_heads * k.shape[1] * min(seqlen_q, 16)), batch)
+    slopes = scoring.alibi_slopes
+    for start in range(0, batch, step):
+        part = slice(start, min(start + step, batch))
+        of_part = None
+        if slopes is not None:
+            of_batch = slopes if slopes.dim() == 1 else slopes[first_batch + part.start : first_batch + part.stop]
+            of_part = of_batch.expand(part.stop - part.start, num_heads)[..., None, None].to(lse_dtype(q.dtype))
+        heads = (_heads_first(x[part]) for x in (q, k, v))
+        yield part, _Chunk(*heads, of_part, scoring, first_batch + start)
+
+
+def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Return P and the LSE of each row; a row without visible key has P = 0 and LSE = +inf."""
+    maximum = scores.amax(-1, keepdim=True)
+    empty = maximum == -inf
+    probs = (scores - maximum.masked_fill(empty, 0.0)).exp_()
+    total = probs.sum(-1, keepdim=True)
+    probs /= total.masked_fill(empty, 1.0)
+    return probs, (maximum + total.log()).masked_fill(empty, inf).squeeze(-1)
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scoring: Scoring, first_batch: int = 0,
+    rng_state: Tensor | None = None, probs: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Write out (b, sq, h, d), lse (b, h, sq) and the signed probabilities of q against k, v (b, sk, hk, d).
+
+    `first_batch` is the index of q's first entry in the caller's batch.
+    """
+    for part, chunk in _chunks(q, k, v, scoring, first_batch):
+        for rows, cols in chunk.tiles():
+            at, seen = _slice(rows), _slice(cols)
+            if not cols:
+                out[part, at] = 0.0
+                lse[part, :, at] = inf
+                continue
+            p, lse[part, :, at] = _softmax(chunk.scores(rows, cols)[0])
+            if rng_state is not None:
+                keep = chunk.keep(rng_state, rows, cols)
+                if probs is not None:
+                    probs[part, :, at, seen] = torch.where(keep, p, -p).to(probs.dtype)
+                p = p * keep / (1.0 - scoring.dropout_p)
+            block = (chunk.grouped(p) @ chunk.v[:, :, seen]).view(*p.shape[:3], q.shape[-1])
+            out[part, at] = block.transpose(1, 2).to(out.dtype)
+
+
+def attend_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
+    softmax_d: Tensor, scoring: Scoring, first_batch: int = 0, rng_state: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Write dq, dk, dv and D = rowsum(dO * O), given as (b, h, sq) (FlashAttention-2, section 3.1.2).
+
+    P is recomputed from the LSE, which may be that of more keys than these (a ring of devices, say).
+    """
+    for part, chunk in _chunks(q, k, v, scoring, first_batch):
+        do = _heads_first(dout[part])
+        delta = (do * _heads_first(out[part])).sum(-1)
+        softmax_d[part] = delta
+        dk_sum, dv_sum = torch.zeros_like(chunk.k), torch.zeros_like(chunk.v)
+        for rows, cols in chunk.tiles():
+            at, seen = _slice(rows), _slice(cols)
+            if not cols:
+                dq[part, at] = 0.0
+                continue
+            scores, tanh = chunk.scores(rows, cols)
+            p = (scores - lse[part, :, at, None]).exp_()
+            do_rows = chunk.grouped(do[:, :, at])
+            dp = (do_rows @ chunk.v[:, :, seen].mT).view_as(p)
+            p_kept = p
+            if rng_state is not None:
+                keep = chunk.keep(rng_state, rows, cols) / (1.0 - scoring.dropout_p)
+                p_kept, dp = p * keep, dp * keep
+            dv_sum[:, :, seen] += chunk.grouped(p_kept).mT @ do_rows
+            ds = (dp - delta[:, :, at, None]).mul_(p).mul_(scoring.softmax_scale)
+            if tanh is not None:
+                ds *= 1.0 - tanh.square()
+            ds = chunk.grouped(ds)
+            dk_sum[:, :, seen] += ds.mT @ chunk.grouped(chunk.q[:, :, at])
+            dq_rows = (ds @ chunk.k[:, :, seen]).view(*p.shape[:3], q.shape[-1])
+            dq[part, at] = dq_rows.transpose(1, 2).to(dq.dtype)
+        dk[part] = dk_sum.transpose(1, 2).to(dk.dtype)
+        dv[part] = dv_sum.transpose(1, 2).to(dv.dtype)
+
+
+def _dropout_buffers(
+    q: Tensor, shape: tuple[int, ...], scoring: Scoring, return_softmax: bool, generator: torch.Generator | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return (S_dmask, rng_state) as far as the call needs them."""
+    if scoring.dropout_p == 0.0:
+        return None, None
+    probs = torch.zeros(shape, dtype=q.dtype) if return_softmax else None
+    return probs, new_rng_state(q.device, generator)
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, scoring: Scoring, return_softmax: bool,
+    generator: torch.Generator | None,
+) -> Outputs:  # fmt: skip
+    """Return (out, lse, S_dmask, rng_state) of q (b, sq, h, d), k and v (b, sk, hk, d)."""
+    batch, seqlen_q, num_heads, _ = q.shape
+    out = empty_out(q) if out is None else out
+    lse = torch.empty(batch, num_heads, seqlen_q, dtype=lse_dtype(q.dtype))
+    shape = probs_shape(batch, num_heads, seqlen_q, k.shape[1])
+    probs, rng_state = _dropout_buffers(q, shape, scoring, return_softmax, generator)
+    attend(q, k, v, out, lse, scoring, 0, rng_state, probs)
+    return out, lse, probs, rng_state
+
+
+def backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
+    scoring: Scoring, rng_state: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Write dq, dk, dv; return softmax_d (b, h, sq rounded up to 128), zero past sq."""
+    softmax_d = torch.zeros(softmax_d_shape(q), dtype=lse_dtype(q.dtype))
+    d_rows = softmax_d[:, :, : q.shape[1]]
+    attend_backward(dout, q, k, v, out, lse, dq, dk, dv, d_rows, scoring, 0, rng_state)
+    return softmax_d
+
+
+def gather_pages(pages: Tensor, blocks: Tensor, length: int) -> Tensor:
+    """Return the first `length` keys of the sequence whose pages `blocks` (n,) lists, (1, length, hk, d)."""
+    used = blocks[: -(-length // pages.shape[1])].long()
+    return pages[used].flatten(0, 1)[:length].unsqueeze(0)
+
+
+def varlen_forward(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, scoring: Scoring, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
+    max_seqlen_q: int, max_seqlen_k: int, block_table: Tensor | None, leftpad_k: Tensor | None,
+    seqused_k: Tensor | None, return_softmax: bool, generator: torch.Generator | None,
+) -> Outputs:  # fmt: skip
+    """Return (out, lse (h, total_q), S_dmask, rng_state), sequence by sequence; other rows are 0 with LSE +inf."""
+    q_bounds, k_bounds = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    batch, num_heads = len(q_bounds) - 1, q.shape[1]
+    out = empty_out(q) if out is None else out
+    out.zero_()
+    lse = torch.full((num_heads, q.shape[0]), inf, dtype=lse_dtype(q.dtype))
+    shape = probs_shape(batch, num_heads, max_seqlen_q, max_seqlen_k)
+    probs, rng_state = _dropout_buffers(q, shape, scoring, return_softmax, generator)
+    for b in range(batch):
+        rows = slice(q_bounds[b], q_bounds[b + 1])
+        length = k_bounds[b + 1] - k_bounds[b] if seqused_k is None else int(seqused_k[b])
+        if block_table is not None:
+            keys, values = (gather_pages(x, block_table[b], length) for x in (k, v))
+        else:
+            first = k_bounds[b] + (0 if leftpad_k is None else int(leftpad_k[b]))
+            keys, values = (x[first : max(first, k_bounds[b] + length)].unsqueeze(0) for x in (k, v))
+        of_sequence = None if probs is None else probs[b : b + 1]
+        q_rows, out_rows, lse_rows = q[None, rows], out[None, rows], lse[None, :, rows]
+        attend(q_rows, keys, values, out_rows, lse_rows, scoring, b, rng_state, of_sequence)
+    return out, lse, probs, rng_state
+
+
+def varlen_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
+    scoring: Scoring, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, rng_state: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Write dq, dk, dv, zero outside the sequences; return softmax_d (h, total_q + 128 b), zero past total_q."""
+    q_bounds, k_bounds = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    batch = len(q_bounds) - 1
+    softmax_d = torch.zeros(varlen_softmax_d_shape(q, batch), dtype=lse_dtype(q.dtype))
+    for gradient in (dq, dk, dv):
+        gradient.zero_()
+    for b in range(batch):
+        rows, cols = slice(q_bounds[b], q_bounds[b + 1]), slice(k_bounds[b], k_bounds[b + 1])
+        attend_backward(
+            dout[None, rows], q[None, rows], k[None, cols], v[None, cols], out[None, rows], lse[None, :, rows],
+            dq[None, rows], dk[None, cols], dv[None, cols], softmax_d[None, :, rows], scoring, b, rng_state,
+        )  # fmt: skip
+    return softmax_d

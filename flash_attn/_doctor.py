@@ -1,0 +1,204 @@
+"""What `python -m flash_attn` finds out: the machine, the kernels of this build, one checked attention.
+
+Everything here returns plain dictionaries; `__main__` prints them.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import io
+import math
+import platform
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterable
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import flash_attn
+
+KEY = re.compile(
+    r"(?P<direction>[a-z]+)_(?P<family>sm\d+)_(?P<dtype>[a-z]+\d+)_d(?P<head_dim>\d+)_(?P<mask>[a-z]+)"
+)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+BUILD_COMMAND = "FLASH_ATTN_ARCHS=native pip install ."
+TIMED_CALLS = 20
+
+
+def _nvidia_smi() -> list[dict[str, str]]:
+    """One entry per GPU of the machine, whatever torch sees; empty without GPU or driver."""
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        return []
+    fields = ("name", "compute_cap", "driver_version")
+    query = [command, f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+    try:
+        output = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    rows = [[cell.strip() for cell in line.split(",")] for line in output.splitlines()]
+    return [dict(zip(fields, row, strict=True)) for row in rows if len(row) == len(fields)]
+
+
+def driver_version() -> str | None:
+    """Version of the NVIDIA driver, None where there is none."""
+    gpus = _nvidia_smi()
+    return gpus[0]["driver_version"] if gpus else None
+
+
+def _torch_gpus() -> list[dict[str, str]]:
+    """The GPUs that torch can use, in its own numbering."""
+    found = []
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        found.append({"name": torch.cuda.get_device_name(index), "compute_cap": f"{major}.{minor}"})
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """GPUs, driver, torch, CUDA of torch, Python."""
+    present = _nvidia_smi()
+    usable = _torch_gpus() if torch.cuda.is_available() else []
+    return {
+        "gpus": usable or [{"name": gpu["name"], "compute_cap": gpu["compute_cap"]} for gpu in present],
+        "gpus_usable": len(usable),
+        "driver": present[0]["driver_version"] if present else None,
+        "torch": torch.__version__,
+        "torch_cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
+
+
+def kernels_by_family(keys: Iterable[str], targets: Iterable[str]) -> list[dict[str, Any]]:
+    """Kernel keys such as forward_sm80_bf16_d128_causal as one entry per direction and family.
+
+    Each entry lists what occurs on each axis and counts the kernels; a count below the product of the axes
+    means that some combinations are missing. `targets` are "FAMILY:CC" or "FAMILY:CC+ptx".
+    """
+    groups: dict[tuple[str, str], list[re.Match[str]]] = {}
+    for key in keys:
+        if match := KEY.match(key):
+            groups.setdefault((match["direction"], match["family"]), []).append(match)
+    compiled = [target.split(":") for target in targets]
+    return [
+        {
+            "direction": direction,
+            "family": family,
+            "dtypes": _distinct(match["dtype"] for match in matches),
+            "head_dims": sorted({int(match["head_dim"]) for match in matches}),
+            "masks": _distinct(match["mask"] for match in matches),
+            "targets": [f"sm_{capability}" for name, capability in compiled if name == family],
+            "count": len(matches),
+        }
+        for (direction, family), matches in groups.items()
+    ]
+
+
+def _distinct(values: Iterable[str]) -> list[str]:
+    """The values without repetition, in order of first appearance."""
+    return list(dict.fromkeys(values))
+
+
+def text(length: int) -> str:
+    """At least `length` bytes of English that every Python carries: its language reference, else its Zen."""
+    try:
+        from pydoc_data.topics import topics
+
+        prose = "\n".join(topics[name] for name in sorted(topics))
+    except ImportError:
+        with contextlib.redirect_stdout(io.StringIO()):
+            import this
+        prose = codecs.decode(this.s, "rot13")
+    return prose * math.ceil(length / len(prose))
+
+
+def text_to_qkv(prose: str, seqlen: int, num_heads: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """fp32 q, k, v of shape (1, seqlen, num_heads, head_dim) from the text's first `seqlen` bytes.
+
+    A transformer's first layer with fixed random weights: an embedding of each byte plus the sinusoidal
+    position encoding of "Attention Is All You Need" (section 3.5), normalised, then one projection each.
+    """
+    generator = torch.Generator().manual_seed(0)
+    width = num_heads * head_dim
+    tokens = torch.tensor(list(prose.encode()[:seqlen]))
+    embedding = torch.randn(256, width, generator=generator)[tokens]
+    frequencies = 10000.0 ** (-torch.arange(0, width, 2) / width)
+    angles = torch.arange(seqlen)[:, None] * frequencies
+    hidden = F.layer_norm(embedding + torch.cat([angles.sin(), angles.cos()], dim=-1), (width,))
+    q, k, v = (
+        (hidden @ torch.randn(width, width, generator=generator) / math.sqrt(width)).view(
+            1, seqlen, num_heads, head_dim
+        )
+        for _ in range(3)
+    )
+    return q, k, v
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
+    """Causal attention by the formula, computed in `dtype`, head by head. Shapes as in `text_to_qkv`."""
+    hidden = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).triu(1)
+    heads = []
+    for head in range(q.shape[2]):
+        qh, kh, vh = (x[0, :, head].to(dtype) for x in (q, k, v))
+        scores = (qh @ kh.T / math.sqrt(q.shape[-1])).masked_fill_(hidden, float("-inf"))
+        heads.append(scores.softmax(-1) @ vh)
+    return torch.stack(heads, dim=1)[None]
+
+
+def median_milliseconds(run: Callable[[], object], device: torch.device) -> float:
+    """Median time of `TIMED_CALLS` calls, after one that warms up; the device is awaited after each."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    times = []
+    for _ in range(TIMED_CALLS + 1):
+        wait()
+        start = time.perf_counter()
+        run()
+        wait()
+        times.append((time.perf_counter() - start) * 1e3)
+    return median(times[1:])
+
+
+def attend(
+    device: torch.device, dtype_name: str, seqlen: int, num_heads: int, head_dim: int
+) -> dict[str, Any]:
+    """Causal attention on a text by flash_attn and by torch's SDPA: error against fp64, and time, of each.
+
+    `allowed` is twice the worst error of the plain formula computed in the same dtype, plus 1e-5.
+    """
+    dtype = DTYPES[dtype_name]
+    prose = text(seqlen)
+    q, k, v = (x.to(device, dtype) for x in text_to_qkv(prose, seqlen, num_heads, head_dim))
+    qt, kt, vt = (x.transpose(1, 2) for x in (q, k, v))
+    reference = dense_attention(q, k, v, torch.float64)
+
+    def worst_error(out: Tensor) -> float:
+        return (out.double() - reference).abs().max().item()
+
+    def ours() -> Tensor:
+        return flash_attn.flash_attn_func(q, k, v, causal=True)
+
+    def sdpa() -> Tensor:
+        return F.scaled_dot_product_attention(qt, kt, vt, is_causal=True).transpose(1, 2)
+
+    allowed = 2 * worst_error(dense_attention(q, k, v, dtype)) + 1e-5
+    error = worst_error(ours())
+    return {
+        "device": str(device),
+        "dtype": dtype_name,
+        "seqlen": seqlen,
+        "num_heads": num_heads,
+        "head_dim": head_dim,
+        "text": prose[:40],
+        "allowed": allowed,
+        "right": error <= allowed,
+        "flash_attn": {"error": error, "milliseconds": median_milliseconds(ours, device)},
+        "torch_sdpa": {"error": worst_error(sdpa()), "milliseconds": median_milliseconds(sdpa, device)},
+    }

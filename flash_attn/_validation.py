@@ -1,0 +1,289 @@
+"""Every check of every argument, before anything is allocated or launched.
+
+Each failure is an exception whose message starts with the argument's name, then says what is allowed and what was given:
+TypeError for a wrong type or dtype, ValueError for a wrong value, shape or device. Contents of device tensors are
+checked on CPU only, where reading them costs no synchronisation.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+MAX_HEAD_DIM = 256
+PAGE_MULTIPLE = 16
+CUDA_DTYPES = frozenset({torch.float16, torch.bfloat16})
+CPU_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+Labels = tuple[str, str, str]
+QKV: Labels = ("q", "k", "v")
+
+
+class Scoring(NamedTuple):
+    """How scores are formed from q and k, normalised: windows are -1 where unlimited, causal is a right window of 0."""
+
+    softmax_scale: float
+    softcap: float
+    window_left: int
+    window_right: int
+    dropout_p: float
+    alibi_slopes: Tensor | None
+
+
+def fail(kind: type[Exception], name: str, allowed: str, got: object) -> NoReturn:
+    """Raise `kind`, naming the argument, what it may be and what it was."""
+    raise kind(f"{name} must be {allowed}, got {got}")
+
+
+def _dtype_names(dtypes: frozenset[torch.dtype]) -> str:
+    return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+
+
+def _check_tensor(x: Any, name: str) -> None:
+    if not isinstance(x, Tensor):
+        fail(TypeError, name, "a torch.Tensor", type(x).__name__)
+
+
+def _check_same_device(x: Tensor, name: str, q: Tensor, q_name: str = "q") -> None:
+    if x.device != q.device:
+        fail(ValueError, name, f"on the device of {q_name} ({q.device})", x.device)
+
+
+def _check_dtype(q: Tensor, name: str) -> None:
+    device = q.device.type
+    if device not in ("cpu", "cuda", "meta"):
+        fail(ValueError, name, "on a cpu or cuda device", q.device)
+    allowed = CUDA_DTYPES if device == "cuda" else CPU_DTYPES
+    if q.dtype not in allowed:
+        fail(TypeError, name, f"one of {_dtype_names(allowed)} on {device}", q.dtype)
+
+
+def check_qkv(q: Tensor, k: Tensor, v: Tensor, rank_q: int, rank_k: int, labels: Labels = QKV) -> torch.Size:
+    """Check types, dtypes, devices, ranks, heads and head dim of q, k, v; return the shape of q."""
+    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
+        for x, name in zip((q, k, v), labels, strict=True):
+            _check_tensor(x, name)
+    dtype = q.dtype
+    if dtype not in CUDA_DTYPES or not q.is_cuda:
+        _check_dtype(q, labels[0])
+    if k.dtype != dtype or v.dtype != dtype:
+        wrong = 1 if k.dtype != dtype else 2
+        fail(TypeError, labels[wrong], f"of {labels[0]}'s dtype ({dtype})", (k, v)[wrong - 1].dtype)
+    device = q.device
+    if k.device != device or v.device != device:
+        _check_same_device(k, labels[1], q, labels[0])
+        _check_same_device(v, labels[2], q, labels[0])
+    q_shape, k_shape = q.shape, k.shape
+    if len(q_shape) != rank_q or len(k_shape) != rank_k or v.shape != k_shape:
+        _fail_shapes(q, k, v, rank_q, rank_k, labels)
+    head_dim, num_heads_k = q_shape[-1], k_shape[-2]
+    if not 0 < head_dim <= MAX_HEAD_DIM:
+        fail(ValueError, labels[0], f"of head dim 1 to {MAX_HEAD_DIM}", head_dim)
+    if k_shape[-1] != head_dim:
+        fail(ValueError, labels[1], f"of {labels[0]}'s head dim ({head_dim})", k_shape[-1])
+    if num_heads_k == 0 or q_shape[-2] % num_heads_k:
+        allowed = f"of a number of heads that divides {labels[0]}'s ({q_shape[-2]})"
+        fail(ValueError, labels[1], allowed, num_heads_k)
+    return q_shape
+
+
+def _fail_shapes(q: Tensor, k: Tensor, v: Tensor, rank_q: int, rank_k: int, labels: Labels) -> NoReturn:
+    for x, name, rank in ((q, labels[0], rank_q), (k, labels[1], rank_k), (v, labels[2], rank_k)):
+        if x.dim() != rank:
+            fail(ValueError, name, f"a tensor of {rank} dimensions", f"shape {tuple(x.shape)}")
+    fail(ValueError, labels[2], f"of {labels[1]}'s shape {tuple(k.shape)}", tuple(v.shape))
+
+
+def check_batch(k: Tensor, batch: int, name: str = "k", q_name: str = "q") -> None:
+    """Check that k (b, sk, hk, d) has q's batch size."""
+    if k.shape[0] != batch:
+        fail(ValueError, name, f"of {q_name}'s batch size ({batch})", k.shape[0])
+
+
+def check_packed(x: Tensor, name: str, rank: int, count: int, q: Tensor | None = None) -> None:
+    """Check a packed tensor (..., `count`, heads, d), alone or against q, under the caller's names."""
+    _check_tensor(x, name)
+    if x.dim() != rank or x.shape[-3] != count:
+        fail(ValueError, name, f"a tensor of {rank} dimensions with {count} in the last but two", tuple(x.shape))
+    part = x.select(-3, 0)
+    if q is None:
+        check_qkv(part, part, part, rank - 1, rank - 1, (name, name, name))
+        return
+    check_qkv(q, part, part, rank - 1, rank - 1, ("q", name, name))
+    if rank == 5:
+        check_batch(part, q.shape[0], name)
+
+
+def as_int(x: Any, name: str) -> int:
+    """Return `x` (int, numpy integer or 0-d integer tensor) as int."""
+    try:
+        return operator.index(x)
+    except (TypeError, RuntimeError):
+        fail(TypeError, name, "an integer", f"{type(x).__name__} {x!r}")
+
+
+def as_float(x: Any, name: str) -> float:
+    """Return `x` (any real number, or 0-d tensor) as a finite float."""
+    if isinstance(x, (str, bytes)):
+        fail(TypeError, name, "a number", repr(x))
+    try:
+        value = float(x)
+    except (TypeError, ValueError, RuntimeError):
+        fail(TypeError, name, "a number", f"{type(x).__name__} {x!r}")
+    if not math.isfinite(value):
+        fail(ValueError, name, "finite", value)
+    return value
+
+
+def split_window(window_size: Any) -> tuple[Any, Any]:
+    """Return the two entries of `window_size`."""
+    try:
+        left, right = window_size
+    except (TypeError, ValueError):
+        fail(TypeError, "window_size", "a pair of integers", repr(window_size))
+    return left, right
+
+
+def normalise_window(causal: bool, left: int, right: int, seqlen_q: int, seqlen_k: int) -> tuple[int, int]:
+    """Return the window with causal folded in: -1 where unlimited, right = 0 if causal.
+
+    A window as long as the keys is unlimited. A single query is aligned with the last key, so that any right window
+    shows it everything.
+    """
+    if left < 0 or left >= seqlen_k:
+        left = -1
+    if causal:
+        right = 0
+    elif right >= seqlen_k:
+        right = -1
+    return left, (-1 if right < 0 or seqlen_q == 1 else right)
+
+
+def check_scoring(
+    q: Tensor, batch: int, seqlen_q: int, seqlen_k: int, dropout_p: float, softmax_scale: float | None, causal: bool,
+    window_left: int, window_right: int, softcap: float, alibi_slopes: Tensor | None,
+) -> Scoring:  # fmt: skip
+    """Check and normalise what turns q (.., h, d) and k into probabilities. `softmax_scale` None is 1/sqrt(d)."""
+    if softmax_scale is None:
+        softmax_scale = q.shape[-1] ** -0.5
+    else:
+        softmax_scale = as_float(softmax_scale, "softmax_scale")
+    if type(dropout_p) is not float:
+        dropout_p = as_float(dropout_p, "dropout_p")
+    if not 0.0 <= dropout_p < 1.0:
+        fail(ValueError, "dropout_p", "in [0, 1)", dropout_p)
+    if type(softcap) is not float:
+        softcap = as_float(softcap, "softcap")
+    if softcap != 0.0 and not (0.0 < softcap < math.inf and dropout_p == 0.0):
+        if softcap > 0.0 and dropout_p > 0.0:
+            fail(ValueError, "softcap", "0 where dropout_p > 0", f"{softcap} with dropout_p {dropout_p}")
+        fail(ValueError, "softcap", "finite and not negative", softcap)
+    if type(window_left) is not int:
+        window_left = as_int(window_left, "window_size[0]")
+    if type(window_right) is not int:
+        window_right = as_int(window_right, "window_size[1]")
+    if causal or window_left >= 0 or window_right >= 0:
+        window_left, window_right = normalise_window(causal, window_left, window_right, seqlen_q, seqlen_k)
+    else:
+        window_left = window_right = -1
+    if alibi_slopes is not None:
+        check_alibi(alibi_slopes, q, batch)
+    return Scoring(softmax_scale, softcap, window_left, window_right, dropout_p, alibi_slopes)
+
+
+def check_alibi(slopes: Tensor, q: Tensor, batch: int) -> None:
+    """Check ALiBi slopes: fp32 (h,) or (b, h) on q's device."""
+    _check_tensor(slopes, "alibi_slopes")
+    if slopes.dtype != torch.float32:
+        fail(TypeError, "alibi_slopes", "of dtype torch.float32", slopes.dtype)
+    _check_same_device(slopes, "alibi_slopes", q)
+    num_heads = q.shape[-2]
+    if tuple(slopes.shape) not in ((num_heads,), (batch, num_heads)):
+        fail(ValueError, "alibi_slopes", f"of shape ({num_heads},) or ({batch}, {num_heads})", tuple(slopes.shape))
+
+
+def check_index(x: Tensor, name: str, q: Tensor, shape: tuple[int, ...]) -> None:
+    """Check an int32 tensor of the given shape on q's device; -1 in `shape` stands for any size."""
+    _check_tensor(x, name)
+    if x.dtype != torch.int32:
+        fail(TypeError, name, "of dtype torch.int32", x.dtype)
+    _check_same_device(x, name, q)
+    actual = x.shape
+    if len(actual) != len(shape) or any(a != s for a, s in zip(actual, shape, strict=True) if s >= 0):
+        expected = f"({', '.join('any' if s < 0 else str(s) for s in shape)})"
+        fail(ValueError, name, f"of shape {expected}", tuple(actual))
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, name: str, q: Tensor, batch: int | None = None) -> int:
+    """Check cumulative sequence lengths, int32 (b + 1,); return b."""
+    check_index(cu_seqlens, name, q, (-1 if batch is None else batch + 1,))
+    if cu_seqlens.shape[0] == 0:
+        fail(ValueError, name, "of length b + 1", "an empty tensor")
+    return cu_seqlens.shape[0] - 1
+
+
+def check_lengths(cu_seqlens: Tensor, name: str, total: int | None, max_seqlen: int, max_name: str) -> None:
+    """Check on CPU that cu_seqlens starts at 0, never decreases, ends within `total`, and respects `max_seqlen`."""
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0:
+        fail(ValueError, name, "0 in its first entry", bounds[0])
+    lengths = [end - start for start, end in zip(bounds, bounds[1:], strict=False)]
+    if min(lengths, default=0) < 0:
+        fail(ValueError, name, "non-decreasing", bounds)
+    if total is not None and bounds[-1] > total:
+        fail(ValueError, name, f"at most {total} (the number of tokens) in its last entry", bounds[-1])
+    if max(lengths, default=0) > max_seqlen:
+        fail(ValueError, max_name, f"at least the longest sequence ({max(lengths)})", max_seqlen)
+
+
+def check_max_seqlen(x: Any, name: str) -> int:
+    """Return a maximal sequence length as an int >= 0."""
+    value = x if type(x) is int else as_int(x, name)
+    if value < 0:
+        fail(ValueError, name, "at least 0", value)
+    return value
+
+
+def check_range(x: Tensor, name: str, low: int, high: int) -> None:
+    """Check on CPU that every entry of `x` lies in [low, high]."""
+    if x.numel() and not (low <= int(x.min()) and int(x.max()) <= high):
+        fail(ValueError, name, f"in [{low}, {high}]", x.tolist())
+
+
+def check_page_size(k: Tensor, name: str) -> None:
+    """Check that the pages of k (num_blocks, page_size, hk, d) hold a positive multiple of 16 keys."""
+    if k.shape[1] == 0 or k.shape[1] % PAGE_MULTIPLE:
+        fail(ValueError, name, f"of a page size (dimension 1) that is a positive multiple of {PAGE_MULTIPLE}", k.shape[1])
+
+
+def check_like(x: Tensor, name: str, like: Tensor, like_name: str) -> None:
+    """Check that `x` has the shape, dtype and device of `like`, and a last dimension that can be written in place."""
+    _check_tensor(x, name)
+    if x.dtype != like.dtype:
+        fail(TypeError, name, f"of {like_name}'s dtype ({like.dtype})", x.dtype)
+    _check_same_device(x, name, like, like_name)
+    if x.shape != like.shape:
+        fail(ValueError, name, f"of {like_name}'s shape {tuple(like.shape)}", tuple(x.shape))
+
+
+def check_lse(lse: Tensor, shape: tuple[int, ...], q: Tensor) -> None:
+    """Check the softmax LSE that a backward was given."""
+    _check_tensor(lse, "softmax_lse")
+    if lse.dtype not in (torch.float32, torch.float64):
+        fail(TypeError, "softmax_lse", "of dtype torch.float32", lse.dtype)
+    _check_same_device(lse, "softmax_lse", q)
+    if tuple(lse.shape) != shape:
+        fail(ValueError, "softmax_lse", f"of shape {shape}", tuple(lse.shape))
+
+
+def check_rng_state(rng_state: Tensor | None, dropout_p: float) -> None:
+    """Check that a backward with dropout was given the forward's (seed, offset)."""
+    if dropout_p == 0.0:
+        return
+    if not isinstance(rng_state, Tensor):
+        fail(TypeError, "rng_state", "the forward's tensor where dropout_p > 0", type(rng_state).__name__)
+    if rng_state.dtype != torch.int64 or tuple(rng_state.shape) != (2,):
+        fail(ValueError, "rng_state", "int64 of shape (2,)", f"{rng_state.dtype} of shape {tuple(rng_state.shape)}")

@@ -1,0 +1,83 @@
+"""Build entry: compiles the selection of FLASH_ATTN_* into the package and tags the wheel; see codegen/."""
+
+import sys
+from pathlib import Path
+
+from setuptools import Command, Distribution, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build import build
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from codegen import PACKAGE, CodegenError, builder, selection
+
+
+def selected() -> selection.Selection:
+    """The selection of the environment; a wrong value ends the build with the message alone."""
+    try:
+        return selection.from_environment()
+    except CodegenError as error:
+        raise SystemExit(f"flash-attn: {error}") from None
+
+
+class LibraryDistribution(Distribution):
+    """A distribution that is platform-specific iff it holds kernels."""
+
+    def has_ext_modules(self) -> bool:
+        return bool(selected().targets)
+
+
+class BuildKernels(Command):
+    """Puts libflash_attn.so and _build.json beside the package's modules, in place for an editable install."""
+
+    description = "compile the CUDA kernels"
+    user_options = ()
+
+    def initialize_options(self) -> None:
+        self.build_lib: str | None = None
+        self.editable_mode = False
+
+    def finalize_options(self) -> None:
+        self.set_undefined_options("build_py", ("build_lib", "build_lib"))
+
+    def run(self) -> None:
+        chosen = selected()
+        for note in chosen.notes:
+            print(f"flash-attn: {note}")
+        if not chosen.targets:
+            print("flash-attn: no kernels selected, this installation runs on the CPU only")
+        out = PACKAGE if self.editable_mode else Path(self.build_lib) / PACKAGE.name
+        try:
+            builder.build(chosen, builder.default_build_dir(chosen), out)
+        except CodegenError as error:
+            raise SystemExit(f"flash-attn: {error}") from None
+
+    def get_source_files(self) -> list[str]:
+        return []
+
+    def get_outputs(self) -> list[str]:
+        names = (builder.LIBRARY, builder.BUILD_INFO) if selected().targets else ()
+        return [str(Path(self.build_lib) / PACKAGE.name / name) for name in names]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+
+class Build(build):
+    """setuptools' build, then the kernels."""
+
+    sub_commands = [*build.sub_commands, ("build_kernels", None)]
+
+
+class BdistWheel(bdist_wheel):
+    """Tags a wheel with kernels py3-none-<platform>: the library knows neither Python's nor torch's ABI."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        python, abi, platform = super().get_tag()
+        return (python, abi, platform) if self.root_is_pure else ("py3", "none", platform)
+
+
+setup(
+    distclass=LibraryDistribution,
+    cmdclass={"build": Build, "build_kernels": BuildKernels, "bdist_wheel": BdistWheel},
+)

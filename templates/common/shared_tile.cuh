@@ -1,0 +1,67 @@
+// A tile of 16-bit rows in shared memory, swizzled so that ldmatrix and 16-byte stores meet no bank conflict.
+//
+// Rows of kHeadDim elements lie one after the other in 16-byte chunks. Chunk c of row r is stored at chunk position
+// c ^ (r % 8) where a row is a multiple of 128 bytes, and at c ^ (r / 2 % 4) where it is an odd multiple of 64 bytes:
+// either way eight consecutive rows of one column of chunks cover all 32 banks.
+#pragma once
+
+#include <cstdint>
+
+#include "ptx/async_copy.cuh"
+
+namespace flash_attn {
+
+template <int kHeadDim>
+struct SharedTile {
+  static_assert(kHeadDim % 32 == 0, "a row must be a multiple of 64 bytes");
+  static constexpr int kRowBytes = kHeadDim * 2;
+  static constexpr int kSlabChunks = kHeadDim % 64 == 0 ? 8 : 4;  // chunks over which the swizzle permutes
+  static constexpr int kSlabs = kHeadDim / 8 / kSlabChunks;
+  static constexpr int kSlabBytes = kSlabChunks * 16;
+
+  __device__ static __forceinline__ uint32_t swizzle(int row) {
+    return kSlabChunks == 8 ? (row & 7) : ((row >> 1) & 3);
+  }
+
+  // Byte offset of `chunk` in `row`.
+  __device__ static __forceinline__ uint32_t offset(int row, int chunk) {
+    return row * kRowBytes + (chunk / kSlabChunks) * kSlabBytes + (((chunk % kSlabChunks) ^ swizzle(row)) << 4);
+  }
+
+  // The byte offset `chunks` further along the row than `start`, where start = offset(row, 0 or 1) and `chunks` is even:
+  // an exclusive or with a constant instead of the whole address computation.
+  __device__ static __forceinline__ uint32_t advance(uint32_t start, int chunks) {
+    return (start ^ ((chunks % kSlabChunks) << 4)) + (chunks / kSlabChunks) * kSlabBytes;
+  }
+};
+
+// Copies `kRows` rows of a global matrix into a shared tile with cp.async, as `kThreads` threads. Rows from `valid_rows` on
+// and columns from `valid_cols` on are filled with zeros, so that no stray NaN or infinity meets the tensor cores.
+template <int kRows, int kHeadDim, int kThreads>
+struct TileCopy {
+  using Tile = SharedTile<kHeadDim>;
+  static constexpr int kRowsPerPass = kThreads / Tile::kSlabChunks;
+  static_assert(kRows % kRowsPerPass == 0, "every thread copies the same number of chunks");
+
+  template <class Element>
+  __device__ static __forceinline__ void issue(uint32_t shared, const Element* global, int64_t row_stride, int valid_rows,
+                                               int valid_cols) {
+    const int chunk = threadIdx.x % Tile::kSlabChunks;
+    const int row = threadIdx.x / Tile::kSlabChunks;
+    const uint32_t destination = shared + Tile::offset(row, chunk);
+    const Element* source = global + row * row_stride + chunk * 8;
+#pragma unroll
+    for (int pass = 0; pass < kRows / kRowsPerPass; ++pass) {
+      const bool row_valid = row + pass * kRowsPerPass < valid_rows;
+#pragma unroll
+      for (int slab = 0; slab < Tile::kSlabs; ++slab) {
+        const bool valid = row_valid && (slab * Tile::kSlabChunks + chunk) * 8 < valid_cols;
+        ptx::cp_async_16(destination + pass * kRowsPerPass * Tile::kRowBytes + slab * Tile::kSlabBytes,
+                         source + slab * Tile::kSlabChunks * 8, valid);
+      }
+      source += kRowsPerPass * row_stride;
+    }
+  }
+};
+
+}  // namespace flash_attn

@@ -1,0 +1,108 @@
+// Online softmax in base 2 over the accumulator layout of mma.sync (FlashAttention-2, section 3.1; Milakov & Gimelshein 2018).
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "ptx/math.cuh"
+
+namespace flash_attn {
+
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+
+// A thread's rows: two for each m16 tile (lane / 4 and 8 below), spread over the four lanes of a quad.
+template <int kTilesM>
+struct OnlineSoftmax {
+  static constexpr int kRows = 2 * kTilesM;
+
+  // The running maximum may lag behind the true one by this much in log2 units, so that most blocks skip the rescaling of
+  // O and of the sums. Probabilities then reach 2^8 at most, which fp16 and bf16 hold with the same relative precision.
+  static constexpr float kMaxLag = 8.0f;
+
+  float max[kRows];  // in units of the raw scores
+  float sum[kRows];  // this thread's part until `finish`
+
+  __device__ __forceinline__ OnlineSoftmax() {
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      max[row] = -INFINITY;
+      sum[row] = 0.0f;
+    }
+  }
+
+  // Replaces `scores` by exp2(scale * (score - max)) and rescales `output` where the maximum has moved.
+  template <int kTilesN, int kOutputTiles>
+  __device__ __forceinline__ void update(float (&scores)[kTilesM][kTilesN][4],
+                                         float (&output)[kTilesM][kOutputTiles][4], float scale) {
+    float block_max[kRows];
+    bool lags = false;
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      block_max[row] = row_max(scores[row / 2], row % 2);
+      lags |= (block_max[row] - max[row]) * scale > kMaxLag;
+    }
+    if (__any_sync(0xffffffff, lags)) rescale(block_max, output, scale);
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) exponentiate(scores[row / 2], row, scale);
+  }
+
+  // Completes the sums over the quad. Returns for each row 1 / sum, or 0 for a row that saw no key.
+  __device__ __forceinline__ void finish(float (&inverse_sum)[kRows]) {
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      sum[row] += __shfl_xor_sync(0xffffffff, sum[row], 1);
+      sum[row] += __shfl_xor_sync(0xffffffff, sum[row], 2);
+      inverse_sum[row] = sum[row] == 0.0f ? 0.0f : 1.0f / sum[row];
+    }
+  }
+
+  // Natural logarithm of the row's sum of exponentials; +inf for a row that saw no key. Call after `finish`.
+  __device__ __forceinline__ float log_sum_exp(int row, float scale) const {
+    return sum[row] == 0.0f ? INFINITY : max[row] * scale * kLn2 + logf(sum[row]);
+  }
+
+ private:
+  template <int kTilesN>
+  __device__ static __forceinline__ float row_max(const float (&scores)[kTilesN][4], int half) {
+    float result = fmaxf(scores[0][2 * half], scores[0][2 * half + 1]);
+#pragma unroll
+    for (int n = 1; n < kTilesN; ++n) {
+      result = fmaxf(result, fmaxf(scores[n][2 * half], scores[n][2 * half + 1]));
+    }
+    result = fmaxf(result, __shfl_xor_sync(0xffffffff, result, 1));
+    return fmaxf(result, __shfl_xor_sync(0xffffffff, result, 2));
+  }
+
+  template <int kOutputTiles>
+  __device__ __forceinline__ void rescale(const float (&block_max)[kRows], float (&output)[kTilesM][kOutputTiles][4],
+                                          float scale) {
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      const float new_max = fmaxf(max[row], block_max[row]);
+      const float factor = new_max == -INFINITY ? 1.0f : ptx::exp2_approx((max[row] - new_max) * scale);
+      max[row] = new_max;
+      sum[row] *= factor;
+#pragma unroll
+      for (int n = 0; n < kOutputTiles; ++n) {
+        output[row / 2][n][2 * (row % 2)] *= factor;
+        output[row / 2][n][2 * (row % 2) + 1] *= factor;
+      }
+    }
+  }
+
+  template <int kTilesN>
+  __device__ __forceinline__ void exponentiate(float (&scores)[kTilesN][4], int row, float scale) {
+    const float scaled_max = max[row] == -INFINITY ? 0.0f : max[row] * scale;
+#pragma unroll
+    for (int n = 0; n < kTilesN; ++n) {
+#pragma unroll
+      for (int c = 2 * (row % 2); c < 2 * (row % 2) + 2; ++c) {
+        scores[n][c] = ptx::exp2_approx(fmaf(scores[n][c], scale, -scaled_max));
+        sum[row] += scores[n][c];
+      }
+    }
+  }
+};
+
+}  // namespace flash_attn

@@ -1,0 +1,55 @@
+// The tables of what this library holds, rendered into generated/dispatch.cu, and the choice among them.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "abi.h"
+
+namespace flash_attn {
+
+using ForwardLauncher = Status (*)(const ForwardParams&, cudaStream_t);
+
+struct KernelEntry {
+  const char* key;
+  Family family;
+  Direction direction;
+  Dtype dtype;
+  int head_dim;
+  Mask mask;
+  bool split;
+  int shared_bytes;
+  ForwardLauncher launch;
+};
+
+// Machine code (or, with ptx, intermediate code) for a compute capability, given as 10 * major + minor.
+struct FamilyTarget {
+  Family family;
+  int capability;
+  bool ptx;
+};
+
+struct FamilyInfo {
+  Family family;
+  const char* name;
+  int shared_bytes;  // per thread block, on the devices that the family's tiles are made for
+};
+
+extern const KernelEntry kKernels[];
+extern const int kNumKernels;
+extern const FamilyTarget kTargets[];
+extern const int kNumTargets;
+extern const FamilyInfo kFamilies[];
+extern const int kNumFamilies;
+extern const int kHeadDims[];
+extern const int kNumHeadDims;
+
+// What the choice of a kernel depends on.
+struct Device {
+  int capability;
+  int shared_bytes;  // that one thread block may have
+};
+
+// The kernel for `params` on `device`, or null with the reason in `status` and flash_attn_last_error().
+const KernelEntry* find_forward_kernel(const ForwardParams& params, const Device& device, Status& status);
+
+}  // namespace flash_attn

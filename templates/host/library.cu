@@ -1,0 +1,141 @@
+// The C ABI of libflash_attn.so: error text, device selection, and one function per operation.
+#include <cuda_runtime.h>
+
+#include <array>
+#include <atomic>
+#include <cstdarg>
+#include <cstdio>
+#include <string>
+
+#include "common/dropout_probs.h"
+#include "host/dispatch.h"
+#include "host/status.h"
+
+namespace flash_attn {
+namespace {
+
+thread_local char last_error[512] = "";
+
+// Makes `device` current for the life of the object.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    status_ = check_cuda(cudaGetDevice(&previous_), "cudaGetDevice", "the call");
+    if (status_ != Status::kOk || previous_ == device) return;
+    status_ = check_cuda(cudaSetDevice(device), "cudaSetDevice", "the call");
+    restore_ = status_ == Status::kOk;
+  }
+  ~DeviceGuard() {
+    if (restore_) cudaSetDevice(previous_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+  Status status() const { return status_; }
+
+ private:
+  int previous_ = 0;
+  bool restore_ = false;
+  Status status_ = Status::kOk;
+};
+
+Status query_device(int index, Device& device) {
+  int major = 0, minor = 0;
+  const struct {
+    cudaDeviceAttr attribute;
+    int* value;
+  } queries[] = {{cudaDevAttrComputeCapabilityMajor, &major},
+                 {cudaDevAttrComputeCapabilityMinor, &minor},
+                 {cudaDevAttrMaxSharedMemoryPerBlockOptin, &device.shared_bytes}};
+  for (const auto& query : queries) {
+    const Status status = check_cuda(cudaDeviceGetAttribute(query.value, query.attribute, index), "cudaDeviceGetAttribute", "the device");
+    if (status != Status::kOk) return status;
+  }
+  device.capability = 10 * major + minor;
+  return Status::kOk;
+}
+
+// A device's properties do not change, so each is asked for once; two threads that ask at once write the same.
+Status device_properties(int index, Device& device) {
+  static std::array<std::atomic<uint64_t>, 64> known{};
+  const bool cached = index >= 0 && index < static_cast<int>(known.size());
+  const uint64_t packed = cached ? known[index].load(std::memory_order_relaxed) : 0;
+  if (packed != 0) {
+    device = {static_cast<int>(packed >> 32), static_cast<int>(packed & 0xffffffffu)};
+    return Status::kOk;
+  }
+  const Status status = query_device(index, device);
+  if (status == Status::kOk && cached) {
+    known[index].store(static_cast<uint64_t>(device.capability) << 32 | static_cast<uint32_t>(device.shared_bytes), std::memory_order_relaxed);
+  }
+  return status;
+}
+
+const KernelEntry* choose_kernel(const ForwardParams& params, Status& status) {
+  Device device{};
+  status = device_properties(params.device, device);
+  if (status != Status::kOk) return nullptr;
+  return find_forward_kernel(params, device, status);
+}
+
+}  // namespace
+
+Status fail(Status status, const char* format, ...) {
+  va_list arguments;
+  va_start(arguments, format);
+  std::vsnprintf(last_error, sizeof(last_error), format, arguments);
+  va_end(arguments);
+  return status;
+}
+
+}  // namespace flash_attn
+
+using namespace flash_attn;
+
+int32_t flash_attn_forward(const ForwardParams* params, void* stream) {
+  Status status;
+  const KernelEntry* kernel = choose_kernel(*params, status);
+  if (kernel == nullptr) return static_cast<int32_t>(status);
+  const DeviceGuard guard(params->device);
+  status = guard.status();
+  if (status == Status::kOk) status = kernel->launch(*params, static_cast<cudaStream_t>(stream));
+  return static_cast<int32_t>(status);
+}
+
+int32_t flash_attn_dropout_probs(const ForwardParams* params, void* stream) {
+  const DeviceGuard guard(params->device);
+  Status status = guard.status();
+  if (status == Status::kOk) status = launch_dropout_probs(*params, static_cast<cudaStream_t>(stream));
+  return static_cast<int32_t>(status);
+}
+
+const char* flash_attn_forward_kernel(const ForwardParams* params) {
+  Status status;
+  const KernelEntry* kernel = choose_kernel(*params, status);
+  return kernel == nullptr ? nullptr : kernel->key;
+}
+
+const char* flash_attn_last_error() { return last_error; }
+
+uint64_t flash_attn_layout_hash() { return kLayoutHash; }
+
+int64_t flash_attn_forward_params_size() { return sizeof(ForwardParams); }
+
+int32_t flash_attn_kernel_count() { return kNumKernels; }
+
+const char* flash_attn_kernel_key(int32_t index) { return index >= 0 && index < kNumKernels ? kKernels[index].key : nullptr; }
+
+const char* flash_attn_targets() {
+  static const std::string text = [] {
+    std::string result;
+    for (int i = 0; i < kNumTargets; ++i) {
+      const FamilyTarget& target = kTargets[i];
+      const char* family = "";
+      for (int j = 0; j < kNumFamilies; ++j) {
+        if (kFamilies[j].family == target.family) family = kFamilies[j].name;
+      }
+      result += (i > 0 ? "," : "") + std::string(family) + ":" + std::to_string(target.capability) + (target.ptx ? "+ptx" : "");
+    }
+    return result;
+  }();
+  return text.c_str();
+}

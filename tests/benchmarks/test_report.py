@@ -1,0 +1,115 @@
+"""Tables, statistics, JSON, the plot and the README's table, from made-up measurements."""
+
+import json
+
+import pytest
+
+from benchmarks import report
+from benchmarks.report import Row
+from benchmarks.settings import Setting
+
+NAMES = ["ours", "peer", "absent"]
+FACTS = {
+    "device": "GPU",
+    "driver": "1.2",
+    "torch": "2.13",
+    "dtype": "bf16",
+    "family": "sm80",
+    "date": "2026-01-01",
+    "commit": "0123456789abcdef",
+}
+
+
+@pytest.fixture
+def rows():
+    return [
+        Row(Setting(64, "full", 512), {"ours": 200.0, "peer": 100.0}),
+        Row(Setting(64, "causal", 512), {"ours": 50.0, "peer": 100.0}),
+        Row(Setting(128, "full", 1024), {"ours": 300.0}),
+    ]
+
+
+def test_geometric_mean():
+    assert report.geometric_mean([2.0, 0.5]) == pytest.approx(1.0)
+    assert report.geometric_mean([1.0, 2.0, 4.0]) == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("values", [[], [1.0, 0.0], [-1.0]])
+def test_geometric_mean_refuses(values):
+    with pytest.raises(ValueError, match="geometric mean"):
+        report.geometric_mean(values)
+
+
+def test_ratios_skip_rows_without_the_peer(rows):
+    assert report.ratios(rows, "ours", "peer") == [2.0, 0.5]
+    assert rows[2].ratio("ours", "peer") is None
+
+
+def test_cells_match_titles_and_show_what_is_missing(rows):
+    assert report.titles(NAMES) == ["d", "mask", "s", "ours", "peer", "absent", "/ peer", "/ absent"]
+    assert report.cells(rows[0], NAMES) == ["64", "full", "512", "200", "100", "-", "2.00", "-"]
+
+
+def test_aligned_lines_have_one_width(rows):
+    lines = [
+        report.aligned(report.titles(NAMES)),
+        *(report.aligned(report.cells(row, NAMES)) for row in rows),
+    ]
+    assert len({len(line) for line in lines}) == 1
+
+
+def test_summary(rows):
+    ours, absent = report.summary(rows, NAMES)
+    assert "geometric mean 1.000" in ours
+    assert "worst 0.500" in ours
+    assert "1 of 2 settings" in ours
+    assert absent == "absent: does not run here"
+
+
+def test_markdown_is_a_table_with_its_circumstances(rows):
+    text = report.markdown(rows, NAMES, FACTS)
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(table) == 2 + len(rows)
+    assert len({line.count("|") for line in table}) == 1
+    for fact in ("GPU", "driver 1.2", "torch 2.13", "bf16", "sm80", "2026-01-01", "commit 0123456789"):
+        assert fact in text
+
+
+def test_replace_between_markers():
+    text = "a\n<!-- benchmark:forward -->\nold\n<!-- /benchmark:forward -->\nb\n"
+    replaced = report.replace_between_markers(text, "forward", r"new \1")
+    assert replaced == "a\n<!-- benchmark:forward -->\nnew \\1\n<!-- /benchmark:forward -->\nb\n"
+    assert report.replace_between_markers(replaced, "forward", r"new \1") == replaced
+
+
+@pytest.mark.parametrize(
+    "text", ["", "<!-- benchmark:forward -->", "<!-- /benchmark:forward --> <!-- benchmark:forward -->"]
+)
+def test_replace_between_markers_needs_the_pair(text):
+    with pytest.raises(ValueError, match="exactly once"):
+        report.replace_between_markers(text, "forward", "new")
+
+
+def test_the_readme_has_the_markers(pytestconfig):
+    readme = (pytestconfig.rootpath / "README.md").read_text()
+    assert "new table" in report.replace_between_markers(readme, "forward", "new table")
+
+
+def test_json(tmp_path, rows, capsys):
+    path = tmp_path / "new" / "forward.json"
+    report.write_json(path, FACTS, [row.as_record() for row in rows])
+    written = json.loads(path.read_text())
+    assert written["device"] == "GPU"
+    assert written["rows"][0] == {
+        "head_dim": 64,
+        "mask": "full",
+        "seqlen": 512,
+        "tflops": {"ours": 200.0, "peer": 100.0},
+    }
+    assert str(path) in capsys.readouterr().out
+
+
+def test_plot(tmp_path, rows):
+    pytest.importorskip("matplotlib")
+    report.plot_forward(tmp_path / "forward.png", rows, NAMES, FACTS)
+    assert (tmp_path / "forward.png").read_bytes().startswith(b"\x89PNG")
