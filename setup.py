@@ -1,7 +1,9 @@
 """Build entry: compiles the selection of FLASH_ATTN_* into the package and tags the wheel; see codegen/."""
 
+import shutil
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 from setuptools import Command, Distribution, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -28,7 +30,7 @@ class LibraryDistribution(Distribution):
 
 
 class BuildKernels(Command):
-    """Puts libflash_attn.so and _build.json beside the package's modules, in place for an editable install."""
+    """Puts the library and _build.json beside the package's modules, in place for an editable install."""
 
     description = "compile the CUDA kernels"
     user_options = ()
@@ -42,11 +44,12 @@ class BuildKernels(Command):
 
     def run(self) -> None:
         chosen = selected()
-        for note in chosen.notes:
-            print(f"flash-attn: {note}")
-        if not chosen.targets:
-            print("flash-attn: no kernels selected, this installation runs on the CPU only")
+        print(f"flash-attn: {chosen.summary}")
         out = PACKAGE if self.editable_mode else Path(self.build_lib) / PACKAGE.name
+        if not self.editable_mode:
+            builder.remove_library(out)
+        if not chosen.targets:
+            return
         try:
             builder.build(chosen, builder.default_build_dir(chosen), out)
         except CodegenError as error:
@@ -64,9 +67,13 @@ class BuildKernels(Command):
 
 
 class Build(build):
-    """setuptools' build, then the kernels."""
+    """setuptools' build into an empty folder, so that nothing removed survives, then the kernels."""
 
-    sub_commands = [*build.sub_commands, ("build_kernels", None)]
+    sub_commands: ClassVar = [*build.sub_commands, ("build_kernels", None)]
+
+    def run(self) -> None:
+        shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
 
 
 class BdistWheel(bdist_wheel):

@@ -50,7 +50,7 @@ def ratios(rows: Iterable[Row], name: str, peer: str) -> list[float]:
 
 def titles(names: Sequence[str]) -> list[str]:
     """Column titles of the forward table: setting, TFLOP/s by provider, ratio of the first to each peer."""
-    return ["d", "mask", "s", *names, *(f"/ {peer}" for peer in names[1:])]
+    return ["d", "mask", "s", *names, *(f"vs {peer}" for peer in names[1:])]
 
 
 def cells(row: Row, names: Sequence[str]) -> list[str]:
@@ -154,6 +154,8 @@ def _plot_panel(speed: Any, ratio: Any, rows: Sequence[Row], names: Sequence[str
     ratio.axhline(1, color="gray", linewidth=0.8)
     ratio.set(ylabel="ours / peer", xlabel="seqlen")
     ratio.set_xscale("log", base=2)
+    ticks = [row.setting.seqlen for row in rows]
+    ratio.set_xticks(ticks, [str(tick) for tick in ticks])
 
 
 def plot_forward(path: Path, rows: Sequence[Row], names: Sequence[str], facts: Mapping[str, Any]) -> None:

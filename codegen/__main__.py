@@ -62,7 +62,7 @@ def check() -> int:
     from codegen import render, selection
 
     diff = render.diff_tree(render.render_sources(selection.full_selection()), GENERATED)
-    diff += render.diff_file(PACKAGE / "_abi.py", render.render_abi_module())
+    diff += render.diff_file(PACKAGE / "_abi.py", render.render_abi_module(), "flash_attn/_abi.py")
     if diff:
         print(diff, end="")
         print("generated files are stale: run python -m codegen", file=sys.stderr)
@@ -74,7 +74,7 @@ def list_selected(part: str | None) -> int:
     from codegen import selection, units
 
     chosen = selection.from_environment()
-    _print_notes(chosen.notes)
+    print(f"flash-attn: {chosen.summary}", file=sys.stderr)
     listed = units.list_units(chosen)
     for unit in units.shard(listed, part) if part else listed:
         print(f"{unit.key}\t{GENERATED.name}/{unit.path}")
@@ -86,7 +86,7 @@ def build(build_dir: Path | None) -> int:
     from codegen import builder, selection
 
     chosen = selection.from_environment()
-    _print_notes(chosen.notes)
+    print(f"flash-attn: {chosen.summary}", file=sys.stderr)
     builder.build(chosen, build_dir or builder.default_build_dir(chosen), PACKAGE)
     return 0
 
@@ -98,11 +98,6 @@ def report(build_dir: Path | None) -> int:
     folder = build_dir or builder.default_build_dir(selection.from_environment())
     print(report.table(report.read_records(folder)), end="")
     return 0
-
-
-def _print_notes(notes: tuple[str, ...]) -> None:
-    for note in notes:
-        print(f"flash-attn: {note}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""The PEP 517 backend: setuptools, plus NVIDIA's compiler wheels where kernels are asked for and no nvcc is there."""
+"""The PEP 517 backend: setuptools, plus NVIDIA's compiler wheels where kernels need an nvcc."""
+
+from typing import Any
 
 from setuptools import build_meta
 from setuptools.build_meta import (
@@ -24,14 +26,14 @@ __all__ = [
 ]
 
 
-def get_requires_for_build_wheel(config_settings: dict | None = None) -> list[str]:
+def get_requires_for_build_wheel(config_settings: dict[str, Any] | None = None) -> list[str]:
     """setuptools' own requirements and those of the toolchain."""
-    return build_meta.get_requires_for_build_wheel(config_settings) + compiler_requirements()
+    return [*build_meta.get_requires_for_build_wheel(config_settings), *compiler_requirements()]
 
 
-def get_requires_for_build_editable(config_settings: dict | None = None) -> list[str]:
+def get_requires_for_build_editable(config_settings: dict[str, Any] | None = None) -> list[str]:
     """setuptools' own requirements and those of the toolchain."""
-    return build_meta.get_requires_for_build_editable(config_settings) + compiler_requirements()
+    return [*build_meta.get_requires_for_build_editable(config_settings), *compiler_requirements()]
 
 
 def compiler_requirements() -> list[str]:

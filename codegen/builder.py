@@ -29,11 +29,10 @@ def default_build_dir(selection: Selection) -> Path:
 def build(selection: Selection, build_dir: Path, out: Path, templates: Path = TEMPLATES) -> None:
     """Compile the selection in ``build_dir`` and put the library and ``_build.json`` into the folder ``out``.
 
-    Without targets nothing is compiled and a library that is there is removed. Raises CodegenError.
+    Raises CodegenError, also for a selection without targets.
     """
     if not selection.targets:
-        remove_library(out)
-        return
+        raise BuildError("no kernels are selected: set FLASH_ATTN_ARCHS")
     tools = toolchain.find_toolchain()
     toolchain.check_targets(tools, selection)
     units = list_units(selection)
@@ -43,6 +42,7 @@ def build(selection: Selection, build_dir: Path, out: Path, templates: Path = TE
     text = ninja.build_file(sources, tools, (templates, generated), build_dir)
     render.write_file(build_dir / "exports.map", ninja.VERSION_SCRIPT)
     render.write_file(build_dir / "build.ninja", text)
+    _remove_stale(build_dir / "objects", {source.name for source in sources})
     _run_ninja(build_dir)
     install(build_dir / LIBRARY, out)
     render.write_file(out / BUILD_INFO, json.dumps(_build_info(selection, units, tools), indent=1) + "\n")
@@ -65,10 +65,22 @@ def remove_library(out: Path) -> None:
         (out / name).unlink(missing_ok=True)
 
 
+def _remove_stale(objects: Path, names: set[str]) -> None:
+    """Remove objects and records of units that are no longer part of the selection."""
+    for path in objects.glob("*"):
+        if path.name.split(".")[0] not in names:
+            path.unlink()
+
+
 def _run_ninja(build_dir: Path) -> None:
     command = [*_ninja_command(), "-f", str(build_dir / "build.ninja"), "-j", str(ninja.jobs())]
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {"NINJA_STATUS": "[%f/%t, %es] ", **os.environ, "PYTHONPATH": path}
+    environment = {
+        "NINJA_STATUS": "[%f/%t, %es] ",
+        **os.environ,
+        "CODEGEN_PYTHON": sys.executable,
+        "PYTHONPATH": path,
+    }
     if subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode:
         raise BuildError(f"the build in {build_dir} failed, see above")
 
@@ -86,7 +98,7 @@ def _build_info(selection: Selection, units: list[Unit], tools: toolchain.Toolch
     return {
         "project_version": project_version(),
         "commit": commit(),
-        "archs": [str(target) for target in selection.targets],
+        "archs": [target.arch for target in selection.targets],
         "head_dims": list(selection.head_dims),
         "dtypes": list(selection.dtypes),
         "directions": list(selection.directions),

@@ -45,7 +45,9 @@ def messages(text: str) -> str:
     return "\n".join(line for line in text.splitlines() if line.strip() and not report.match(line))
 
 
-def run(name: str, object_file: Path, nvcc: str, release: str, flags: list[str]) -> int:
+def run(
+    name: str, object_file: Path, nvcc: str, release: str, flags: list[str], dynamic_smem: int = 0
+) -> int:
     """Compile; write the record beside the object; print one line, or the errors. Returns the exit status."""
     start = time.monotonic()
     outputs = ["-Xptxas=-v", "-MD", "-MF", f"{object_file}.d", "-o", str(object_file)]
@@ -68,6 +70,7 @@ def run(name: str, object_file: Path, nvcc: str, release: str, flags: list[str])
         "cpu_s": round(usage.ru_utime + usage.ru_stime, 2),
         "peak_mb": round(usage.ru_maxrss / 1024),
         "object_bytes": object_file.stat().st_size,
+        "dynamic_smem": dynamic_smem,
         "kernels": parse_ptxas(done.stdout),
     }
     object_file.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
@@ -76,14 +79,18 @@ def run(name: str, object_file: Path, nvcc: str, release: str, flags: list[str])
 
 
 def summary(record: Record) -> str:
-    """One line: seconds, memory, and the kernels' worst registers, spills and static shared memory."""
+    """One line: seconds, memory, and the kernels' worst registers, spills and shared memory."""
     line = f"{record['name']}: {record['wall_s']:.1f} s, {record['peak_mb']} MB"
     if not record["kernels"]:
         return line
-    registers, spills, smem = (
-        max(k[field] for k in record["kernels"]) for field in ("registers", "spills", "smem")
-    )
-    return f"{line}, {registers} registers, {spills} bytes spilled, {smem} bytes static smem"
+    registers, spills, smem = (worst(record, field) for field in ("registers", "spills", "smem"))
+    return f"{line}, {registers} registers, {spills} bytes spilled, {smem} bytes shared"
+
+
+def worst(record: Record, field: str) -> int:
+    """The largest value among the unit's kernels; for "smem", static and dynamic together."""
+    value: int = max(kernel[field] for kernel in record["kernels"])
+    return value + record["dynamic_smem"] if field == "smem" else value
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -95,9 +102,10 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--nvcc", required=True)
     parser.add_argument("--release", required=True, help="nvcc's release: another one means another command")
+    parser.add_argument("--smem", type=int, default=0, help="the kernel's dynamic shared memory in bytes")
     parser.add_argument("flags", nargs="+")
     options = parser.parse_args(arguments)
-    return run(options.name, options.object, options.nvcc, options.release, options.flags)
+    return run(options.name, options.object, options.nvcc, options.release, options.flags, options.smem)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import os
 import shlex
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +26,8 @@ COMPILE_FLAGS = (
 
 RULES = """\
 rule compile
-  command = $python -m codegen.compile --name $name --object $out --nvcc $nvcc --release $release -- $
-      $flags $gencode -c $in
+  command = "$$CODEGEN_PYTHON" -m codegen.compile --name $name --smem $smem $
+      --object $out --nvcc $nvcc --release $release -- $flags $gencode -c $in
   depfile = $out.d
   deps = gcc
   description = nvcc $name
@@ -43,11 +42,12 @@ VERSION_SCRIPT = "{ global: flash_attn_*; local: *; };\n"
 
 @dataclass(frozen=True)
 class Source:
-    """A file to compile: its name in the build log, its path, and what it is compiled for."""
+    """A file to compile: name in the build log, path, targets, and its kernel's dynamic shared memory."""
 
     name: str
     path: Path
     gencode: tuple[str, ...]
+    smem_bytes: int = 0
 
 
 def sources(
@@ -55,10 +55,14 @@ def sources(
 ) -> list[Source]:
     """The units, those that take longest first, then the dispatch table and the hand-written files."""
     everything = gencode_flags(selection.targets)
+    by_family = {
+        family: gencode_flags(target for target in selection.targets if target.family == family)
+        for family in selection.families
+    }
     largest_first = sorted(units, key=lambda unit: -unit.head_dim)
     kernels = [
-        Source(u.key, generated / u.path, gencode_flags(t for t in selection.targets if t.family == u.family))
-        for u in largest_first
+        Source(unit.key, generated / unit.path, by_family[unit.family], unit.smem_bytes)
+        for unit in largest_first
     ]
     shared = [generated / "dispatch.cu", *sorted(templates.glob("*/*.cu"))]
     return kernels + [Source(path.stem, path, everything) for path in shared]
@@ -86,7 +90,6 @@ def build_file(
     lines = [
         "ninja_required_version = 1.5",
         f"builddir = {_value(build_dir)}",
-        f"python = {_words(sys.executable)}",
         f"nvcc = {_words(toolchain.nvcc)}",
         f"release = {toolchain.release}",
         f"flags = {_words(*flags)}",
@@ -101,6 +104,7 @@ def build_file(
         lines += [
             f"build {objects[-1]}: compile {_path(source.path)}",
             f"  name = {source.name}",
+            f"  smem = {source.smem_bytes}",
             f"  gencode = {_words(*source.gencode)}",
         ]
     library = _path(build_dir / LIBRARY)

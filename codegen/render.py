@@ -104,13 +104,14 @@ def stale_files(files: Mapping[str, str], folder: Path) -> list[str]:
 def diff_tree(files: Mapping[str, str], folder: Path) -> str:
     """Unified diff from what the folder holds to what it should hold; empty if it is up to date."""
     expected = {**dict.fromkeys(stale_files(files, folder), ""), **files}
-    return "".join(diff_file(folder / path, text) for path, text in sorted(expected.items()))
+    return "".join(
+        diff_file(folder / path, text, f"{folder.name}/{path}") for path, text in sorted(expected.items())
+    )
 
 
-def diff_file(path: Path, text: str) -> str:
-    """Unified diff from a file (absent = empty) to the text that it should hold."""
+def diff_file(path: Path, text: str, name: str) -> str:
+    """Unified diff from a file (absent = empty) to the text that it should hold, under the given name."""
     present = path.read_text() if path.is_file() else ""
-    name = "/".join(path.parts[-3:])
     lines = difflib.unified_diff(
         present.splitlines(keepends=True), text.splitlines(keepends=True), f"a/{name}", f"b/{name}"
     )

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from codegen import CodegenError
-from codegen.compile import Record
+from codegen.compile import Record, worst
 
 COLUMNS = ("unit", "wall s", "CPU s", "peak MB", "regs", "spill B", "stack B", "smem B", "object KB")
 
@@ -49,7 +49,7 @@ def _total(name: str, records: Sequence[Record]) -> tuple[str, ...]:
 
 
 def _cells(records: Sequence[Record]) -> tuple[str, ...]:
-    """Sums of time and size; maxima of memory, registers, spills, stack and static shared memory."""
+    """Sums of time and size; maxima of memory, registers, spills, stack and shared memory."""
     return (
         f"{sum(r['wall_s'] for r in records):.1f}",
         f"{sum(r['cpu_s'] for r in records):.1f}",
@@ -60,7 +60,7 @@ def _cells(records: Sequence[Record]) -> tuple[str, ...]:
 
 
 def _worst(records: Iterable[Record], field: str) -> str:
-    values = [kernel[field] for record in records for kernel in record["kernels"]]
+    values = [worst(record, field) for record in records if record["kernels"]]
     return str(max(values)) if values else "-"
 
 

@@ -7,6 +7,8 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
+from typing import TypeVar
 
 from codegen import CodegenError, axes
 
@@ -20,6 +22,9 @@ VARIABLES = {
     "FLASH_ATTN_WHEEL_INDEX": "where to look for a prebuilt wheel",
     "FLASH_ATTN_FORCE_FAMILY": "kernel family to use, read at run time",
 }
+
+
+_Value = TypeVar("_Value", str, int)
 
 
 class SelectionError(CodegenError):
@@ -37,6 +42,12 @@ class Target:
     def __str__(self) -> str:
         return f"{self.family}:{self.capability}{'+ptx' if self.ptx else ''}"
 
+    @property
+    def arch(self) -> str:
+        """The item of FLASH_ATTN_ARCHS that selects this target."""
+        default = axes.ARCHS[self.capability].family == self.family
+        return str(self).removeprefix(f"{self.family}:") if default else str(self)
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -47,6 +58,14 @@ class Selection:
     dtypes: tuple[str, ...]
     directions: tuple[str, ...]
     notes: tuple[str, ...] = field(default=(), compare=False)
+
+    @property
+    def summary(self) -> str:
+        """One line: what was left out and what is built."""
+        targets = ", ".join(str(target) for target in self.targets)
+        return "; ".join(
+            [*self.notes, f"kernels for {targets}" if targets else "no kernels, CPU backend only"]
+        )
 
     @property
     def families(self) -> tuple[str, ...]:
@@ -118,7 +137,7 @@ def _items(value: str) -> list[str]:
     return [item.lower() for item in re.split(r"[;,\s]+", value) if item]
 
 
-def _axis(environ: Mapping[str, str], name: str, known: tuple) -> tuple:
+def _axis(environ: Mapping[str, str], name: str, known: tuple[_Value, ...]) -> tuple[_Value, ...]:
     """The chosen values of one axis, in the axis's own order; unset or empty means all."""
     by_text = {str(value): value for value in known}
     chosen = _items(environ.get(name, "")) or list(by_text)
@@ -177,9 +196,7 @@ def _target(item: str) -> Target:
 def _native_targets(capabilities: list[int]) -> tuple[tuple[Target, ...], tuple[str, ...]]:
     """Targets for the GPUs present; a GPU without kernels is skipped with a note."""
     if not capabilities:
-        return (), (
-            "no GPU found: no kernels are built, CPU backend only (FLASH_ATTN_ARCHS=80;90 would build some)",
-        )
+        return (), ("no GPU found (FLASH_ATTN_ARCHS=80;90 builds kernels all the same)",)
     targets, notes = [], []
     for capability in sorted(set(capabilities)):
         arch = _compatible_arch(capability)
@@ -207,6 +224,7 @@ def _ordered(targets: Iterable[Target]) -> tuple[Target, ...]:
     return tuple(Target(family, capability, ptx) for (family, capability), ptx in sorted(merged.items()))
 
 
+@cache
 def detect_gpus() -> list[int]:
     """Compute capabilities (90 for 9.0) of the GPUs present, from libcuda or else nvidia-smi."""
     try:

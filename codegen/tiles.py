@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from codegen import CodegenError, axes
 
-ACCUMULATOR_OVERHEAD = 40
-"""Registers per thread besides the fp32 O and S fragments: addresses, softmax state, K and V fragments."""
+REGISTER_OVERHEAD = 40
+"""Registers per thread besides the fp32 O and S fragments: addresses, softmax state, Q, K and V fragments."""
 
 
 class TileError(CodegenError):
@@ -14,57 +14,54 @@ class TileError(CodegenError):
 
 @dataclass(frozen=True)
 class ForwardTile:
-    """Tile of a forward kernel.
+    """Tile of a forward kernel; its fields are the arguments of the C++ ``ForwardTile``, in order.
 
-    ``stages`` counts the buffers of K and of V, ``min_blocks`` is the minimum of CTAs per SM given to
-    ``__launch_bounds__``, and ``q_in_regs`` keeps the Q fragments in registers for the whole loop.
+    ``min_blocks`` is the number of thread blocks per multiprocessor that ``__launch_bounds__`` asks for.
+    With ``warps_per_row`` = 2, a pair of warps shares rows: each computes half of the columns of S and of O.
     """
 
     block_m: int
     block_n: int
     warps: int
-    stages: int
     min_blocks: int
-    q_in_regs: bool
+    warps_per_row: int = 1
 
     @property
     def rows_per_warp(self) -> int:
-        return self.block_m // self.warps
+        return self.block_m * self.warps_per_row // self.warps
 
     def smem_bytes(self, head_dim: int) -> int:
-        """Dynamic shared memory: Q once, K and V ``stages`` times each, two bytes an element."""
-        return 2 * (self.block_m * head_dim + self.stages * 2 * self.block_n * head_dim)
+        """Dynamic shared memory of a block: Q, K and V, two bytes an element, and what pairs exchange."""
+        return 2 * (self.block_m * head_dim + 2 * self.block_n * head_dim) + self.pair_bytes
+
+    @property
+    def pair_bytes(self) -> int:
+        """Shared memory in which pairs of warps exchange P, two bytes an element, and two fp32 row maxima."""
+        return self.block_m * self.block_n * 2 + self.block_m * 2 * 4 if self.warps_per_row == 2 else 0
 
     def register_floor(self, head_dim: int) -> int:
-        """Registers per thread below which the fp32 O and S fragments (and Q, if kept) must spill."""
-        accumulators = self.rows_per_warp * (head_dim + self.block_n) // 32
-        query = self.rows_per_warp * head_dim // 64 if self.q_in_regs else 0
-        return accumulators + query + ACCUMULATOR_OVERHEAD
+        """Registers per thread below which the fp32 O and S fragments must spill."""
+        columns = (head_dim + self.block_n) // self.warps_per_row
+        return self.rows_per_warp * columns // 32 + REGISTER_OVERHEAD
 
 
 # family -> head dim -> mask class (or "default") -> tile
 FORWARD_TILES: dict[str, dict[int, dict[str, ForwardTile]]] = {
     "sm80": {
-        32: {"default": ForwardTile(128, 128, 4, 1, 2, False)},
-        64: {"default": ForwardTile(128, 128, 4, 1, 2, False)},
-        96: {"default": ForwardTile(128, 64, 4, 1, 2, False)},
-        128: {"default": ForwardTile(128, 64, 4, 1, 2, False)},
-        192: {"default": ForwardTile(128, 64, 8, 1, 1, False)},
-        256: {"default": ForwardTile(64, 64, 4, 1, 1, False)},
+        32: {"default": ForwardTile(128, 64, 4, 3)},
+        64: {"default": ForwardTile(128, 128, 4, 2)},
+        96: {"default": ForwardTile(128, 64, 4, 2)},
+        128: {"default": ForwardTile(128, 64, 4, 2)},
+        192: {"default": ForwardTile(128, 128, 8, 1)},
+        256: {"default": ForwardTile(64, 64, 4, 1, 2)},
     },
     "sm86": {
-        32: {"default": ForwardTile(128, 128, 4, 1, 2, False)},
-        64: {"default": ForwardTile(128, 128, 4, 1, 2, False)},
-        96: {
-            "default": ForwardTile(128, 64, 4, 1, 1, False),
-            "causal": ForwardTile(64, 64, 4, 1, 2, False),
-        },
-        128: {
-            "default": ForwardTile(64, 64, 4, 1, 2, False),
-            "full": ForwardTile(128, 32, 4, 1, 2, False),
-        },
-        192: {"default": ForwardTile(64, 64, 4, 1, 1, False)},
-        256: {"default": ForwardTile(64, 32, 4, 1, 1, False)},
+        32: {"default": ForwardTile(128, 64, 4, 3)},
+        64: {"default": ForwardTile(128, 128, 4, 2)},
+        96: {"default": ForwardTile(128, 64, 4, 2), "causal": ForwardTile(64, 64, 4, 2)},
+        128: {"default": ForwardTile(64, 64, 4, 2), "full": ForwardTile(128, 32, 4, 2)},
+        192: {"default": ForwardTile(128, 64, 8, 1)},
+        256: {"default": ForwardTile(64, 64, 4, 1)},
     },
 }
 
@@ -97,23 +94,28 @@ def check_forward_tile(tile: ForwardTile, family: axes.Family, head_dim: int, ma
 
 def _shape_problems(tile: ForwardTile) -> list[str]:
     problems = []
-    if tile.block_m % (16 * tile.warps):
+    if tile.warps_per_row not in (1, 2):
+        problems.append(f"warps_per_row = {tile.warps_per_row}, not 1 or 2")
+    if tile.block_m * tile.warps_per_row % (16 * tile.warps):
         problems.append(
-            f"rows per warp: block_m / warps = {tile.block_m} / {tile.warps} = {tile.block_m / tile.warps:g},"
-            " not a multiple of 16"
+            "rows per warp: block_m * warps_per_row / warps"
+            f" = {tile.block_m} * {tile.warps_per_row} / {tile.warps}"
+            f" = {tile.block_m * tile.warps_per_row / tile.warps:g}, not a multiple of 16"
         )
-    if tile.block_n % 16:
-        problems.append(f"block_n = {tile.block_n}, not a multiple of 16")
-    if tile.stages not in (1, 2):
-        problems.append(f"stages = {tile.stages}, not 1 or 2")
+    if tile.block_n % (16 * tile.warps_per_row):
+        problems.append(
+            f"keys per warp: block_n / warps_per_row = {tile.block_n} / {tile.warps_per_row}"
+            f" = {tile.block_n / tile.warps_per_row:g}, not a multiple of 16"
+        )
     return problems
 
 
 def _smem_problems(tile: ForwardTile, family: axes.Family, head_dim: int) -> list[str]:
     smem = tile.smem_bytes(head_dim)
+    pairs = f" + {tile.pair_bytes} for pairs" if tile.pair_bytes else ""
     formula = (
-        f"2 * (block_m * d + stages * 2 * block_n * d)"
-        f" = 2 * ({tile.block_m} * {head_dim} + {tile.stages} * 2 * {tile.block_n} * {head_dim}) = {smem}"
+        f"2 * (block_m * d + 2 * block_n * d){pairs}"
+        f" = 2 * ({tile.block_m} * {head_dim} + 2 * {tile.block_n} * {head_dim}){pairs} = {smem}"
     )
     problems = []
     if smem > family.smem_per_block:
@@ -134,10 +136,10 @@ def _register_problems(tile: ForwardTile, family: axes.Family, head_dim: int) ->
     floor = tile.register_floor(head_dim)
     if floor <= limit:
         return []
-    rows = tile.rows_per_warp
-    query = f" + {rows} * {head_dim} / 64" if tile.q_in_regs else ""
     return [
-        f"registers per thread: (rows_per_warp * d + rows_per_warp * block_n) / 32 + overhead"
-        f" = ({rows} * {head_dim} + {rows} * {tile.block_n}) / 32{query} + {ACCUMULATOR_OVERHEAD} = {floor}"
-        f" > min({family.regs_per_thread}, {family.regs_per_sm} / (min_blocks * warps * 32 = {threads})) = {limit}"
+        f"registers per thread: rows_per_warp * (d + block_n) / warps_per_row / 32 + overhead"
+        f" = {tile.rows_per_warp} * ({head_dim} + {tile.block_n}) / {tile.warps_per_row} / 32"
+        f" + {REGISTER_OVERHEAD} = {floor}"
+        f" > min({family.regs_per_thread}, {family.regs_per_sm} / ({tile.min_blocks} * {tile.warps} * 32))"
+        f" = {limit}"
     ]

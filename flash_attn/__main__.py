@@ -1,4 +1,4 @@
-"""`python -m flash_attn`: what this machine has, what this build holds, and one checked attention on a text."""
+"""`python -m flash_attn`: what this machine has, what this build holds, one checked attention on a text."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ LIBRARY = "libflash_attn.so"
 def main(argv: list[str] | None = None) -> int:
     """Print the report. Returns 0, 1 if the result is wrong, 2 if the device asked for cannot be used."""
     parser = argparse.ArgumentParser(prog="python -m flash_attn", description=__doc__)
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run attention")
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run attention"
+    )
     parser.add_argument("--seqlen", type=int, help="bytes of text, one token each")
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
     args = parser.parse_args(argv)
@@ -103,17 +105,17 @@ def _render_attention(report: dict[str, Any]) -> list[str]:
     result = report["attention"]
     if result is None:
         return ["attention", "  not run"]
-    rows = [["", "worst error", "time"]]
+    rows = [[" " * (LABEL_WIDTH - 2), "worst error", "time"]]
     for name, label in (("flash_attn", "flash_attn"), ("torch_sdpa", "torch SDPA")):
         rows.append([label, f"{result[name]['error']:.2e}", f"{result[name]['milliseconds']:.3f} ms"])
-    rows.append(["allowed", f"{result['allowed']:.2e}", "twice the error of the formula in the same dtype, plus 1e-5"])
+    rows.append(["allowed", f"{result['allowed']:.2e}", "2 x the formula's error in this dtype + 1e-5"])
     speedup = result["torch_sdpa"]["milliseconds"] / result["flash_attn"]["milliseconds"]
     verdict = "right" if result["right"] else "WRONG: the error is above what is allowed"
     return [
         "attention on a text, against fp64",
-        _line("text", f"{result['text']!r} ... {result['seqlen']} bytes, one token each"),
+        _line("text", f"{result['text']!r} and so on, {result['seqlen']} bytes, one token each"),
         _line("problem", f"causal, {result['num_heads']} heads of {result['head_dim']}, {result['dtype']}"),
-        _line("computed by", f"{result['kernel']} on {result['device']}"),
+        _line("device", result["device"]),
         *_table(rows),
         _line("result", f"{verdict}; {speedup:.2f} times the speed of torch SDPA"),
     ]

@@ -1,7 +1,7 @@
 """CPU backend: attention forward and backward through torch operations, in blocks of queries.
 
-At most about `SCORES_AT_ONCE` scores exist at any time, so memory grows linearly with the sequence length. Half types are
-computed in fp32, fp32 and fp64 in themselves. Arguments come validated from `_operations`.
+At most about `SCORES_AT_ONCE` scores exist at any time, so memory grows linearly with the sequence length.
+Half types are computed in fp32, fp32 and fp64 in themselves. Arguments come validated from `_operations`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Outputs = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Some batch entries, heads before rows, in the type that is computed in: q (B, h, sq, d), k and v (B, hk, sk, d)."""
+    """Some batch entries in the type that is computed in: q (B, h, sq, d), k and v (B, hk, sk, d)."""
 
     q: Tensor
     k: Tensor
@@ -87,7 +87,7 @@ def _clamp(x: int, high: int) -> int:
 
 
 def _hidden(distance: Tensor, scoring: Scoring) -> Tensor:
-    """Return which keys are outside the window; `distance` is the query's aligned position minus the key's."""
+    """Return which keys are outside the window; `distance` is the aligned query minus the key."""
     hidden = torch.zeros_like(distance, dtype=torch.bool)
     if scoring.window_left >= 0:
         hidden |= distance > scoring.window_left
@@ -101,7 +101,9 @@ def _heads_first(x: Tensor) -> Tensor:
     return x.transpose(1, 2).to(lse_dtype(x.dtype))
 
 
-def _chunks(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, first_batch: int) -> Iterator[tuple[slice, _Chunk]]:
+def _chunks(
+    q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, first_batch: int
+) -> Iterator[tuple[slice, _Chunk]]:
     """Split q, k, v (b, s, h, d) into groups of batch entries whose scores for 16 rows fit the budget."""
     batch, seqlen_q, num_heads, _ = q.shape
     step = _clamp(SCORES_AT_ONCE // max(1, num_heads * k.shape[1] * min(seqlen_q, 16)), batch)
@@ -110,8 +112,11 @@ def _chunks(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, first_batch: int)
         part = slice(start, min(start + step, batch))
         of_part = None
         if slopes is not None:
-            of_batch = slopes if slopes.dim() == 1 else slopes[first_batch + part.start : first_batch + part.stop]
-            of_part = of_batch.expand(part.stop - part.start, num_heads)[..., None, None].to(lse_dtype(q.dtype))
+            if slopes.dim() == 1:
+                of_part = slopes.expand(part.stop - start, num_heads)
+            else:
+                of_part = slopes[first_batch + start : first_batch + part.stop]
+            of_part = of_part[..., None, None].to(lse_dtype(q.dtype))
         heads = (_heads_first(x[part]) for x in (q, k, v))
         yield part, _Chunk(*heads, of_part, scoring, first_batch + start)
 
@@ -152,8 +157,8 @@ def attend(
 
 
 def attend_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
-    softmax_d: Tensor, scoring: Scoring, first_batch: int = 0, rng_state: Tensor | None = None,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dq: Tensor, dk: Tensor,
+    dv: Tensor, softmax_d: Tensor, scoring: Scoring, first_batch: int = 0, rng_state: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Write dq, dk, dv and D = rowsum(dO * O), given as (b, h, sq) (FlashAttention-2, section 3.1.2).
 
@@ -190,8 +195,9 @@ def attend_backward(
 
 
 def _dropout_buffers(
-    q: Tensor, shape: tuple[int, ...], scoring: Scoring, return_softmax: bool, generator: torch.Generator | None
-) -> tuple[Tensor | None, Tensor | None]:
+    q: Tensor, shape: tuple[int, ...], scoring: Scoring, return_softmax: bool,
+    generator: torch.Generator | None,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """Return (S_dmask, rng_state) as far as the call needs them."""
     if scoring.dropout_p == 0.0:
         return None, None
@@ -199,6 +205,7 @@ def _dropout_buffers(
     return probs, new_rng_state(q.device, generator)
 
 
+@torch.no_grad()
 def forward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, scoring: Scoring, return_softmax: bool,
     generator: torch.Generator | None,
@@ -213,9 +220,10 @@ def forward(
     return out, lse, probs, rng_state
 
 
+@torch.no_grad()
 def backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
-    scoring: Scoring, rng_state: Tensor | None,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dq: Tensor, dk: Tensor,
+    dv: Tensor, scoring: Scoring, rng_state: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """Write dq, dk, dv; return softmax_d (b, h, sq rounded up to 128), zero past sq."""
     softmax_d = torch.zeros(softmax_d_shape(q), dtype=lse_dtype(q.dtype))
@@ -230,12 +238,14 @@ def gather_pages(pages: Tensor, blocks: Tensor, length: int) -> Tensor:
     return pages[used].flatten(0, 1)[:length].unsqueeze(0)
 
 
+@torch.no_grad()
 def varlen_forward(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, scoring: Scoring, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
-    max_seqlen_q: int, max_seqlen_k: int, block_table: Tensor | None, leftpad_k: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, scoring: Scoring, cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int, leftpad_k: Tensor | None,
     seqused_k: Tensor | None, return_softmax: bool, generator: torch.Generator | None,
+    block_table: Tensor | None,
 ) -> Outputs:  # fmt: skip
-    """Return (out, lse (h, total_q), S_dmask, rng_state), sequence by sequence; other rows are 0 with LSE +inf."""
+    """Return (out, lse (h, total_q), S_dmask, rng_state), by sequence; other rows are 0 with LSE +inf."""
     q_bounds, k_bounds = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     batch, num_heads = len(q_bounds) - 1, q.shape[1]
     out = empty_out(q) if out is None else out
@@ -257,11 +267,12 @@ def varlen_forward(
     return out, lse, probs, rng_state
 
 
+@torch.no_grad()
 def varlen_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
-    scoring: Scoring, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, rng_state: Tensor | None,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dq: Tensor, dk: Tensor,
+    dv: Tensor, scoring: Scoring, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, rng_state: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """Write dq, dk, dv, zero outside the sequences; return softmax_d (h, total_q + 128 b), zero past total_q."""
+    """Write dq, dk, dv, zero outside the sequences; return softmax_d (h, total_q + 128 b)."""
     q_bounds, k_bounds = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     batch = len(q_bounds) - 1
     softmax_d = torch.zeros(varlen_softmax_d_shape(q, batch), dtype=lse_dtype(q.dtype))
@@ -270,7 +281,8 @@ def varlen_backward(
     for b in range(batch):
         rows, cols = slice(q_bounds[b], q_bounds[b + 1]), slice(k_bounds[b], k_bounds[b + 1])
         attend_backward(
-            dout[None, rows], q[None, rows], k[None, cols], v[None, cols], out[None, rows], lse[None, :, rows],
-            dq[None, rows], dk[None, cols], dv[None, cols], softmax_d[None, :, rows], scoring, b, rng_state,
+            dout[None, rows], q[None, rows], k[None, cols], v[None, cols], out[None, rows],
+            lse[None, :, rows], dq[None, rows], dk[None, cols], dv[None, cols], softmax_d[None, :, rows],
+            scoring, b, rng_state,
         )  # fmt: skip
     return softmax_d

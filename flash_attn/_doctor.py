@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterable
+from itertools import product
 from statistics import median
 from typing import Any
 
@@ -23,13 +24,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import flash_attn
+from flash_attn import _abi, _library
+from flash_attn._version import PROJECT_VERSION
 
 KEY = re.compile(
     r"(?P<direction>[a-z]+)_(?P<family>sm\d+)_(?P<dtype>[a-z]+\d+)_d(?P<head_dim>\d+)_(?P<mask>[a-z]+)"
 )
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-BUILD_COMMAND = "FLASH_ATTN_ARCHS=native pip install ."
-TIMED_CALLS = 20
+MASK_WINDOWS = {"full": (-1, -1), "causal": (-1, 0), "windowed": (64, 64)}
+BATCHES = 9
+MODEL_DIM = 2048
+CPU_PROBLEM = ("fp32", 64)
+CPU_HEADS = 8
+CPU_SEQLEN = 1024
+GPU_SEQLEN = 4096
 
 
 def _nvidia_smi() -> list[dict[str, str]]:
@@ -107,6 +115,78 @@ def _distinct(values: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(values))
 
 
+def build() -> tuple[dict[str, Any], list[str]]:
+    """`flash_attn.build_info()`, and why the library cannot be used where that is so."""
+    try:
+        return flash_attn.build_info(), []
+    except (RuntimeError, ValueError) as error:
+        versions = {"version": flash_attn.__version__, "project_version": PROJECT_VERSION, "commit": None}
+        return {**versions, "library": None, "kernels": [], "targets": []}, [str(error)]
+
+
+def kernels_that_run(device: int) -> list[str]:
+    """Keys of the forward kernels that calls on this CUDA device run, over dtypes, head dims and masks."""
+    library = _library.load()
+    keys = []
+    for dtype, head_dim, mask in product(_abi.Dtype, _library.HEAD_DIMS, MASK_WINDOWS):
+        window_left, window_right = MASK_WINDOWS[mask]
+        params = _abi.ForwardParams(
+            head_dim=head_dim,
+            window_left=window_left,
+            window_right=window_right,
+            dtype=dtype,
+            device=device,
+            family=library.family,
+        )
+        if key := library.forward_kernel(bytes(params)):
+            keys.append(key.decode())
+    return keys
+
+
+def gpu_notes(found: dict[str, Any], built: dict[str, Any], running: list[str]) -> list[str]:
+    """Sentences on what happens on the GPU, with the command that builds what is missing."""
+    if not found["gpus_usable"]:
+        return ["torch finds no GPU: attention runs on the CPU"]
+    if not built["library"]:
+        return [f"no kernels are built, so the GPU is idle; build them: {_library.build_command()}"]
+    if not running:
+        return [f"none of them runs on this GPU; build those that do: {_library.build_command()}"]
+    families = [f"{group['family']} ({group['count']})" for group in kernels_by_family(running, ())]
+    return [f"run on this GPU: {', '.join(families)}"]
+
+
+def gpu_problem(running: Iterable[str]) -> tuple[str, int] | None:
+    """Dtype and head dim for a causal run on the GPU, bf16 and 128 if possible; None without a kernel."""
+    causal = [match for key in running if (match := KEY.match(key)) and match["mask"] == "causal"]
+    choices = [(match["dtype"], int(match["head_dim"])) for match in causal]
+    return min(choices, key=lambda choice: (choice[0] != "bf16", abs(choice[1] - 128)), default=None)
+
+
+def examine(device: str = "auto", seqlen: int | None = None) -> dict[str, Any]:
+    """Everything: `machine`, `build`, `families` (kernels by family), `notes` (sentences), `attention`.
+
+    `device` is "auto" (the GPU if a kernel runs on it), "cpu" or "cuda". `attention` is None if it failed.
+    """
+    found = machine()
+    built, errors = build()
+    running = kernels_that_run(0) if found["gpus_usable"] and built["library"] else []
+    notes = errors or gpu_notes(found, built, running)
+    problem = gpu_problem(running) if device != "cpu" else None
+    result = None
+    try:
+        if problem:
+            num_heads = MODEL_DIM // problem[1]
+            result = attend(torch.device("cuda", 0), *problem, num_heads, seqlen or GPU_SEQLEN)
+        elif device != "cuda":
+            result = attend(torch.device("cpu"), *CPU_PROBLEM, CPU_HEADS, seqlen or CPU_SEQLEN)
+        else:
+            notes.append("attention was asked for on the GPU, where it cannot run")
+    except RuntimeError as error:
+        notes.append(f"attention failed: {error}")
+    families = kernels_by_family(built["kernels"], built["targets"])
+    return {"machine": found, "build": built, "families": families, "notes": notes, "attention": result}
+
+
 def text(length: int) -> str:
     """At least `length` bytes of English that every Python carries: its language reference, else its Zen."""
     try:
@@ -154,20 +234,23 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype) -> Tens
 
 
 def median_milliseconds(run: Callable[[], object], device: torch.device) -> float:
-    """Median time of `TIMED_CALLS` calls, after one that warms up; the device is awaited after each."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    """Median time of one call over `BATCHES` batches, each awaited, after one that warms up."""
+    on_gpu = device.type == "cuda"
+    wait: Callable[[], None] = torch.cuda.synchronize if on_gpu else lambda: None
+    calls = 10 if on_gpu else 1
     times = []
-    for _ in range(TIMED_CALLS + 1):
+    for _ in range(BATCHES + 1):
         wait()
         start = time.perf_counter()
-        run()
+        for _ in range(calls):
+            run()
         wait()
-        times.append((time.perf_counter() - start) * 1e3)
+        times.append((time.perf_counter() - start) / calls * 1e3)
     return median(times[1:])
 
 
 def attend(
-    device: torch.device, dtype_name: str, seqlen: int, num_heads: int, head_dim: int
+    device: torch.device, dtype_name: str, head_dim: int, num_heads: int, seqlen: int
 ) -> dict[str, Any]:
     """Causal attention on a text by flash_attn and by torch's SDPA: error against fp64, and time, of each.
 
@@ -182,7 +265,7 @@ def attend(
     def worst_error(out: Tensor) -> float:
         return (out.double() - reference).abs().max().item()
 
-    def ours() -> Tensor:
+    def ours() -> Any:
         return flash_attn.flash_attn_func(q, k, v, causal=True)
 
     def sdpa() -> Tensor:
@@ -196,7 +279,7 @@ def attend(
         "seqlen": seqlen,
         "num_heads": num_heads,
         "head_dim": head_dim,
-        "text": prose[:40],
+        "text": prose.splitlines()[0],
         "allowed": allowed,
         "right": error <= allowed,
         "flash_attn": {"error": error, "milliseconds": median_milliseconds(ours, device)},

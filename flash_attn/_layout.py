@@ -1,4 +1,4 @@
-"""Shapes and memory layout of outputs, shared by the CPU backend, the CUDA backend and the fake implementations."""
+"""Shapes and memory layout of outputs, shared by both backends and the fake implementations."""
 
 from __future__ import annotations
 
@@ -19,15 +19,7 @@ def maybe_contiguous(x: Tensor | None) -> Tensor | None:
 
 
 def empty_out(q: Tensor) -> Tensor:
-    """Allocate the output for `q` (..., d): same shape, same order of dimensions in memory.
-
-    On CUDA the rows are padded to a multiple of 8 elements, as the kernels store them; the result is then a
-    view whose padding the caller reaches through `padded_rows`.
-    """
-    head_dim = q.shape[-1]
-    if head_dim % 8 and q.device.type != "cpu":
-        padded = torch.empty(*q.shape[:-1], round_multiple(head_dim, 8), dtype=q.dtype, device=q.device)
-        return padded[..., :head_dim]
+    """Allocate the output for `q` (..., d): laid out as q is, but the last dimension contiguous."""
     out = torch.empty_like(q)
     return out if out.stride(-1) == 1 else torch.empty(q.shape, dtype=q.dtype, device=q.device)
 

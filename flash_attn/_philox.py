@@ -1,7 +1,8 @@
 """Dropout masks from a counter-based generator, identical on CPU and CUDA and for every tile shape.
 
-Philox4x32 with 7 rounds (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011). One call gives 128
-bits: 16 bits for each of the 8 elements that one lane of a 16 x 16 tile of scores owns in the tensor core's layout.
+Philox4x32 with 7 rounds (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011). One call
+gives 128 bits: 16 bits for each of the 8 elements that one lane of a 16 x 16 tile of scores owns in the
+tensor core's layout.
 """
 
 from __future__ import annotations
@@ -47,12 +48,13 @@ def philox(counter: Words, key: tuple[int, int]) -> Words:
 def keep_mask(rng_state: Tensor, dropout_p: float, heads: range, rows: range, cols: range) -> Tensor:
     """Return which elements survive dropout, bool (len(heads), len(rows), len(cols)).
 
-    `heads` are values of b * num_heads + h; `rows` and `cols` are positions relative to the start of the sequence.
+    `heads` are values of b * num_heads + h; `rows` and `cols` are positions relative to the start of the
+    sequence.
     """
     seed, offset = rng_state.tolist()
     row_tiles = torch.arange(rows.start // TILE, -(-rows.stop // TILE))
     col_tiles = torch.arange(cols.start // TILE, -(-cols.stop // TILE))
-    # Axes: head, row tile, row % 8, column tile, pair of columns; the words add the two halves of rows and columns.
+    # Axes: head, row tile, row % 8, column tile, pair of columns; the words add the halves of the tile.
     lane = torch.arange(8).view(8, 1, 1) * 4 + torch.arange(4)
     c0 = (row_tiles.view(-1, 1, 1, 1) << 5) | lane
     c1 = col_tiles.view(-1, 1)

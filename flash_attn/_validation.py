@@ -1,14 +1,15 @@
 """Every check of every argument, before anything is allocated or launched.
 
-Each failure is an exception whose message starts with the argument's name, then says what is allowed and what was given:
-TypeError for a wrong type or dtype, ValueError for a wrong value, shape or device. Contents of device tensors are
-checked on CPU only, where reading them costs no synchronisation.
+Each failure is an exception whose message starts with the argument's name, then says what is allowed and what
+was given: TypeError for a wrong type or dtype, ValueError for a wrong value, shape or device. Contents of
+device tensors are checked on CPU only, where reading them costs no synchronisation.
 """
 
 from __future__ import annotations
 
 import math
 import operator
+from itertools import pairwise
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -19,11 +20,12 @@ PAGE_MULTIPLE = 16
 CUDA_DTYPES = frozenset({torch.float16, torch.bfloat16})
 CPU_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 Labels = tuple[str, str, str]
+Shapes = tuple[torch.Size, torch.Size]
 QKV: Labels = ("q", "k", "v")
 
 
 class Scoring(NamedTuple):
-    """How scores are formed from q and k, normalised: windows are -1 where unlimited, causal is a right window of 0."""
+    """How scores are formed from q and k: windows are -1 where unlimited, causal is a right window of 0."""
 
     softmax_scale: float
     softcap: float
@@ -61,8 +63,8 @@ def _check_dtype(q: Tensor, name: str) -> None:
         fail(TypeError, name, f"one of {_dtype_names(allowed)} on {device}", q.dtype)
 
 
-def check_qkv(q: Tensor, k: Tensor, v: Tensor, rank_q: int, rank_k: int, labels: Labels = QKV) -> torch.Size:
-    """Check types, dtypes, devices, ranks, heads and head dim of q, k, v; return the shape of q."""
+def check_qkv(q: Tensor, k: Tensor, v: Tensor, rank_q: int, rank_k: int, labels: Labels = QKV) -> Shapes:
+    """Check types, dtypes, devices, ranks, heads and head dim of q, k, v; return the shapes of q and k."""
     if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
         for x, name in zip((q, k, v), labels, strict=True):
             _check_tensor(x, name)
@@ -87,7 +89,7 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, rank_q: int, rank_k: int, labels:
     if num_heads_k == 0 or q_shape[-2] % num_heads_k:
         allowed = f"of a number of heads that divides {labels[0]}'s ({q_shape[-2]})"
         fail(ValueError, labels[1], allowed, num_heads_k)
-    return q_shape
+    return q_shape, k_shape
 
 
 def _fail_shapes(q: Tensor, k: Tensor, v: Tensor, rank_q: int, rank_k: int, labels: Labels) -> NoReturn:
@@ -107,7 +109,7 @@ def check_packed(x: Tensor, name: str, rank: int, count: int, q: Tensor | None =
     """Check a packed tensor (..., `count`, heads, d), alone or against q, under the caller's names."""
     _check_tensor(x, name)
     if x.dim() != rank or x.shape[-3] != count:
-        fail(ValueError, name, f"a tensor of {rank} dimensions with {count} in the last but two", tuple(x.shape))
+        fail(ValueError, name, f"{rank}-dimensional with {count} in the last but two", tuple(x.shape))
     part = x.select(-3, 0)
     if q is None:
         check_qkv(part, part, part, rank - 1, rank - 1, (name, name, name))
@@ -150,8 +152,8 @@ def split_window(window_size: Any) -> tuple[Any, Any]:
 def normalise_window(causal: bool, left: int, right: int, seqlen_q: int, seqlen_k: int) -> tuple[int, int]:
     """Return the window with causal folded in: -1 where unlimited, right = 0 if causal.
 
-    A window as long as the keys is unlimited. A single query is aligned with the last key, so that any right window
-    shows it everything.
+    A window as long as the keys is unlimited. A single query is aligned with the last key, so that any right
+    window shows it everything.
     """
     if left < 0 or left >= seqlen_k:
         left = -1
@@ -163,10 +165,10 @@ def normalise_window(causal: bool, left: int, right: int, seqlen_q: int, seqlen_
 
 
 def check_scoring(
-    q: Tensor, batch: int, seqlen_q: int, seqlen_k: int, dropout_p: float, softmax_scale: float | None, causal: bool,
-    window_left: int, window_right: int, softcap: float, alibi_slopes: Tensor | None,
+    q: Tensor, batch: int, seqlen_q: int, seqlen_k: int, dropout_p: float, softmax_scale: float | None,
+    causal: bool, window_left: int, window_right: int, softcap: float, alibi_slopes: Tensor | None,
 ) -> Scoring:  # fmt: skip
-    """Check and normalise what turns q (.., h, d) and k into probabilities. `softmax_scale` None is 1/sqrt(d)."""
+    """Check and normalise what turns q (.., h, d) and k into probabilities."""
     if softmax_scale is None:
         softmax_scale = q.shape[-1] ** -0.5
     else:
@@ -202,7 +204,8 @@ def check_alibi(slopes: Tensor, q: Tensor, batch: int) -> None:
     _check_same_device(slopes, "alibi_slopes", q)
     num_heads = q.shape[-2]
     if tuple(slopes.shape) not in ((num_heads,), (batch, num_heads)):
-        fail(ValueError, "alibi_slopes", f"of shape ({num_heads},) or ({batch}, {num_heads})", tuple(slopes.shape))
+        allowed = f"of shape ({num_heads},) or ({batch}, {num_heads})"
+        fail(ValueError, "alibi_slopes", allowed, tuple(slopes.shape))
 
 
 def check_index(x: Tensor, name: str, q: Tensor, shape: tuple[int, ...]) -> None:
@@ -226,11 +229,11 @@ def check_cu_seqlens(cu_seqlens: Tensor, name: str, q: Tensor, batch: int | None
 
 
 def check_lengths(cu_seqlens: Tensor, name: str, total: int | None, max_seqlen: int, max_name: str) -> None:
-    """Check on CPU that cu_seqlens starts at 0, never decreases, ends within `total`, and respects `max_seqlen`."""
+    """Check on CPU that cu_seqlens goes from 0 up to at most `total`, in steps of at most `max_seqlen`."""
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0:
         fail(ValueError, name, "0 in its first entry", bounds[0])
-    lengths = [end - start for start, end in zip(bounds, bounds[1:], strict=False)]
+    lengths = [end - start for start, end in pairwise(bounds)]
     if min(lengths, default=0) < 0:
         fail(ValueError, name, "non-decreasing", bounds)
     if total is not None and bounds[-1] > total:
@@ -256,11 +259,12 @@ def check_range(x: Tensor, name: str, low: int, high: int) -> None:
 def check_page_size(k: Tensor, name: str) -> None:
     """Check that the pages of k (num_blocks, page_size, hk, d) hold a positive multiple of 16 keys."""
     if k.shape[1] == 0 or k.shape[1] % PAGE_MULTIPLE:
-        fail(ValueError, name, f"of a page size (dimension 1) that is a positive multiple of {PAGE_MULTIPLE}", k.shape[1])
+        allowed = f"of a page size (dimension 1) that is a positive multiple of {PAGE_MULTIPLE}"
+        fail(ValueError, name, allowed, k.shape[1])
 
 
 def check_like(x: Tensor, name: str, like: Tensor, like_name: str) -> None:
-    """Check that `x` has the shape, dtype and device of `like`, and a last dimension that can be written in place."""
+    """Check that `x` has the shape, dtype and device of `like`."""
     _check_tensor(x, name)
     if x.dtype != like.dtype:
         fail(TypeError, name, f"of {like_name}'s dtype ({like.dtype})", x.dtype)
@@ -286,4 +290,5 @@ def check_rng_state(rng_state: Tensor | None, dropout_p: float) -> None:
     if not isinstance(rng_state, Tensor):
         fail(TypeError, "rng_state", "the forward's tensor where dropout_p > 0", type(rng_state).__name__)
     if rng_state.dtype != torch.int64 or tuple(rng_state.shape) != (2,):
-        fail(ValueError, "rng_state", "int64 of shape (2,)", f"{rng_state.dtype} of shape {tuple(rng_state.shape)}")
+        got = f"{rng_state.dtype} of shape {tuple(rng_state.shape)}"
+        fail(ValueError, "rng_state", "int64 of shape (2,)", got)

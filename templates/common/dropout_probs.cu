@@ -42,12 +42,9 @@ __device__ float signed_probability(const ForwardParams& params, int batch, int 
   float probability = 0.0f;
   if (column >= mask.first_key(row) && column < mask.end_key(row)) {
     const int key_head = head / (params.num_heads / params.num_heads_k);
-    const Element* q = static_cast<const Element*>(params.q) + sequence.q_batch * params.q_batch_stride +
-                       (sequence.q_row + row) * params.q_row_stride + head * params.q_head_stride;
-    const Element* k = static_cast<const Element*>(params.k) + sequence.k_batch * params.k_batch_stride +
-                       (sequence.k_row + column) * params.k_row_stride + key_head * params.k_head_stride;
-    const float lse = params.softmax_lse[sequence.q_batch * params.lse_batch_stride + head * params.lse_head_stride +
-                                         sequence.q_row + row];
+    const Element* q = sequence.q_rows<Element>(params, head, row);
+    const Element* k = sequence.k_rows<Element>(params, key_head) + column * params.k_row_stride;
+    const float lse = *sequence.lse_rows(params, head, row);
     const ScoreModifiers modifiers(params, batch, head);
     const float score = modifiers.apply(dot(q, k, params.head_dim), row + mask.diagonal - column);
     probability = exp2f(score - lse * kLog2E);

@@ -35,33 +35,42 @@ struct SharedTile {
   }
 };
 
-// Copies `kRows` rows of a global matrix into a shared tile with cp.async, as `kThreads` threads. Rows from `valid_rows` on
-// and columns from `valid_cols` on are filled with zeros, so that no stray NaN or infinity meets the tensor cores.
-template <int kRows, int kHeadDim, int kThreads>
-struct TileCopy {
+// Copies tiles of `kRows` rows of a global matrix into a shared tile with cp.async, as `kThreads` threads. Rows from
+// `valid_rows` on and columns from `valid_cols` on are filled with zeros, so that no stray NaN meets the tensor cores.
+template <class Element, int kRows, int kHeadDim, int kThreads>
+class TileCopy {
+ public:
+  // `global` is the first element of the first tile.
+  __device__ __forceinline__ TileCopy(uint32_t shared, const Element* global, int64_t row_stride)
+      : destination_(shared + Tile::offset(row(), chunk())), source_(global + row() * row_stride + chunk() * 8) {}
+
+  // Moves the source on by this many tiles, which may be negative.
+  __device__ __forceinline__ void move(int tiles, int64_t row_stride) { source_ += tiles * kRows * row_stride; }
+
+  __device__ __forceinline__ void issue(int64_t row_stride, int valid_rows, int valid_cols) const {
+#pragma unroll
+    for (int pass = 0; pass < kRows / kRowsPerPass; ++pass) {
+      const bool row_valid = row() + pass * kRowsPerPass < valid_rows;
+#pragma unroll
+      for (int slab = 0; slab < Tile::kSlabs; ++slab) {
+        const bool last = slab == Tile::kSlabs - 1;  // a matrix without it would take a kernel of a smaller head dim
+        const bool valid = row_valid && (!last || (slab * Tile::kSlabChunks + chunk()) * 8 < valid_cols);
+        ptx::cp_async_16(destination_ + pass * kRowsPerPass * Tile::kRowBytes + slab * Tile::kSlabBytes,
+                         source_ + pass * kRowsPerPass * row_stride + slab * Tile::kSlabChunks * 8, valid);
+      }
+    }
+  }
+
+ private:
   using Tile = SharedTile<kHeadDim>;
   static constexpr int kRowsPerPass = kThreads / Tile::kSlabChunks;
   static_assert(kRows % kRowsPerPass == 0, "every thread copies the same number of chunks");
 
-  template <class Element>
-  __device__ static __forceinline__ void issue(uint32_t shared, const Element* global, int64_t row_stride, int valid_rows,
-                                               int valid_cols) {
-    const int chunk = threadIdx.x % Tile::kSlabChunks;
-    const int row = threadIdx.x / Tile::kSlabChunks;
-    const uint32_t destination = shared + Tile::offset(row, chunk);
-    const Element* source = global + row * row_stride + chunk * 8;
-#pragma unroll
-    for (int pass = 0; pass < kRows / kRowsPerPass; ++pass) {
-      const bool row_valid = row + pass * kRowsPerPass < valid_rows;
-#pragma unroll
-      for (int slab = 0; slab < Tile::kSlabs; ++slab) {
-        const bool valid = row_valid && (slab * Tile::kSlabChunks + chunk) * 8 < valid_cols;
-        ptx::cp_async_16(destination + pass * kRowsPerPass * Tile::kRowBytes + slab * Tile::kSlabBytes,
-                         source + slab * Tile::kSlabChunks * 8, valid);
-      }
-      source += kRowsPerPass * row_stride;
-    }
-  }
+  __device__ static __forceinline__ int chunk() { return threadIdx.x % Tile::kSlabChunks; }
+  __device__ static __forceinline__ int row() { return threadIdx.x / Tile::kSlabChunks; }
+
+  uint32_t destination_;
+  const Element* source_;
 };
 
 }  // namespace flash_attn

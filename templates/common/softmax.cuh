@@ -31,30 +31,35 @@ struct OnlineSoftmax {
     }
   }
 
-  // Replaces `scores` by exp2(scale * (score - max)) and rescales `output` where the maximum has moved.
-  template <int kTilesN, int kOutputTiles>
-  __device__ __forceinline__ void update(float (&scores)[kTilesM][kTilesN][4],
-                                         float (&output)[kTilesM][kOutputTiles][4], float scale) {
+  // Replaces `scores` by exp2(scale * (score - max)) and rescales `output` where the maximum has moved. `combine` completes
+  // the rows' maxima where other warps hold more columns of the same rows.
+  template <int kTilesN, int kOutputTiles, class Combine>
+  __device__ __forceinline__ void update(float (&scores)[kTilesM][kTilesN][4], float (&output)[kTilesM][kOutputTiles][4],
+                                         float scale, Combine combine) {
     float block_max[kRows];
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) block_max[row] = row_max(scores[row / 2], row % 2);
+    combine(block_max);
     bool lags = false;
 #pragma unroll
-    for (int row = 0; row < kRows; ++row) {
-      block_max[row] = row_max(scores[row / 2], row % 2);
-      lags |= (block_max[row] - max[row]) * scale > kMaxLag;
-    }
+    for (int row = 0; row < kRows; ++row) lags |= (block_max[row] - max[row]) * scale > kMaxLag;
     if (__any_sync(0xffffffff, lags)) rescale(block_max, output, scale);
 #pragma unroll
     for (int row = 0; row < kRows; ++row) exponentiate(scores[row / 2], row, scale);
   }
 
-  // Completes the sums over the quad. Returns for each row 1 / sum, or 0 for a row that saw no key.
-  __device__ __forceinline__ void finish(float (&inverse_sum)[kRows]) {
+  // Completes the sums over the quad and, with `combine`, over other warps. Returns for each row 1 / sum, or 0 for a row that
+  // saw no key.
+  template <class Combine>
+  __device__ __forceinline__ void finish(float (&inverse_sum)[kRows], Combine combine) {
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
       sum[row] += __shfl_xor_sync(0xffffffff, sum[row], 1);
       sum[row] += __shfl_xor_sync(0xffffffff, sum[row], 2);
-      inverse_sum[row] = sum[row] == 0.0f ? 0.0f : 1.0f / sum[row];
     }
+    combine(sum);
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) inverse_sum[row] = sum[row] == 0.0f ? 0.0f : 1.0f / sum[row];
   }
 
   // Natural logarithm of the row's sum of exponentials; +inf for a row that saw no key. Call after `finish`.

@@ -6,14 +6,13 @@
 
 namespace flash_attn::sm80 {
 
-template <int block_m, int block_n, int warps, int stages, int min_blocks, bool query_in_registers>
+template <int block_m, int block_n, int warps, int min_blocks, int warps_per_row>
 struct ForwardTile {
   static constexpr int kBlockM = block_m;
   static constexpr int kBlockN = block_n;
   static constexpr int kWarps = warps;
-  static constexpr int kStages = stages;        // buffers of K and of V
+  static constexpr int kWarpsPerRow = warps_per_row;  // 2: pairs of warps share rows, see warp_pair.cuh
   static constexpr int kMinBlocks = min_blocks;  // thread blocks per multiprocessor that registers must allow
-  static constexpr bool kQueryInRegisters = query_in_registers;
 };
 
 template <Dtype dtype, int head_dim, Mask mask, class TileType>
@@ -27,17 +26,22 @@ struct ForwardConfig {
   static constexpr int kBlockN = Tile::kBlockN;
   static constexpr int kThreads = 32 * Tile::kWarps;
 
-  // A warp owns whole rows of S and O, so that the softmax needs no exchange between warps.
-  static constexpr int kWarpRows = kBlockM / Tile::kWarps;
+  // What a warp computes: kWarpRows rows of S and O, and all of their columns unless warps work in pairs.
+  static constexpr bool kPairs = Tile::kWarpsPerRow == 2;
+  static constexpr int kWarpRows = kBlockM * Tile::kWarpsPerRow / Tile::kWarps;
+  static constexpr int kWarpKeys = kBlockN / Tile::kWarpsPerRow;
+  static constexpr int kWarpDims = kHeadDim / Tile::kWarpsPerRow;
   static constexpr int kTilesM = kWarpRows / 16;
-  static constexpr int kTilesN = kBlockN / 8;
-  static constexpr int kTilesD = kHeadDim / 8;
-  static_assert(kWarpRows % 16 == 0 && kBlockN % 16 == 0, "mma.sync works on 16x16 blocks");
+  static constexpr int kTilesN = kWarpKeys / 8;
+  static constexpr int kTilesD = kWarpDims / 8;
+  static_assert(kWarpRows % 16 == 0 && kWarpKeys % 16 == 0, "mma.sync works on 16x16 blocks");
 
-  // Shared memory: Q (later O) | K stages | V stages.
+  // Shared memory: Q (later O) | K | V | with pairs of warps: probabilities | row maxima.
   static constexpr int kQueryBytes = kBlockM * kHeadDim * 2;
   static constexpr int kKeyBytes = kBlockN * kHeadDim * 2;
-  static constexpr int kSharedBytes = kQueryBytes + 2 * Tile::kStages * kKeyBytes;
+  static constexpr int kProbsBytes = kPairs ? kBlockM * kBlockN * 2 : 0;
+  static constexpr int kRowBytes = kPairs ? kBlockM * 2 * 4 : 0;
+  static constexpr int kSharedBytes = kQueryBytes + 2 * kKeyBytes + kProbsBytes + kRowBytes;
 };
 
 }  // namespace flash_attn::sm80

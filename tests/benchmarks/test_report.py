@@ -46,7 +46,7 @@ def test_ratios_skip_rows_without_the_peer(rows):
 
 
 def test_cells_match_titles_and_show_what_is_missing(rows):
-    assert report.titles(NAMES) == ["d", "mask", "s", "ours", "peer", "absent", "/ peer", "/ absent"]
+    assert report.titles(NAMES) == ["d", "mask", "s", "ours", "peer", "absent", "vs peer", "vs absent"]
     assert report.cells(rows[0], NAMES) == ["64", "full", "512", "200", "100", "-", "2.00", "-"]
 
 

@@ -1,0 +1,197 @@
+"""CUDA backend: brings tensors into a layout that kernels read, packs their parameters, calls the library.
+
+Written for host time: a call makes two allocations, packs one struct and makes one ctypes call; attributes
+are read once. Arguments come validated from `_operations`. Next in the path: `_abi.ForwardParams`, then the
+library's dispatch table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import inf
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from flash_attn import _abi, _library
+from flash_attn._layout import empty_out, probs_shape, round_multiple
+from flash_attn._philox import new_rng_state
+from flash_attn._validation import Scoring
+
+Outputs = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+
+DTYPES = {torch.float16: int(_abi.Dtype.FP16), torch.bfloat16: int(_abi.Dtype.BF16)}
+DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+OLDEST_CAPABILITY = (7, 5)
+PROBS_FIELD = [name for name, _ in _abi.ForwardParams._fields_].index("probs")
+FIXED_LENGTH = (0, 0, 0, 0)
+
+_pack = _abi.FORWARD_PARAMS.pack
+_library_loaded: _library.Library | None = None
+_devices_checked: set[int] = set()
+
+
+def _public_raw_stream(device: int) -> int:
+    return torch.cuda.current_stream(device).cuda_stream
+
+
+_raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", _public_raw_stream)
+
+
+def _prepare(device: int) -> _library.Library:
+    """Check the GPU, load the library; both once."""
+    global _library_loaded
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST_CAPABILITY:
+        name, found = torch.cuda.get_device_name(device), ".".join(map(str, capability))
+        raise RuntimeError(
+            f"q must be on a GPU of compute capability 7.5 (Turing) or newer, got {name}, which has {found}"
+        )
+    if _library_loaded is None:
+        _library_loaded = _library.load()
+    _devices_checked.add(device)
+    return _library_loaded
+
+
+def _fail(status: int, q: Tensor, library: _library.Library) -> NoReturn:
+    """Raise what a nonzero status means; a kernel that is not built comes with the command that builds it."""
+    text = (library.last_error() or b"").decode() or f"status {status}"
+    if status == _abi.Status.NOT_BUILT:
+        capability = "".join(map(str, torch.cuda.get_device_capability(q.get_device())))
+        command = _library.build_command(capability, q.shape[-1], DTYPE_NAMES[q.dtype])
+        text = f"{text}; build it with `{command}`"
+    raise RuntimeError(f"flash_attn: {text}")
+
+
+def aligned(x: Tensor) -> Tensor:
+    """Return x (b, s, h, d) as kernels read it, copied only where it has not got that layout.
+
+    They need a contiguous last dimension, rows that are a multiple of 8 elements, a base aligned to 16 bytes
+    and strides that are multiples of 8 elements. Shorter rows get zeros appended.
+    """
+    padding = -x.shape[-1] % 8
+    if padding:
+        return pad(x, (0, padding))
+    batch, row, head, last = x.stride()
+    if last != 1 or (batch | row | head) & 7 or x.data_ptr() & 15:
+        return x.clone(memory_format=torch.contiguous_format)
+    return x
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scoring: Scoring,
+    shape: tuple[int, int, int, int], lse_strides: tuple[int, int], sequences: Sequence[int],
+    return_softmax: bool, generator: torch.Generator | None,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """Write out (b, sq, h, d) and lse with one kernel; return (S_dmask, rng_state).
+
+    Packed sequences are one batch entry here. `shape` is (batch, seqlen_q, seqlen_k, total_q), `sequences`
+    the addresses of cu_seqlens_q, cu_seqlens_k, seqused_k and leftpad_k, 0 for none.
+    """
+    q_batch, q_row, q_head, q_last = q.stride()
+    k_batch, k_row, k_head, k_last = k.stride()
+    v_batch, v_row, v_head, v_last = v.stride()
+    o_batch, o_row, o_head, o_last = out.stride()
+    q_at, k_at, v_at, o_at = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()
+    _, _, num_heads, head_dim = q.shape
+    k_v_strides = k_batch | k_row | k_head | v_batch | v_row | v_head
+    elements = head_dim | q_batch | q_row | q_head | k_v_strides | o_batch | o_row | o_head
+    addresses = q_at | k_at | v_at | o_at
+    if elements & 7 or addresses & 15 or not q_last == k_last == v_last == o_last == 1:
+        return _attend_copies(
+            q, k, v, out, lse, scoring, shape, lse_strides, sequences, return_softmax, generator
+        )  # fmt: skip
+    batch, seqlen_q, seqlen_k, total_q = shape
+    softmax_scale, softcap, window_left, window_right, dropout_p, slopes = scoring
+    slopes_at = slopes_stride = rng_at = 0
+    probs = rng_state = None
+    if slopes is not None:
+        slopes = slopes.contiguous()
+        slopes_at, slopes_stride = slopes.data_ptr(), num_heads if slopes.dim() == 2 else 0
+    if dropout_p:
+        rng_state = new_rng_state(q.device, generator)
+        rng_at = rng_state.data_ptr()
+        if return_softmax:
+            size = probs_shape(batch, num_heads, seqlen_q, seqlen_k)
+            probs = torch.zeros(size, dtype=q.dtype, device=q.device)
+    if not (batch and seqlen_q and seqlen_k and num_heads):
+        out.zero_()
+        lse.fill_(inf)
+        return probs, rng_state
+    device = q.get_device()
+    library = _library_loaded if device in _devices_checked else _prepare(device)
+    fields = (
+        q_at, k_at, v_at, o_at, lse.data_ptr(), *sequences, slopes_at, rng_at, 0,
+        q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, o_batch, o_row, o_head,
+        *lse_strides, slopes_stride, total_q,
+        batch, num_heads, k.shape[2], seqlen_q, seqlen_k, head_dim, window_left, window_right,
+        DTYPES[q.dtype], device, library.family, softmax_scale, softcap, dropout_p,
+    )  # fmt: skip
+    stream = _raw_stream(device)
+    status = library.forward(_pack(*fields), stream)
+    if probs is not None and not status:
+        packed = _pack(*fields[:PROBS_FIELD], probs.data_ptr(), *fields[PROBS_FIELD + 1 :])
+        status = library.dropout_probs(packed, stream)
+    if status:
+        _fail(status, q, library)
+    return probs, rng_state
+
+
+def _attend_copies(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, *arguments: Any
+) -> tuple[Tensor | None, Tensor | None]:
+    """`_attend` for tensors that the kernels cannot read, or write, where they are."""
+    target = torch.empty(
+        *out.shape[:-1], round_multiple(out.shape[-1], 8), dtype=out.dtype, device=out.device
+    )  # fmt: skip
+    result = _attend(aligned(q), aligned(k), aligned(v), target, *arguments)
+    out.copy_(target[..., : out.shape[-1]])
+    return result
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, scoring: Scoring, return_softmax: bool,
+    generator: torch.Generator | None,
+) -> Outputs:  # fmt: skip
+    """Return (out, lse (b, h, sq), S_dmask, rng_state) of q (b, sq, h, d), k and v (b, sk, hk, d).
+
+    Raises:
+        RuntimeError: the GPU is too old, the kernel is not built, or CUDA reports an error.
+    """
+    batch, seqlen_q, num_heads, _ = q.shape
+    if out is None:
+        out = empty_out(q)
+    lse = torch.empty((batch, num_heads, seqlen_q), dtype=torch.float32, device=q.device)
+    shape = batch, seqlen_q, k.shape[1], batch * seqlen_q
+    lse_strides = num_heads * seqlen_q, seqlen_q
+    probs, rng_state = _attend(
+        q, k, v, out, lse, scoring, shape, lse_strides, FIXED_LENGTH, return_softmax, generator
+    )  # fmt: skip
+    return out, lse, probs, rng_state
+
+
+def varlen_forward(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, scoring: Scoring, cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int, leftpad_k: Tensor | None,
+    seqused_k: Tensor | None, return_softmax: bool, generator: torch.Generator | None,
+) -> Outputs:  # fmt: skip
+    """Return (out, lse (h, total_q), S_dmask, rng_state) of q (total_q, h, d), k and v (total_k, hk, d).
+
+    Raises:
+        RuntimeError: as in `forward`.
+    """
+    total_q, num_heads, _ = q.shape
+    if out is None:
+        out = empty_out(q)
+    lse = torch.empty((num_heads, total_q), dtype=torch.float32, device=q.device)
+    given = cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k
+    indices = [None if x is None else x.contiguous() for x in given]
+    at = [0 if x is None else x.data_ptr() for x in indices]
+    shape = cu_seqlens_q.shape[0] - 1, max_seqlen_q, max_seqlen_k, total_q
+    probs, rng_state = _attend(
+        q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), out.unsqueeze(0), lse, scoring, shape, (0, total_q),
+        at, return_softmax, generator,
+    )  # fmt: skip
+    return out, lse, probs, rng_state

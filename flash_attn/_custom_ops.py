@@ -1,0 +1,174 @@
+"""The operations under flash-attn's private names, and as custom ops `torch.ops.flash_attn.*`.
+
+The functions run at once; the ops (`_wrapped_...`) go through torch's dispatcher, so that torch.compile, fake
+tensors, tensor subclasses and dispatch modes (selective checkpointing, FLOP counters) see one opaque
+operation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from flash_attn import _operations
+from flash_attn._layout import empty_out, lse_dtype, probs_shape, softmax_d_shape, varlen_softmax_d_shape
+
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
+
+_SCORING = (
+    "float dropout_p, float? softmax_scale, bool causal, "
+    "SymInt window_size_left{}, SymInt window_size_right{}, "
+)
+_FORWARD_TAIL = "float softcap{}, Tensor? alibi_slopes{}, bool return_softmax{}"
+_LENGTHS = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, "
+_GRADIENTS = (
+    "Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, "
+    "Tensor(a!)? dq, Tensor(b!)? dk, Tensor(c!)? dv, "
+)
+_BACKWARD_TAIL = "float softcap, Tensor? alibi_slopes, bool deterministic, Tensor? rng_state=None"
+_OUTPUTS = " -> (Tensor, Tensor, Tensor, Tensor)"
+
+_SCHEMAS = {
+    "_flash_attn_forward": (
+        "(Tensor q, Tensor k, Tensor v, " + _SCORING.format("", "") + _FORWARD_TAIL.format("", "", "")
+        + ")" + _OUTPUTS
+    ),
+    "_flash_attn_varlen_forward": (
+        "(Tensor q, Tensor k, Tensor v, " + _LENGTHS + _SCORING.format("=-1", "=-1")
+        + _FORWARD_TAIL.format("=0.0", "=None", "=False")
+        + ", Tensor? block_table=None, Tensor? leftpad_k=None, Tensor? seqused_k=None, "
+        + "bool zero_tensors=False)" + _OUTPUTS
+    ),
+    "_flash_attn_backward": "(" + _GRADIENTS + _SCORING.format("", "") + _BACKWARD_TAIL + ") -> Tensor",
+    "_flash_attn_varlen_backward": (
+        "(" + _GRADIENTS + _LENGTHS + _SCORING.format("", "") + _BACKWARD_TAIL
+        + ", bool zero_tensors=False) -> Tensor"
+    ),
+}  # fmt: skip
+
+
+def _filled(out: Tensor, lse: Tensor, probs: Tensor | None, rng_state: Tensor | None) -> Outputs:
+    """Replace what a call has not made by tensors, for callers that expect four."""
+    if probs is None:
+        probs = torch.empty(0, dtype=out.dtype, device=out.device)
+    if rng_state is None:
+        rng_state = torch.zeros(2, dtype=torch.int64, device=out.device)
+    return out, lse, probs, rng_state
+
+
+def _flash_attn_forward(
+    q: Tensor, k: Tensor, v: Tensor, dropout_p: float, softmax_scale: float | None, causal: bool,
+    window_size_left: int, window_size_right: int, softcap: float, alibi_slopes: Tensor | None,
+    return_softmax: bool,
+) -> Outputs:  # fmt: skip
+    """Return (out, softmax_lse, S_dmask, rng_state); shapes as in `flash_attn_func`, no gradients."""
+    return _filled(*_operations.forward(
+        q, k, v, dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes,
+        return_softmax,
+    ))  # fmt: skip
+
+
+def _flash_attn_varlen_forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
+    max_seqlen_k: int, dropout_p: float, softmax_scale: float | None, causal: bool,
+    window_size_left: int = -1, window_size_right: int = -1, softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None, return_softmax: bool = False, block_table: Tensor | None = None,
+    leftpad_k: Tensor | None = None, seqused_k: Tensor | None = None, zero_tensors: bool = False,
+) -> Outputs:  # fmt: skip
+    """Return (out, softmax_lse, S_dmask, rng_state); shapes as in `flash_attn_varlen_func`, no gradients.
+
+    `seqused_k` int32 (b,) limits the keys used per sequence, `leftpad_k` int32 (b,) skips leading ones,
+    counted in it. Rows outside the sequences are zero whatever `zero_tensors` says.
+    """
+    return _filled(*_operations.varlen_forward(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
+        window_size_left, window_size_right, softcap, alibi_slopes, return_softmax, block_table, leftpad_k,
+        seqused_k,
+    ))  # fmt: skip
+
+
+def _flash_attn_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor, dq: Tensor | None,
+    dk: Tensor | None, dv: Tensor | None, dropout_p: float, softmax_scale: float | None, causal: bool,
+    window_size_left: int, window_size_right: int, softcap: float, alibi_slopes: Tensor | None,
+    deterministic: bool, rng_state: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Write the gradients into dq, dk, dv; return softmax_d (b, h, sq rounded up to 128) fp32."""
+    return _operations.backward(
+        dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal, window_size_left,
+        window_size_right, softcap, alibi_slopes, rng_state,
+    )[3]  # fmt: skip
+
+
+def _flash_attn_varlen_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor, dq: Tensor | None,
+    dk: Tensor | None, dv: Tensor | None, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
+    max_seqlen_k: int, dropout_p: float, softmax_scale: float | None, causal: bool, window_size_left: int,
+    window_size_right: int, softcap: float, alibi_slopes: Tensor | None, deterministic: bool,
+    rng_state: Tensor | None = None, zero_tensors: bool = False,
+) -> Tensor:  # fmt: skip
+    """Write the gradients into dq, dk, dv, zero past the sequences; return softmax_d (h, total_q + 128 b)."""
+    return _operations.varlen_backward(
+        dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+        dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes,
+        rng_state,
+    )[3]  # fmt: skip
+
+
+def _fake_outputs(q: Tensor, lse_shape: tuple[int, ...], probs: tuple[int, ...], has_probs: bool) -> Outputs:
+    out = empty_out(q)
+    lse = q.new_empty(lse_shape, dtype=lse_dtype(q.dtype))
+    return out, lse, q.new_empty(probs if has_probs else (0,)), q.new_empty((2,), dtype=torch.int64)
+
+
+def _fake_forward(
+    q, k, v, dropout_p, softmax_scale, causal, left, right, softcap, alibi_slopes, return_softmax
+):  # fmt: skip
+    batch, seqlen_q, num_heads, _ = q.shape
+    probs = probs_shape(batch, num_heads, seqlen_q, k.shape[1])
+    return _fake_outputs(q, (batch, num_heads, seqlen_q), probs, return_softmax and dropout_p > 0.0)
+
+
+def _fake_varlen_forward(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
+    left=-1, right=-1, softcap=0.0, alibi_slopes=None, return_softmax=False, *unused, **unused_named,
+):  # fmt: skip
+    total_q, num_heads, _ = q.shape
+    probs = probs_shape(cu_seqlens_q.shape[0] - 1, num_heads, max_seqlen_q, max_seqlen_k)
+    return _fake_outputs(q, (num_heads, total_q), probs, return_softmax and dropout_p > 0.0)
+
+
+def _fake_backward(dout, q, *unused, **unused_named):
+    return q.new_empty(softmax_d_shape(q), dtype=lse_dtype(q.dtype))
+
+
+def _fake_varlen_backward(dout, q, k, v, out, lse, dq, dk, dv, cu_seqlens_q, *unused, **unused_named):
+    batch = cu_seqlens_q.shape[0] - 1
+    return q.new_empty(varlen_softmax_d_shape(q, batch), dtype=lse_dtype(q.dtype))
+
+
+def _register(function: Callable, fake: Callable) -> Callable:
+    """Define the custom op of a function, and return it."""
+    name = function.__name__
+    torch.library.define(f"flash_attn::{name}", _SCHEMAS[name])
+    torch.library.impl(f"flash_attn::{name}", "default", function)
+    torch.library.register_fake(f"flash_attn::{name}", fake)
+    return getattr(torch.ops.flash_attn, name)
+
+
+_wrapped_flash_attn_forward = _register(_flash_attn_forward, _fake_forward)
+_wrapped_flash_attn_varlen_forward = _register(_flash_attn_varlen_forward, _fake_varlen_forward)
+_wrapped_flash_attn_backward = _register(_flash_attn_backward, _fake_backward)
+_wrapped_flash_attn_varlen_backward = _register(_flash_attn_varlen_backward, _fake_varlen_backward)
+
+_PLAIN = frozenset({Tensor, torch.nn.Parameter})
+_dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
+
+
+def needs_dispatcher(q: Tensor) -> bool:
+    """Return whether a call needs its custom op: for a compiler, a tensor subclass or a dispatch mode."""
+    if torch.compiler.is_compiling() or _dispatch_modes() > 0:
+        return True
+    return q.is_meta if type(q) in _PLAIN else isinstance(q, Tensor)

@@ -1,0 +1,132 @@
+"""The operation behind `flash_attn_with_kvcache`: check its arguments, then run where the tensors are."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flash_attn import _validation as check
+from flash_attn._cpu_kvcache import Cache, Rotary
+from flash_attn._cpu_kvcache import forward_kvcache as forward_on_cpu
+from flash_attn._operations import not_on_cuda
+
+MAX_SPLITS = 128
+ROTARY_MULTIPLE = 16
+
+
+def _check_cache(q: Tensor, cache: Cache) -> None:
+    """Check the cache tensors and what selects their rows."""
+    batch = q.shape[0]
+    for x, name in ((cache.k, "k_cache"), (cache.v, "v_cache")):
+        if x.stride(-1) != 1:
+            check.fail(ValueError, name, "contiguous in its last dimension", f"strides {x.stride()}")
+    if cache.seqlens is not None:
+        check.check_index(cache.seqlens, "cache_seqlens", q, (batch,))
+    for x, name in ((cache.batch_idx, "cache_batch_idx"), (cache.leftpad, "cache_leftpad")):
+        if x is not None:
+            check.check_index(x, name, q, (batch,))
+            if cache.block_table is not None:
+                check.fail(ValueError, name, "None with a block_table", "a tensor")
+    if cache.block_table is not None:
+        check.check_index(cache.block_table, "block_table", q, (batch, -1))
+        check.check_page_size(cache.k, "k_cache")
+    elif cache.batch_idx is None and cache.k.shape[0] < batch:
+        check.fail(ValueError, "k_cache", f"of at least q's batch size ({batch})", cache.k.shape[0])
+
+
+def _check_new(q: Tensor, cache: Cache, k: Tensor | None, v: Tensor | None) -> int:
+    """Check the keys and values to append; return how many there are per sequence."""
+    if k is None and v is None:
+        return 0
+    if k is None or v is None:
+        missing = "k" if k is None else "v"
+        check.fail(ValueError, missing, "given together with its pair", None)
+    if cache.seqlens is None:
+        check.fail(ValueError, "cache_seqlens", "given where k and v are appended", None)
+    check.check_qkv(q, k, v, 4, 4)
+    check.check_batch(k, q.shape[0])
+    if k.shape[2] != cache.k.shape[2]:
+        check.fail(ValueError, "k", f"of k_cache's number of heads ({cache.k.shape[2]})", k.shape[2])
+    return k.shape[1]
+
+
+def _check_contents(cache: Cache, s_new: int) -> None:
+    """Check on CPU that lengths, rows and pages lie inside the cache."""
+    if cache.seqlens is not None:
+        check.check_range(cache.seqlens, "cache_seqlens", 0, cache.capacity - s_new)
+    if cache.batch_idx is not None:
+        check.check_range(cache.batch_idx, "cache_batch_idx", 0, cache.k.shape[0] - 1)
+    if cache.block_table is not None:
+        check.check_range(cache.block_table, "block_table", 0, cache.k.shape[0] - 1)
+    if cache.leftpad is not None:
+        filled = cache.capacity if cache.seqlens is None else cache.seqlens
+        if bool(((cache.leftpad < 0) | (cache.leftpad > filled)).any()):
+            check.fail(ValueError, "cache_leftpad", "between 0 and cache_seqlens", cache.leftpad.tolist())
+
+
+def _check_rotary(
+    q: Tensor, cos: Tensor | None, sin: Tensor | None, interleaved: bool, appends: bool, last: int | None
+) -> Rotary | None:
+    """Check the rotary tables; `last` is the largest position that they must hold, where it is known."""
+    if cos is None and sin is None:
+        return None
+    for x, name in ((cos, "rotary_cos"), (sin, "rotary_sin")):
+        if not isinstance(x, Tensor):
+            check.fail(TypeError, name, "a torch.Tensor, as its pair is", type(x).__name__)
+        if x.dtype != q.dtype:
+            check.fail(TypeError, name, f"of q's dtype ({q.dtype})", x.dtype)
+        if x.device != q.device:
+            check.fail(ValueError, name, f"on the device of q ({q.device})", x.device)
+    if not appends:
+        check.fail(ValueError, "rotary_cos", "None where no k is appended", "a tensor")
+    if cos.dim() != 2 or cos.shape != sin.shape:
+        allowed = "of rotary_cos's shape, (s_ro, rotary_dim / 2)"
+        check.fail(ValueError, "rotary_sin", allowed, tuple(sin.shape))
+    rotary_dim = 2 * cos.shape[1]
+    if rotary_dim % ROTARY_MULTIPLE or rotary_dim > q.shape[-1]:
+        allowed = f"of a rotary_dim that is a multiple of {ROTARY_MULTIPLE} and at most {q.shape[-1]}"
+        check.fail(ValueError, "rotary_cos", allowed, rotary_dim)
+    if last is not None and last >= cos.shape[0]:
+        check.fail(ValueError, "rotary_cos", f"of more than {last} rows", cos.shape[0])
+    return Rotary(cos, sin, interleaved)
+
+
+def _as_lengths(seqlens: int | Tensor | None, q: Tensor) -> Tensor | None:
+    """Return cache_seqlens as a tensor, one entry per sequence."""
+    if seqlens is None or isinstance(seqlens, Tensor):
+        return seqlens
+    length = check.as_int(seqlens, "cache_seqlens")
+    return torch.full((q.shape[0],), length, dtype=torch.int32, device=q.device)
+
+
+def forward_kvcache(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None, v: Tensor | None,
+    cache_seqlens: int | Tensor | None, rotary_cos: Tensor | None, rotary_sin: Tensor | None,
+    cache_batch_idx: Tensor | None, cache_leftpad: Tensor | None, block_table: Tensor | None,
+    alibi_slopes: Tensor | None, out: Tensor | None, softmax_scale: float | None, causal: bool,
+    window_left: int, window_right: int, softcap: float, rotary_interleaved: bool, num_splits: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return (out, lse (b, h, sq)); k and v are rotated and appended to the cache in place. No gradients."""
+    (batch, seqlen_q, _, _), _ = check.check_qkv(q, k_cache, v_cache, 4, 4, ("q", "k_cache", "v_cache"))
+    lengths = _as_lengths(cache_seqlens, q)
+    cache = Cache(k_cache, v_cache, lengths, cache_batch_idx, cache_leftpad, block_table)
+    _check_cache(q, cache)
+    s_new = _check_new(q, cache, k, v)
+    if not 0 <= check.as_int(num_splits, "num_splits") <= MAX_SPLITS:
+        check.fail(ValueError, "num_splits", f"in [0, {MAX_SPLITS}]", num_splits)
+    scoring = check.check_scoring(
+        q, batch, seqlen_q, cache.capacity, 0.0, softmax_scale, causal, window_left, window_right, softcap,
+        alibi_slopes,
+    )  # fmt: skip
+    last = None
+    if q.device.type == "cpu":
+        _check_contents(cache, s_new)
+        if cache.seqlens is not None and batch:
+            moving = scoring.window_left >= 0 or scoring.window_right >= 0
+            last = int(cache.seqlens.max()) + max(s_new, seqlen_q if moving else 1) - 1
+    rotary = _check_rotary(q, rotary_cos, rotary_sin, rotary_interleaved, k is not None, last)
+    if out is not None:
+        check.check_like(out, "out", q, "q")
+    if q.is_cuda:
+        not_on_cuda("flash_attn_with_kvcache")
+    return forward_on_cpu(q, cache, k, v, rotary, scoring, out)

@@ -1,0 +1,125 @@
+"""The compiled kernel library: where it is, whether it fits this package, and what it holds.
+
+`libflash_attn.so` has a plain C interface (described by `_abi`, generated) and needs neither torch nor
+Python. It is loaded at the first CUDA call, not at import. `FLASH_ATTN_FORCE_FAMILY` (sm80, say), read then,
+forces a kernel family on any GPU that can run it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from flash_attn import _abi
+
+LIBRARY_NAME = "libflash_attn.so"
+FORCE_FAMILY = "FLASH_ATTN_FORCE_FAMILY"
+HEAD_DIMS = (32, 64, 96, 128, 192, 256)
+REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
+
+
+@dataclass(frozen=True, slots=True)
+class Library:
+    """The loaded library; `forward`, `dropout_probs` take a packed ForwardParams and a stream, return a Status."""
+
+    path: Path
+    forward: Callable[[bytes, int], int]
+    dropout_probs: Callable[[bytes, int], int]
+    forward_kernel: Callable[[bytes], bytes | None]
+    last_error: Callable[[], bytes]
+    kernels: tuple[str, ...]
+    targets: tuple[str, ...]
+    family: int
+
+
+def library_path() -> Path:
+    """Return where the library lies, or would lie."""
+    return Path(__file__).with_name(LIBRARY_NAME)
+
+
+def build_command(capability: str = "native", head_dim: int | None = None, dtype: str | None = None) -> str:
+    """Return the command that builds kernels for a compute capability ("90"), head dim, dtype ("bf16")."""
+    variables = [f"FLASH_ATTN_ARCHS={capability}"]
+    if head_dim is not None:
+        variables.append(f"FLASH_ATTN_HEAD_DIMS={next(d for d in HEAD_DIMS if d >= head_dim)}")
+    if dtype is not None:
+        variables.append(f"FLASH_ATTN_DTYPES={dtype}")
+    return " ".join((*variables, "pip install --no-build-isolation ."))
+
+
+def forced_family() -> int:
+    """Return the family that FLASH_ATTN_FORCE_FAMILY names, 0 (choose) where it is unset.
+
+    Raises:
+        ValueError: a family that does not exist.
+    """
+    name = os.environ.get(FORCE_FAMILY, "").strip().lower()
+    known = {family.name.lower(): int(family) for family in _abi.Family}
+    if name and name not in known:
+        raise ValueError(f"{FORCE_FAMILY} must be one of {', '.join(sorted(known))}, got {name!r}")
+    return known[name] if name else 0
+
+
+def _open(path: Path) -> ctypes.CDLL:
+    if not path.exists():
+        raise RuntimeError(
+            f"this installation of flash-attn has no CUDA kernels (no {path.name}): build them with "
+            f"`{build_command()}`; CPU tensors work without them"
+        )
+    try:
+        return ctypes.CDLL(str(path), mode=ctypes.RTLD_LOCAL)
+    except OSError as error:
+        raise RuntimeError(f"cannot load {path}: {error}; rebuild it with `{REBUILD}`") from error
+
+
+def _declare(library: ctypes.CDLL) -> None:
+    for name, (result, arguments) in _abi.FUNCTIONS.items():
+        function = getattr(library, name, None)
+        if function is None:
+            raise RuntimeError(f"{library._name} lacks {name}: rebuild it with `{REBUILD}`")
+        function.restype, function.argtypes = result, list(arguments)
+
+
+def _check_layout(library: ctypes.CDLL) -> None:
+    """Refuse a library whose structs or enumerations are not this package's."""
+    found = library.flash_attn_layout_hash()
+    size = library.flash_attn_forward_params_size()
+    if found != _abi.LAYOUT_HASH or size != _abi.FORWARD_PARAMS.size:
+        raise RuntimeError(
+            f"{library._name} was built from another version of flash-attn (layout {found:016x} of {size} "
+            f"bytes, this package has {_abi.LAYOUT_HASH:016x} of {_abi.FORWARD_PARAMS.size}): "
+            f"rebuild it with `{REBUILD}`"
+        )
+
+
+def open_library(path: Path) -> Library:
+    """Load the library at `path`.
+
+    Raises:
+        RuntimeError: it is missing, cannot be loaded, or has another layout of arguments.
+    """
+    library = _open(path)
+    _declare(library)
+    _check_layout(library)
+    count = library.flash_attn_kernel_count()
+    targets = library.flash_attn_targets().decode()
+    return Library(
+        path=path,
+        forward=library.flash_attn_forward,
+        dropout_probs=library.flash_attn_dropout_probs,
+        forward_kernel=library.flash_attn_forward_kernel,
+        last_error=library.flash_attn_last_error,
+        kernels=tuple(library.flash_attn_kernel_key(i).decode() for i in range(count)),
+        targets=tuple(filter(None, targets.split(","))),
+        family=forced_family(),
+    )
+
+
+@cache
+def load() -> Library:
+    """Load the package's own library, once. Raises as `open_library` and `forced_family` do."""
+    return open_library(library_path())

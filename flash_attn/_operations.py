@@ -1,0 +1,195 @@
+"""The operations behind the public functions: check the arguments, then run where the tensors are.
+
+Without autograd and without custom-op dispatch. What CUDA cannot do yet raises NotImplementedError here.
+"""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from flash_attn import _cpu, _cuda
+from flash_attn import _validation as check
+
+Outputs = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+
+
+def not_on_cuda(what: str) -> NoReturn:
+    """Say what CUDA cannot do yet and what can."""
+    raise NotImplementedError(f"{what} is not implemented on CUDA yet; the CPU backend has it")
+
+
+def refuse_gradient(*named: tuple[str, Tensor]) -> None:
+    """Refuse CUDA tensors that require grad: there is no backward on CUDA yet.
+
+    Raises:
+        NotImplementedError: naming the first such tensor.
+    """
+    for name, x in named:
+        if x.is_cuda and x.requires_grad:
+            not_on_cuda(f"{name} requires grad, but the backward")
+
+
+def _check_out(out: Tensor | None, q: Tensor) -> None:
+    if out is not None:
+        check.check_like(out, "out", q, "q")
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, softmax_scale: float | None = None,
+    causal: bool = False, window_left: int = -1, window_right: int = -1, softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None, return_softmax: bool = False, out: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Outputs:  # fmt: skip
+    """Return (out, lse (b, h, sq), S_dmask, rng_state) of q (b, sq, h, d), k and v (b, sk, hk, d).
+
+    The last two are None without dropout, S_dmask also without `return_softmax`.
+    """
+    (batch, seqlen_q, _, _), (k_batch, seqlen_k, _, _) = check.check_qkv(q, k, v, 4, 4)
+    if k_batch != batch:
+        check.check_batch(k, batch)
+    scoring = check.check_scoring(
+        q, batch, seqlen_q, seqlen_k, dropout_p, softmax_scale, causal, window_left, window_right, softcap,
+        alibi_slopes,
+    )  # fmt: skip
+    _check_out(out, q)
+    backend = _cuda if q.is_cuda else _cpu
+    return backend.forward(q, k, v, out, scoring, return_softmax, generator)
+
+
+def _check_varlen(
+    q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
+    total_k: int | None,
+) -> tuple[int, int, int]:  # fmt: skip
+    """Check the sequences of packed q and k; return (b, max_seqlen_q, max_seqlen_k). Paged: no `total_k`."""
+    batch = check.check_cu_seqlens(cu_seqlens_q, "cu_seqlens_q", q)
+    check.check_cu_seqlens(cu_seqlens_k, "cu_seqlens_k", q, batch)
+    max_seqlen_q = check.check_max_seqlen(max_seqlen_q, "max_seqlen_q")
+    max_seqlen_k = check.check_max_seqlen(max_seqlen_k, "max_seqlen_k")
+    if q.device.type == "cpu":
+        check.check_lengths(cu_seqlens_q, "cu_seqlens_q", q.shape[0], max_seqlen_q, "max_seqlen_q")
+        check.check_lengths(cu_seqlens_k, "cu_seqlens_k", total_k, max_seqlen_k, "max_seqlen_k")
+    return batch, max_seqlen_q, max_seqlen_k
+
+
+def _check_key_bounds(
+    q: Tensor, cu_seqlens_k: Tensor, block_table: Tensor | None, leftpad_k: Tensor | None,
+    seqused_k: Tensor | None, k: Tensor, batch: int,
+) -> None:  # fmt: skip
+    """Check what says which keys of each sequence are used."""
+    for x, name in ((leftpad_k, "leftpad_k"), (seqused_k, "seqused_k")):
+        if x is not None:
+            check.check_index(x, name, q, (batch,))
+    if block_table is not None:
+        check.check_index(block_table, "block_table", q, (batch, -1))
+        check.check_page_size(k, "k")
+        if leftpad_k is not None:
+            check.fail(ValueError, "leftpad_k", "None with a block_table", "a tensor")
+    if q.device.type != "cpu":
+        return
+    lengths = cu_seqlens_k.diff()
+    if block_table is not None:
+        capacity = block_table.shape[1] * k.shape[1]
+        check.check_range(block_table, "block_table", 0, k.shape[0] - 1)
+        check.check_range(lengths, "cu_seqlens_k (paged)", 0, capacity)
+        lengths = torch.full_like(lengths, capacity)
+    for x, name in ((leftpad_k, "leftpad_k"), (seqused_k, "seqused_k")):
+        if x is not None and bool(((x < 0) | (x > lengths)).any()):
+            allowed = f"between 0 and each sequence's length {lengths.tolist()}"
+            check.fail(ValueError, name, allowed, x.tolist())
+
+
+def varlen_forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
+    max_seqlen_k: int, dropout_p: float = 0.0, softmax_scale: float | None = None, causal: bool = False,
+    window_left: int = -1, window_right: int = -1, softcap: float = 0.0, alibi_slopes: Tensor | None = None,
+    return_softmax: bool = False, block_table: Tensor | None = None, leftpad_k: Tensor | None = None,
+    seqused_k: Tensor | None = None, out: Tensor | None = None, generator: torch.Generator | None = None,
+) -> Outputs:  # fmt: skip
+    """Return (out, lse (h, total_q), S_dmask or None, rng_state or None) of packed q (total_q, h, d).
+
+    k and v are (total_k, hk, d), or with `block_table` (b, max_blocks) pages (num_blocks, page_size, hk, d).
+    """
+    paged = block_table is not None
+    check.check_qkv(q, k, v, 3, 4 if paged else 3)
+    total_k = None if paged else k.shape[0]
+    batch, max_seqlen_q, max_seqlen_k = _check_varlen(
+        q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, total_k
+    )  # fmt: skip
+    if paged or leftpad_k is not None or seqused_k is not None:
+        _check_key_bounds(q, cu_seqlens_k, block_table, leftpad_k, seqused_k, k, batch)
+    scoring = check.check_scoring(
+        q, batch, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, window_left, window_right,
+        softcap, alibi_slopes,
+    )  # fmt: skip
+    _check_out(out, q)
+    if paged and q.is_cuda:
+        not_on_cuda("block_table")
+    backend, pages = (_cuda, ()) if q.is_cuda else (_cpu, (block_table,))
+    return backend.varlen_forward(
+        q, k, v, out, scoring, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, leftpad_k, seqused_k,
+        return_softmax, generator, *pages,
+    )  # fmt: skip
+
+
+def _gradient(given: Tensor | None, name: str, like: Tensor, like_name: str) -> Tensor:
+    """Return the caller's buffer for a gradient once checked, or a new one."""
+    if given is None:
+        return torch.empty_like(like)
+    check.check_like(given, name, like, like_name)
+    return given
+
+
+def backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor, dq: Tensor | None,
+    dk: Tensor | None, dv: Tensor | None, dropout_p: float, softmax_scale: float | None, causal: bool,
+    window_left: int, window_right: int, softcap: float, alibi_slopes: Tensor | None,
+    rng_state: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return (dq, dk, dv, softmax_d), written into the given buffers if there are some."""
+    (batch, seqlen_q, num_heads, _), _ = check.check_qkv(q, k, v, 4, 4)
+    check.check_batch(k, batch)
+    scoring = check.check_scoring(
+        q, batch, seqlen_q, k.shape[1], dropout_p, softmax_scale, causal, window_left, window_right, softcap,
+        alibi_slopes,
+    )  # fmt: skip
+    check.check_like(dout, "dout", q, "q")
+    check.check_like(out, "out", q, "q")
+    check.check_lse(softmax_lse, (batch, num_heads, seqlen_q), q)
+    check.check_rng_state(rng_state, scoring.dropout_p)
+    dq, dk, dv = _gradient(dq, "dq", q, "q"), _gradient(dk, "dk", k, "k"), _gradient(dv, "dv", v, "v")
+    if q.is_cuda:
+        not_on_cuda("the backward")
+    state = rng_state if scoring.dropout_p else None
+    return dq, dk, dv, _cpu.backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, scoring, state)
+
+
+def varlen_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor, dq: Tensor | None,
+    dk: Tensor | None, dv: Tensor | None, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
+    max_seqlen_k: int, dropout_p: float, softmax_scale: float | None, causal: bool, window_left: int,
+    window_right: int, softcap: float, alibi_slopes: Tensor | None, rng_state: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return (dq, dk, dv, softmax_d), written into the given buffers if any; zero past the sequences."""
+    (total_q, num_heads, _), _ = check.check_qkv(q, k, v, 3, 3)
+    batch, max_seqlen_q, max_seqlen_k = _check_varlen(
+        q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, k.shape[0]
+    )  # fmt: skip
+    scoring = check.check_scoring(
+        q, batch, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, window_left, window_right,
+        softcap, alibi_slopes,
+    )  # fmt: skip
+    check.check_like(dout, "dout", q, "q")
+    check.check_like(out, "out", q, "q")
+    check.check_lse(softmax_lse, (num_heads, total_q), q)
+    check.check_rng_state(rng_state, scoring.dropout_p)
+    dq, dk, dv = _gradient(dq, "dq", q, "q"), _gradient(dk, "dk", k, "k"), _gradient(dv, "dv", v, "v")
+    if q.is_cuda:
+        not_on_cuda("the backward")
+    state = rng_state if scoring.dropout_p else None
+    softmax_d = _cpu.varlen_backward(
+        dout, q, k, v, out, softmax_lse, dq, dk, dv, scoring, cu_seqlens_q, cu_seqlens_k, state
+    )  # fmt: skip
+    return dq, dk, dv, softmax_d

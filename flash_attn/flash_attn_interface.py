@@ -1,0 +1,340 @@
+"""The public functions, with the names, argument order, defaults and shapes of flash-attn 2.8.3.
+
+b = batch, s = sequence length, h = query heads, hk = key/value heads (h is a multiple of hk), d = head dim, 1
+to 256. fp16 and bf16 on CUDA; those, fp32 and fp64 on CPU. Exact attention without the score matrix in
+memory: Dao et al., "FlashAttention" (2022); Dao, "FlashAttention-2" (2023). From here a call goes to
+`_operations`, then to `_cuda` or `_cpu`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import flash_attn_2_cuda as flash_attn_gpu
+from flash_attn import _kvcache, _operations
+from flash_attn import _validation as check
+from flash_attn._autograd import FlashAttention, VarlenFlashAttention, gradient_needed
+from flash_attn._custom_ops import (
+    _flash_attn_backward,
+    _flash_attn_forward,
+    _flash_attn_varlen_backward,
+    _flash_attn_varlen_forward,
+    _wrapped_flash_attn_backward,
+    _wrapped_flash_attn_forward,
+    _wrapped_flash_attn_varlen_backward,
+    _wrapped_flash_attn_varlen_forward,
+    needs_dispatcher,
+)
+from flash_attn._layout import PROBS_BLOCK, maybe_contiguous, round_multiple
+
+__all__ = [
+    "_flash_attn_backward",
+    "_flash_attn_forward",
+    "_flash_attn_varlen_backward",
+    "_flash_attn_varlen_forward",
+    "_get_block_size_n",
+    "_wrapped_flash_attn_backward",
+    "_wrapped_flash_attn_forward",
+    "_wrapped_flash_attn_varlen_backward",
+    "_wrapped_flash_attn_varlen_forward",
+    "flash_attn_func",
+    "flash_attn_gpu",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
+    "maybe_contiguous",
+    "round_multiple",
+]
+
+Window = tuple[int, int]
+Result = Tensor | tuple[Tensor, Tensor, Tensor]
+
+
+def _get_block_size_n(device: torch.device, head_dim: int, is_dropout: bool, is_causal: bool) -> int:
+    """Return the number of keys that S_dmask is rounded up to."""
+    return PROBS_BLOCK
+
+
+def _result(return_attn_probs: bool, out: Tensor, lse: Tensor, probs: Tensor | None) -> Result:
+    if not return_attn_probs:
+        return out
+    return out, lse, torch.empty(0, dtype=out.dtype, device=out.device) if probs is None else probs
+
+
+def _window(window_size: Window) -> tuple[int, int]:
+    left, right = check.split_window(window_size)
+    if type(left) is int and type(right) is int:
+        return left, right
+    return check.as_int(left, "window_size[0]"), check.as_int(right, "window_size[1]")
+
+
+def flash_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Result:
+    """Attention softmax(scores) v, where scores = q k^T * softmax_scale, capped, biased and masked.
+
+    Positions are aligned at the last query and the last key: query i stands at key i + sk - sq. A query that
+    sees no key gives zeros and an LSE of +inf. Differentiable in q, k and v.
+
+    Args:
+        q: (b, sq, h, d). Only the last dimension need be contiguous; a copy is made if it is not.
+        k, v: (b, sk, hk, d), of q's dtype and device.
+        dropout_p: probability in [0, 1) of dropping an attention probability; 0.0 in evaluation.
+        softmax_scale: factor of q k^T, 1/sqrt(d) if None.
+        causal: hide keys after the query's position.
+        window_size: (left, right), keys visible on each side of the query's position; -1 for all of them.
+        softcap: if positive, scores become softcap * tanh(scores / softcap), before bias and mask; not with
+            dropout.
+        alibi_slopes: fp32 (h,) or (b, h); adds -slope * |i + sk - sq - j| (Press et al., "Train Short, Test
+            Long").
+        deterministic: the same gradients, bit for bit, on every run.
+        return_attn_probs: return more than `out`; for testing.
+
+    Returns:
+        out (b, sq, h, d), or (out, softmax_lse, S_dmask) with `return_attn_probs`: softmax_lse (b, h, sq) is
+        the natural logarithm of the sum of exp(scores), fp32 (fp64 for fp64 input); S_dmask is empty without
+        dropout, else (b, h, sq rounded up to 128, sk rounded up to 128) with the probabilities before
+        dropout, negative where dropped.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, or of a wrong value, shape or device; it is
+            named.
+        RuntimeError: this build or GPU cannot run it; the message has the command that builds what is
+            missing.
+        NotImplementedError: CUDA tensors that require grad, for now.
+    """
+    window_left, window_right = _window(window_size)
+    if gradient_needed(q, k, v):
+        scoring = (dropout_p, softmax_scale, bool(causal), window_left, window_right, softcap)
+        result = FlashAttention.apply(q, k, v, alibi_slopes, scoring, deterministic, return_attn_probs)
+        return result if return_attn_probs else result[0]
+    run = _wrapped_flash_attn_forward if needs_dispatcher(q) else _operations.forward
+    out, lse, probs, _ = run(
+        q, k, v, dropout_p, softmax_scale, bool(causal), window_left, window_right, softcap, alibi_slopes,
+        return_attn_probs,
+    )  # fmt: skip
+    return _result(return_attn_probs, out, lse, probs)
+
+
+def flash_attn_qkvpacked_func(
+    qkv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Result:
+    """`flash_attn_func` of q, k, v packed in one tensor qkv (b, s, 3, h, d), uncopied."""
+    check.check_packed(qkv, "qkv", 5, 3)
+    q, k, v = qkv.unbind(2)
+    return flash_attn_func(
+        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
+        return_attn_probs,
+    )  # fmt: skip
+
+
+def flash_attn_kvpacked_func(
+    q: Tensor,
+    kv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Result:
+    """`flash_attn_func` of q (b, sq, h, d) and k, v packed in one tensor kv (b, sk, 2, hk, d), uncopied."""
+    check.check_packed(kv, "kv", 5, 2, q)
+    k, v = kv.unbind(2)
+    return flash_attn_func(
+        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
+        return_attn_probs,
+    )  # fmt: skip
+
+
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: Tensor | None = None,
+) -> Result:
+    """Attention within each of b sequences packed end to end; the rest as in `flash_attn_func`.
+
+    Sequence i has the rows cu_seqlens[i] to cu_seqlens[i + 1]; it may be empty. Rows past cu_seqlens[b] give
+    zeros, and get zero gradients. That cu_seqlens starts at 0, never decreases and fits the tokens is checked
+    on CPU only.
+
+    Args:
+        q: (total_q, h, d).
+        k, v: (total_k, hk, d), or with `block_table` pages (num_blocks, page_size, hk, d), page_size a
+            multiple of 16.
+        cu_seqlens_q, cu_seqlens_k: int32 (b + 1,), cumulative sequence lengths, on q's device.
+        max_seqlen_q, max_seqlen_k: the longest sequence, or more.
+        block_table: int32 (b, max_blocks), the pages of each sequence's keys; forward only.
+
+    Returns:
+        out (total_q, h, d), or (out, softmax_lse, S_dmask): softmax_lse (h, total_q), S_dmask as in
+        `flash_attn_func`.
+    """
+    window_left, window_right = _window(window_size)
+    if gradient_needed(q, k, v):
+        if block_table is not None:
+            raise NotImplementedError("block_table must be None where a tensor requires grad: forward only")
+        max_seqlen_q = check.check_max_seqlen(max_seqlen_q, "max_seqlen_q")
+        max_seqlen_k = check.check_max_seqlen(max_seqlen_k, "max_seqlen_k")
+        scoring = (dropout_p, softmax_scale, bool(causal), window_left, window_right, softcap)
+        result = VarlenFlashAttention.apply(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, alibi_slopes, scoring,
+            deterministic, return_attn_probs,
+        )  # fmt: skip
+        return result if return_attn_probs else result[0]
+    run = _wrapped_flash_attn_varlen_forward if needs_dispatcher(q) else _operations.varlen_forward
+    out, lse, probs, _ = run(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale,
+        bool(causal), window_left, window_right, softcap, alibi_slopes, return_attn_probs, block_table,
+    )  # fmt: skip
+    return _result(return_attn_probs, out, lse, probs)
+
+
+def flash_attn_varlen_qkvpacked_func(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Result:
+    """`flash_attn_varlen_func` of q, k, v packed in qkv (total, 3, h, d), cu_seqlens int32 (b + 1,)."""
+    check.check_packed(qkv, "qkv", 4, 3)
+    check.check_cu_seqlens(cu_seqlens, "cu_seqlens", qkv)
+    max_seqlen = check.check_max_seqlen(max_seqlen, "max_seqlen")
+    if qkv.device.type == "cpu":
+        check.check_lengths(cu_seqlens, "cu_seqlens", qkv.shape[0], max_seqlen, "max_seqlen")
+    q, k, v = qkv.unbind(1)
+    return flash_attn_varlen_func(
+        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale, causal,
+        window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
+    )  # fmt: skip
+
+
+def flash_attn_varlen_kvpacked_func(
+    q: Tensor,
+    kv: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Result:
+    """`flash_attn_varlen_func` of q (total_q, h, d) and k, v packed in one tensor kv (total_k, 2, hk, d)."""
+    check.check_packed(kv, "kv", 4, 2, q)
+    k, v = kv.unbind(1)
+    return flash_attn_varlen_func(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
+        window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
+    )  # fmt: skip
+
+
+def flash_attn_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    cache_seqlens: int | Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    block_table: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = (-1, -1),
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    alibi_slopes: Tensor | None = None,
+    num_splits: int = 0,
+    return_softmax_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention over a key/value cache, to which k and v are appended first, in place. No gradients flow.
+
+    The causal mask and the window count the keys after appending. A cache is read and written where it lies,
+    never copied.
+
+    Args:
+        q: (b, sq, h, d).
+        k_cache, v_cache: (b_cache, s_cache, hk, d), or with `block_table` pages (num_blocks, page_size, hk,
+            d) of a multiple of 16 keys; the last dimension contiguous.
+        k, v: (b, s_new, hk, d), written to the cache from position cache_seqlens on.
+        rotary_cos, rotary_sin: (s_ro, rotary_dim / 2), rotary_dim a multiple of 16 and at most d: rotate k,
+            at position cache_seqlens + i, and q, at cache_seqlens + i if causal or windowed, else all of it
+            at cache_seqlens.
+        cache_seqlens: int or int32 (b,), how many keys the cache holds before appending; all of it if None.
+        cache_batch_idx: int32 (b,), the cache entry of each sequence; not with `block_table`.
+        cache_leftpad: int32 (b,), how many leading keys to skip, counted in cache_seqlens; not with
+            `block_table`.
+        block_table: int32 (b, max_blocks), the pages of each sequence.
+        rotary_interleaved: rotate pairs (0, 1), (2, 3)..; else the first half of rotary_dim against the
+            second.
+        num_splits: 0 to 128, into how many parts to split the keys, 0 for a heuristic; no effect beyond
+            rounding.
+        return_softmax_lse: return the LSE too.
+        softmax_scale, causal, window_size, softcap, alibi_slopes: as in `flash_attn_func`.
+
+    Returns:
+        out (b, sq, h, d), or (out, softmax_lse (b, h, sq)) with `return_softmax_lse`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as in `flash_attn_func`.
+        NotImplementedError: CUDA tensors, for now.
+    """
+    window_left, window_right = _window(window_size)
+    out, lse = _kvcache.forward_kvcache(
+        q, k_cache, v_cache, k, v, cache_seqlens, rotary_cos, rotary_sin, cache_batch_idx, cache_leftpad,
+        block_table, alibi_slopes, None, softmax_scale, causal, window_left, window_right, softcap,
+        rotary_interleaved, num_splits,
+    )  # fmt: skip
+    return (out, lse) if return_softmax_lse else out

@@ -1,0 +1,312 @@
+"""Rotary position embedding (Su et al., "RoFormer", section 3.2), with XPos scaling (Sun et al., 2022).
+
+A pair (x1, x2) at position m becomes (x1 cos - x2 sin, x2 cos + x1 sin) with the angle m * theta of its
+frequency. Pairs are (0, 1), (2, 3).. when interleaved, else (i, i + rotary_dim / 2). Computed in fp32 (fp64
+for fp64 input). Backward is the rotation by the opposite angle, so autograd keeps only the tables.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Offsets = int | Tensor
+
+
+def _pairs(x: Tensor, rotary_dim: int, interleaved: bool) -> tuple[Tensor, Tensor]:
+    rotated = x[..., :rotary_dim]
+    if interleaved:
+        return rotated[..., ::2], rotated[..., 1::2]
+    half = rotary_dim // 2
+    return rotated[..., :half], rotated[..., half:]
+
+
+def rotate_(
+    x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False, conjugate: bool = False
+) -> Tensor:
+    """Rotate x (..., s, h, d) in place by cos, sin (..., s, rotary_dim / 2); `conjugate` rotates back."""
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    cos, sin = cos.unsqueeze(-2).to(compute), sin.unsqueeze(-2).to(compute)
+    if conjugate:
+        sin = -sin
+    first, second = _pairs(x, 2 * cos.shape[-1], interleaved)
+    x1, x2 = first.to(compute), second.to(compute)
+    rotated_first, rotated_second = x1 * cos - x2 * sin, x2 * cos + x1 * sin
+    first.copy_(rotated_first)
+    second.copy_(rotated_second)
+    return x
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False, conjugate: bool = False) -> Tensor:
+    """Return x (..., s, h, d) rotated by cos, sin (..., s, rotary_dim / 2)."""
+    return rotate_(x.clone(), cos, sin, interleaved, conjugate)
+
+
+def apply_rotary_emb_torch(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
+    """Rotate x (b, s, h, d) by cos, sin ([b,] s, rotary_dim / 2), in plain differentiable operations."""
+    rotary_dim = 2 * cos.shape[-1]
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+    x1, x2 = _pairs(x, rotary_dim, interleaved)
+    pair = x1 * cos - x2 * sin, x2 * cos + x1 * sin
+    rotated = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
+    return torch.cat([rotated, x[..., rotary_dim:]], dim=-1)
+
+
+def _check_tables(cos: Tensor, sin: Tensor, head_dim: int) -> None:
+    if cos.dim() != 2 or cos.shape != sin.shape:
+        shapes = f"{tuple(cos.shape)} and {tuple(sin.shape)}"
+        raise ValueError(f"cos and sin must be (seqlen_ro, rotary_dim / 2), got {shapes}")
+    if 2 * cos.shape[1] > head_dim:
+        raise ValueError(f"cos must have at most head_dim / 2 = {head_dim / 2:g} columns, got {cos.shape[1]}")
+
+
+def _check_positions(positions: Tensor, seqlen_ro: int, known: bool) -> None:
+    if known and positions.numel() and not 0 <= int(positions.min()) <= int(positions.max()) < seqlen_ro:
+        last = int(positions.max())
+        raise ValueError(
+            f"seqlen_offsets must keep positions below cos's {seqlen_ro} rows, got position {last}"
+        )
+
+
+def _gather(cos: Tensor, sin: Tensor, seqlen: int, offsets: Offsets) -> tuple[Tensor, Tensor]:
+    """Return the tables' rows from the offset on: (s, n), or (b, s, n) for one offset per sequence."""
+    if isinstance(offsets, int):
+        if not 0 <= offsets <= offsets + seqlen <= cos.shape[0]:
+            last = cos.shape[0] - seqlen
+            raise ValueError(f"seqlen_offsets must be in [0, {last}] (rows of cos - seqlen), got {offsets}")
+        return cos[offsets : offsets + seqlen], sin[offsets : offsets + seqlen]
+    positions = offsets.long().unsqueeze(-1) + torch.arange(seqlen, device=offsets.device)
+    _check_positions(positions, cos.shape[0], offsets.device.type == "cpu")
+    return cos[positions], sin[positions]
+
+
+def _gather_varlen(
+    cos: Tensor, sin: Tensor, total: int, offsets: Offsets, cu_seqlens: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return cos, sin (total, n) for packed sequences; tokens past the last one get the identity."""
+    tokens = torch.arange(total, device=cu_seqlens.device)
+    bounds = cu_seqlens.long()
+    sequence = torch.searchsorted(bounds[1:].contiguous(), tokens, right=True)
+    inside = sequence < bounds.shape[0] - 1
+    sequence = sequence.clamp(max=bounds.shape[0] - 2)
+    start = bounds[sequence] if isinstance(offsets, int) else bounds[sequence] - offsets.long()[sequence]
+    positions = torch.where(inside, tokens - start + (offsets if isinstance(offsets, int) else 0), 0)
+    _check_positions(positions, cos.shape[0], cu_seqlens.device.type == "cpu")
+    inside = inside.unsqueeze(-1)
+    return torch.where(inside, cos[positions], 1.0), torch.where(inside, sin[positions], 0.0)
+
+
+class _ApplyRotary(torch.autograd.Function):
+    """Rotation of one tensor, or of the selected heads of one, in place or not."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inplace: bool) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.interleaved, ctx.inplace = interleaved, inplace
+        if inplace:
+            ctx.mark_dirty(x)
+            return rotate_(x, cos, sin, interleaved)
+        return rotate(x, cos, sin, interleaved)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        return rotate(dout, cos, sin, ctx.interleaved, conjugate=True), None, None, None, None
+
+
+def apply_rotary_emb(
+    x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False, inplace: bool = False,
+    seqlen_offsets: Offsets = 0, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None,
+) -> Tensor:  # fmt: skip
+    """Rotate the first rotary_dim elements of each head of x; differentiable in x.
+
+    Args:
+        x: (b, s, h, d), or (total, h, d) with `cu_seqlens`; any floating dtype.
+        cos, sin: (seqlen_ro, rotary_dim / 2), rotary_dim <= d.
+        interleaved: pairs are (0, 1), (2, 3).. instead of halves.
+        inplace: overwrite x and return it.
+        seqlen_offsets: position of each sequence's first token: int, or integer tensor (b,).
+        cu_seqlens: int32 (b + 1), bounds of packed sequences; tokens past the last are left as they are.
+        max_seqlen: longest packed sequence; accepted for compatibility.
+    Raises:
+        ValueError: tables that do not fit x, or (known on CPU) positions past their end.
+    """
+    _check_tables(cos, sin, x.shape[-1])
+    if cu_seqlens is None:
+        cos, sin = _gather(cos, sin, x.shape[1], seqlen_offsets)
+    else:
+        cos, sin = _gather_varlen(cos, sin, x.shape[0], seqlen_offsets, cu_seqlens)
+    return _ApplyRotary.apply(x, cos, sin, interleaved, inplace)
+
+
+apply_rotary_emb_func = apply_rotary_emb
+
+
+def _select_qk(qkv: Tensor, num_heads_q: int | None) -> tuple[Tensor, Tensor]:
+    """Return the views q and k of a packed (b, s, 3, h, d) or (b, s, h_q + 2 h_k, d) tensor."""
+    if qkv.dim() == 5:
+        if qkv.shape[2] != 3:
+            raise ValueError(f"qkv must be (b, s, 3, h, d), got {tuple(qkv.shape)}")
+        return qkv[:, :, 0], qkv[:, :, 1]
+    if qkv.dim() != 4 or num_heads_q is None:
+        raise ValueError("qkv must have 5 dimensions, or 4 with num_heads_q given, "
+                         f"got {qkv.dim()} with num_heads_q {num_heads_q}")  # fmt: skip
+    num_heads_k = (qkv.shape[2] - num_heads_q) // 2
+    if num_heads_k < 0 or qkv.shape[2] != num_heads_q + 2 * num_heads_k:
+        total = qkv.shape[2]
+        raise ValueError(f"num_heads_q must leave an even number of the {total} heads, got {num_heads_q}")
+    return qkv[:, :, :num_heads_q], qkv[:, :, num_heads_q : num_heads_q + num_heads_k]
+
+
+class _ApplyRotaryQKV(torch.autograd.Function):
+    """In-place rotation of q and k inside a packed tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, cos_k: Tensor, sin_k: Tensor,
+                interleaved: bool, num_heads_q: int | None) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(cos, sin, cos_k, sin_k)
+        ctx.interleaved, ctx.num_heads_q = interleaved, num_heads_q
+        ctx.mark_dirty(qkv)
+        q, k = _select_qk(qkv, num_heads_q)
+        rotate_(q, cos, sin, interleaved)
+        rotate_(k, cos_k, sin_k, interleaved)
+        return qkv
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin, cos_k, sin_k = ctx.saved_tensors
+        dqkv = dout.clone()
+        dq, dk = _select_qk(dqkv, ctx.num_heads_q)
+        rotate_(dq, cos, sin, ctx.interleaved, conjugate=True)
+        rotate_(dk, cos_k, sin_k, ctx.interleaved, conjugate=True)
+        return dqkv, None, None, None, None, None, None
+
+
+def apply_rotary_emb_qkv_(
+    qkv: Tensor, cos: Tensor, sin: Tensor, cos_k: Tensor | None = None, sin_k: Tensor | None = None,
+    interleaved: bool = False, seqlen_offsets: Offsets = 0, num_heads_q: int | None = None,
+) -> Tensor:  # fmt: skip
+    """Rotate q and k inside `qkv` in place and return it; differentiable.
+
+    Args:
+        qkv: (b, s, 3, h, d), or (b, s, h_q + 2 h_k, d) with `num_heads_q`.
+        cos, sin: (seqlen_ro, rotary_dim / 2); `cos_k`, `sin_k` are those of k where they differ (XPos).
+        interleaved, seqlen_offsets: as in `apply_rotary_emb`.
+    Raises:
+        ValueError: as in `apply_rotary_emb`, or a qkv of another shape.
+    """
+    _select_qk(qkv, num_heads_q)
+    _check_tables(cos, sin, qkv.shape[-1])
+    table_q = _gather(cos, sin, qkv.shape[1], seqlen_offsets)
+    if cos_k is None or sin_k is None:
+        table_k = table_q
+    else:
+        _check_tables(cos_k, sin_k, qkv.shape[-1])
+        table_k = _gather(cos_k, sin_k, qkv.shape[1], seqlen_offsets)
+    return _ApplyRotaryQKV.apply(qkv, *table_q, *table_k, interleaved, num_heads_q)
+
+
+class _ApplyRotaryKV(torch.autograd.Function):
+    """In-place rotation of k inside a packed (b, s, 2, h, d) tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, kv: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.interleaved = interleaved
+        ctx.mark_dirty(kv)
+        rotate_(kv[:, :, 0], cos, sin, interleaved)
+        return kv
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        dkv = dout.clone()
+        rotate_(dkv[:, :, 0], cos, sin, ctx.interleaved, conjugate=True)
+        return dkv, None, None, None
+
+
+def apply_rotary_emb_kv_(
+    kv: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False, seqlen_offsets: Offsets = 0
+) -> Tensor:
+    """Rotate k inside `kv` (b, s, 2, h, d) in place and return it; the rest as in `apply_rotary_emb`."""
+    if kv.dim() != 5 or kv.shape[2] != 2:
+        raise ValueError(f"kv must be (b, s, 2, h, d), got {tuple(kv.shape)}")
+    _check_tables(cos, sin, kv.shape[-1])
+    cos, sin = _gather(cos, sin, kv.shape[1], seqlen_offsets)
+    return _ApplyRotaryKV.apply(kv, cos, sin, interleaved)
+
+
+class RotaryEmbedding(nn.Module):
+    """Rotary embedding of packed qkv, or of q and packed kv, with cached tables.
+
+    Args:
+        dim: rotary_dim, the number of elements rotated per head.
+        base: frequency i is base^(-2 i / dim).
+        interleaved: as in `apply_rotary_emb`.
+        scale_base: XPos decay length, None for none.
+        device: of the tables.
+    """
+
+    def __init__(self, dim: int, base: float = 10000.0, interleaved: bool = False,
+                 scale_base: float | None = None, device: torch.device | str | None = None) -> None:  # fmt: skip
+        super().__init__()
+        self.dim, self.base, self.interleaved, self.scale_base = dim, float(base), interleaved, scale_base
+        self.register_buffer("inv_freq", self._inv_freq(device), persistent=False)
+        even = torch.arange(0, dim, 2, device=device, dtype=torch.float32)
+        scale = None if scale_base is None else (even + 0.4 * dim) / (1.4 * dim)
+        self.register_buffer("scale", scale, persistent=False)
+        self._seqlen_cached = 0
+        self._cos_cached: Tensor | None = None
+        self._sin_cached: Tensor | None = None
+        self._cos_k_cached: Tensor | None = None
+        self._sin_k_cached: Tensor | None = None
+
+    def _inv_freq(self, device: torch.device | str | None = None) -> Tensor:
+        return self.base ** -(torch.arange(0, self.dim, 2, device=device, dtype=torch.float32) / self.dim)
+
+    def _update_cos_sin_cache(self, seqlen: int, device: torch.device | None = None,
+                              dtype: torch.dtype | None = None) -> None:  # fmt: skip
+        """Compute the tables for positions 0 .. seqlen where the cached ones do not serve."""
+        cached = self._cos_cached
+        usable = cached is not None and cached.device == device and cached.dtype == dtype
+        if usable and seqlen <= self._seqlen_cached and not (self.training and cached.is_inference()):
+            return
+        self._seqlen_cached = seqlen
+        positions = torch.arange(seqlen, device=device, dtype=torch.float32)
+        angles = torch.outer(positions, self._inv_freq(device))
+        cos, sin = angles.cos(), angles.sin()
+        if self.scale is None:
+            self._cos_cached, self._sin_cached = cos.to(dtype), sin.to(dtype)
+            return
+        power = (positions - seqlen // 2) / self.scale_base
+        scale = self.scale.to(device=device, dtype=torch.float32) ** power.unsqueeze(1)
+        self._cos_cached, self._sin_cached = (cos * scale).to(dtype), (sin * scale).to(dtype)
+        self._cos_k_cached, self._sin_k_cached = (cos / scale).to(dtype), (sin / scale).to(dtype)
+
+    def forward(self, qkv: Tensor, kv: Tensor | None = None, seqlen_offset: Offsets = 0,
+                max_seqlen: int | None = None, num_heads_q: int | None = None) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+        """Rotate in place and return qkv, or (q, kv) if `kv` is given.
+
+        Args:
+            qkv: (b, s, 3, h, d), (b, s, h_q + 2 h_k, d) with `num_heads_q`, or q (b, s, h, d) with `kv`.
+            kv: (b, s, 2, hk, d).
+            seqlen_offset: int or integer tensor (b,), position of the first token.
+            max_seqlen: length of the tables; needed to avoid a synchronisation when `seqlen_offset` is a CUDA
+            tensor.
+        """
+        seqlen = qkv.shape[1]
+        if max_seqlen is None:
+            largest = seqlen_offset if isinstance(seqlen_offset, int) else int(seqlen_offset.max())
+            max_seqlen = seqlen + largest
+        self._update_cos_sin_cache(max_seqlen, device=qkv.device, dtype=qkv.dtype)
+        cos, sin, cos_k, sin_k = self._cos_cached, self._sin_cached, self._cos_k_cached, self._sin_k_cached
+        if kv is None:
+            return apply_rotary_emb_qkv_(
+                qkv, cos, sin, cos_k, sin_k, self.interleaved, seqlen_offset, num_heads_q
+            )  # fmt: skip
+        q = apply_rotary_emb(qkv, cos, sin, self.interleaved, True, seqlen_offset)
+        kv = apply_rotary_emb_kv_(kv, cos if cos_k is None else cos_k, sin if sin_k is None else sin_k,
+                                  self.interleaved, seqlen_offset)  # fmt: skip
+        return q, kv

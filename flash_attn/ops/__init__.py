@@ -1,0 +1,1 @@
+"""Operations under the names that other libraries import them by."""

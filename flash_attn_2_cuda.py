@@ -1,0 +1,100 @@
+"""The positional entry points of flash-attn's extension module, for libraries that call it directly.
+
+Each argument is positional; shapes are those of the public function of the same purpose in `flash_attn`.
+`fwd_kvcache` takes cache lengths as an int32 tensor or None. No function records gradients.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["bwd", "fwd", "fwd_kvcache", "varlen_bwd", "varlen_fwd"]
+
+Generator = torch.Generator | None
+
+
+def _four(out: Tensor, lse: Tensor, probs: Tensor | None, rng_state: Tensor | None) -> list[Tensor]:
+    from flash_attn._custom_ops import _filled
+
+    return list(_filled(out, lse, probs, rng_state))
+
+
+def fwd(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, alibi_slopes: Tensor | None, p_dropout: float,
+    softmax_scale: float, is_causal: bool, window_size_left: int, window_size_right: int, softcap: float,
+    return_softmax: bool, gen: Generator,
+) -> list[Tensor]:  # fmt: skip
+    """Return [out, softmax_lse, S_dmask, rng_state]; written to `out` if given."""
+    from flash_attn import _operations
+
+    return _four(*_operations.forward(
+        q, k, v, p_dropout, softmax_scale, is_causal, window_size_left, window_size_right, softcap,
+        alibi_slopes, return_softmax, out, gen,
+    ))  # fmt: skip
+
+
+def varlen_fwd(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
+    seqused_k: Tensor | None, leftpad_k: Tensor | None, block_table: Tensor | None,
+    alibi_slopes: Tensor | None, max_seqlen_q: int, max_seqlen_k: int, p_dropout: float, softmax_scale: float,
+    zero_tensors: bool, is_causal: bool, window_size_left: int, window_size_right: int, softcap: float,
+    return_softmax: bool, gen: Generator,
+) -> list[Tensor]:  # fmt: skip
+    """Return [out, softmax_lse, S_dmask, rng_state]; written to `out` if given."""
+    from flash_attn import _operations
+
+    return _four(*_operations.varlen_forward(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, p_dropout, softmax_scale, is_causal,
+        window_size_left, window_size_right, softcap, alibi_slopes, return_softmax, block_table, leftpad_k,
+        seqused_k, out, gen,
+    ))  # fmt: skip
+
+
+def bwd(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor, dq: Tensor | None,
+    dk: Tensor | None, dv: Tensor | None, alibi_slopes: Tensor | None, p_dropout: float, softmax_scale: float,
+    is_causal: bool, window_size_left: int, window_size_right: int, softcap: float, deterministic: bool,
+    gen: Generator, rng_state: Tensor | None,
+) -> list[Tensor]:  # fmt: skip
+    """Return [dq, dk, dv, softmax_d]; written to the given gradients if there are some."""
+    from flash_attn import _operations
+
+    return list(_operations.backward(
+        dout, q, k, v, out, softmax_lse, dq, dk, dv, p_dropout, softmax_scale, is_causal, window_size_left,
+        window_size_right, softcap, alibi_slopes, rng_state,
+    ))  # fmt: skip
+
+
+def varlen_bwd(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor, dq: Tensor | None,
+    dk: Tensor | None, dv: Tensor | None, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
+    alibi_slopes: Tensor | None, max_seqlen_q: int, max_seqlen_k: int, p_dropout: float, softmax_scale: float,
+    zero_tensors: bool, is_causal: bool, window_size_left: int, window_size_right: int, softcap: float,
+    deterministic: bool, gen: Generator, rng_state: Tensor | None,
+) -> list[Tensor]:  # fmt: skip
+    """Return [dq, dk, dv, softmax_d]; written to the given gradients if there are some."""
+    from flash_attn import _operations
+
+    return list(_operations.varlen_backward(
+        dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+        p_dropout, softmax_scale, is_causal, window_size_left, window_size_right, softcap, alibi_slopes,
+        rng_state,
+    ))  # fmt: skip
+
+
+def fwd_kvcache(
+    q: Tensor, kcache: Tensor, vcache: Tensor, k: Tensor | None, v: Tensor | None, seqlens_k: Tensor | None,
+    rotary_cos: Tensor | None, rotary_sin: Tensor | None, cache_batch_idx: Tensor | None,
+    leftpad_k: Tensor | None, block_table: Tensor | None, alibi_slopes: Tensor | None, out: Tensor | None,
+    softmax_scale: float, is_causal: bool, window_size_left: int, window_size_right: int, softcap: float,
+    rotary_interleaved: bool, num_splits: int,
+) -> list[Tensor]:  # fmt: skip
+    """Return [out, softmax_lse]; k and v are appended to the cache in place."""
+    from flash_attn import _kvcache
+
+    return list(_kvcache.forward_kvcache(
+        q, kcache, vcache, k, v, seqlens_k, rotary_cos, rotary_sin, cache_batch_idx, leftpad_k, block_table,
+        alibi_slopes, out, softmax_scale, is_causal, window_size_left, window_size_right, softcap,
+        rotary_interleaved, num_splits,
+    ))  # fmt: skip

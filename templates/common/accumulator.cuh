@@ -1,0 +1,63 @@
+// A warp's accumulators of mma.sync and what is done to scores while they are there: masking and dropout.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "common/dropout.cuh"
+#include "common/mask.cuh"
+
+namespace flash_attn {
+
+// Element [m][n] is the 16x8 tile in tile row m and tile column n; ptx/mma.cuh says which lane holds what of it.
+template <int kTilesM, int kTilesN>
+using Accumulator = float[kTilesM][kTilesN][4];
+
+// Calls function(score, row, column) for every score of the block that this lane holds, with coordinates in the sequence.
+template <int kTilesM, int kTilesN, class Function>
+__device__ __forceinline__ void for_each_score(Accumulator<kTilesM, kTilesN>& scores, int first_row, int first_column,
+                                               Function function) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int m = 0; m < kTilesM; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = first_row + m * 16 + half * 8 + lane / 4;
+#pragma unroll
+      for (int n = 0; n < kTilesN; ++n) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          function(scores[m][n][2 * half + c], row, first_column + 2 * (lane % 4) + n * 8 + c);
+        }
+      }
+    }
+  }
+}
+
+template <Mask kMask, int kTilesM, int kTilesN>
+__device__ __forceinline__ void apply_mask(Accumulator<kTilesM, kTilesN>& scores, const AttentionMask<kMask>& mask,
+                                           int first_row, int first_column) {
+  for_each_score(scores, first_row, first_column, [&](float& score, int row, int column) {
+    if (column >= mask.end_key(row) || column < mask.first_key(row)) score = -INFINITY;
+  });
+}
+
+// Zeroes the dropped probabilities; what is kept is rescaled once, with the output.
+template <int kTilesM, int kTilesN>
+__device__ __forceinline__ void apply_dropout(Accumulator<kTilesM, kTilesN>& probs, const Dropout& dropout, int first_row,
+                                              int first_column) {
+#pragma unroll
+  for (int m = 0; m < kTilesM; ++m) {
+#pragma unroll
+    for (int n = 0; n < kTilesN; n += 2) {
+      const uint4 words = dropout.words(first_row / 16 + m, first_column / 16 + n / 2, threadIdx.x % 32);
+      const uint32_t word[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        if (!dropout.keeps(word[i / 2], i % 2)) probs[m][n + i / 4][i % 4] = 0.0f;
+      }
+    }
+  }
+}
+
+}  // namespace flash_attn

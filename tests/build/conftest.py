@@ -1,0 +1,101 @@
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from codegen import toolchain
+
+HERE = Path(__file__).parent
+
+DISPATCH = """\
+#pragma once
+#include <cuda_runtime.h>
+#include "abi.h"
+namespace flash_attn {
+struct KernelEntry {
+  const char* key; Family family; Direction direction; Dtype dtype; int head_dim; Mask mask; bool split;
+  int shared_bytes;
+  Status (*launch)(const ForwardParams&, cudaStream_t);
+};
+struct FamilyTarget { Family family; int capability; bool ptx; };
+struct FamilyInfo { Family family; const char* name; int smem; };
+extern const KernelEntry kKernels[];
+extern const FamilyTarget kTargets[];
+extern const FamilyInfo kFamilies[];
+extern const int kNumKernels, kNumTargets, kNumFamilies, kHeadDims[], kNumHeadDims;
+}
+"""
+
+FORWARD = """\
+#pragma once
+#include "common/scale.cuh"
+#include "host/dispatch.h"
+namespace flash_attn::sm80 {
+template <int block_m, int block_n, int...> struct ForwardTile {
+  static constexpr int bytes(int head_dim) { return 2 * head_dim * (block_m + 2 * block_n); }
+};
+template <Dtype, int head_dim, Mask, class Tile> struct ForwardConfig {
+  static constexpr int kDim = head_dim, kSharedBytes = Tile::bytes(head_dim);
+};
+template <class Config> __global__ void kernel(float* out) { *out = kScale * Config::kDim; }
+template <class Config> Status launch_forward(const ForwardParams& params, cudaStream_t stream, const char*) {
+  kernel<Config><<<1, 1, 0, stream>>>(static_cast<float*>(params.out));
+  return Status::kOk;
+}
+}
+"""
+
+LIBRARY = """\
+#include "host/dispatch.h"
+int secret() { return 1; }
+extern "C" int32_t flash_attn_kernel_count() { return flash_attn::kNumKernels; }
+extern "C" const char* flash_attn_kernel_key(int32_t i) { return flash_attn::kKernels[i].key; }
+extern "C" uint64_t flash_attn_layout_hash() { return flash_attn::kLayoutHash; }
+"""
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch):
+    """No selection and no toolchain from outside."""
+    for name in ("ARCHS", "CUDA_ARCHS", "HEAD_DIMS", "DTYPES", "DIRECTIONS"):
+        monkeypatch.delenv(f"FLASH_ATTN_{name}", raising=False)
+    monkeypatch.setenv("MAX_JOBS", "1")
+
+
+@pytest.fixture
+def fake_toolkit(tmp_path, monkeypatch):
+    """A CUDA_HOME whose nvcc is fake_nvcc.py; returns the folder, whose calls.log lists the files it made."""
+    home = tmp_path / "toolkit"
+    nvcc = home / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(f"#!{sys.executable}\n" + (HERE / "fake_nvcc.py").read_text())
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(home))
+    monkeypatch.setenv("FAKE_NVCC_LOG", str(home / "calls.log"))
+    return home
+
+
+@pytest.fixture
+def small_templates(tmp_path):
+    """A tree of CUDA sources that compiles in a second per file and needs no kernel of the project."""
+    folder = tmp_path / "templates"
+    files = {
+        "host/dispatch.h": DISPATCH,
+        "host/library.cu": LIBRARY,
+        "sm80/forward.cuh": FORWARD,
+        "common/scale.cuh": "#pragma once\nconstexpr float kScale = 2.0f;\n",
+        "common/alone.cuh": "#pragma once\n",
+        "common/alone.cu": '#include "common/alone.cuh"\n',
+    }
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    return folder
+
+
+@pytest.fixture
+def real_nvcc():
+    """Skips the test where the toolchain search finds no nvcc or there is no C++ compiler."""
+    if toolchain.find_nvcc() is None or shutil.which("g++") is None:
+        pytest.skip("no nvcc: CUDA_HOME, PATH and the compiler wheels have none")

@@ -1,0 +1,156 @@
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+
+import pytest
+
+from codegen import ROOT
+
+FOLDERS = ("codegen", "templates", "generated", "flash_attn", "tests/codegen")
+FILES = (
+    "pyproject.toml",
+    "setup.py",
+    "MANIFEST.in",
+    "README.md",
+    "LICENSE",
+    "CHANGELOG.md",
+    "flash_attn_2_cuda.py",
+)
+SMALL = {"FLASH_ATTN_ARCHS": "80", "FLASH_ATTN_HEAD_DIMS": "64", "FLASH_ATTN_DTYPES": "bf16"}
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A copy of the sources to build in, where importing torch fails."""
+    folder = tmp_path / "source"
+    built = shutil.ignore_patterns("__pycache__", "*.so", "_build.json")
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, folder / name, ignore=built)
+    for name in FILES:
+        shutil.copy(ROOT / name, folder)
+    (tmp_path / "no_torch").mkdir()
+    (tmp_path / "no_torch" / "torch.py").write_text("raise ImportError('no torch while building')\n")
+    return folder
+
+
+def call_backend(folder, hook, out, **variables):
+    """Call a PEP 517 hook as a frontend does: in the source folder, in a process of its own."""
+    out.mkdir(exist_ok=True)
+    script = (
+        "import sys; sys.path.insert(0, '.'); from codegen import backend;"
+        f"print('made', backend.{hook}({str(out)!r}))"
+    )
+    environment = {**os.environ, **variables, "PYTHONPATH": str(folder.parent / "no_torch")}
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out / done.stdout.split("made ")[-1].strip(), done.stdout
+
+
+def contents(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        return set(archive.namelist())
+
+
+def top_level(names):
+    return {name.split("/")[0] for name in names}
+
+
+def test_wheel_without_kernels(tree, tmp_path):
+    (tree / "flash_attn" / "libflash_attn.so").write_bytes(b"left over")
+    wheel, out = call_backend(tree, "build_wheel", tmp_path / "dist", FLASH_ATTN_ARCHS="none")
+    assert wheel.name == "flash_attn-2.8.3-py3-none-any.whl"
+    assert [line for line in out.splitlines() if line.startswith("flash-attn: ")] == [
+        "flash-attn: no kernels, CPU backend only"
+    ]
+    names = contents(wheel)
+    assert top_level(names) == {"flash_attn", "flash_attn_2_cuda.py", "flash_attn-2.8.3.dist-info"}
+    assert not any(name.endswith((".so", "_build.json")) for name in names)
+
+
+def test_wheel_with_kernels(tree, tmp_path, fake_toolkit):
+    wheel, out = call_backend(tree, "build_wheel", tmp_path / "dist", **SMALL)
+    name, version, python, abi, platform = wheel.stem.split("-")
+    assert (name, version, python, abi) == ("flash_attn", "2.8.3", "py3", "none")
+    assert platform.startswith("linux_")
+    assert "flash-attn: kernels for sm80:80" in out
+    names = contents(wheel)
+    assert top_level(names) == {"flash_attn", "flash_attn_2_cuda.py", "flash_attn-2.8.3.dist-info"}
+    assert {"flash_attn/libflash_attn.so", "flash_attn/_build.json", "flash_attn/_abi.py"} <= names
+    with zipfile.ZipFile(wheel) as archive:
+        assert len(json.loads(archive.read("flash_attn/_build.json"))["kernels"]) == 3
+        assert b"Root-Is-Purelib: false" in archive.read("flash_attn-2.8.3.dist-info/WHEEL")
+
+
+def test_what_left_the_sources_leaves_the_wheel(tree, tmp_path):
+    (tree / "flash_attn" / "gone.py").write_text("")
+    call_backend(tree, "build_wheel", tmp_path / "first", FLASH_ATTN_ARCHS="none")
+    (tree / "flash_attn" / "gone.py").unlink()
+    wheel, _ = call_backend(tree, "build_wheel", tmp_path / "second", FLASH_ATTN_ARCHS="none")
+    assert "flash_attn/gone.py" not in contents(wheel)
+
+
+def test_sdist_holds_all_that_a_build_needs(tree, tmp_path, fake_toolkit):
+    (tree / "flash_attn" / "libflash_attn.so").write_bytes(b"left over")
+    sdist, _ = call_backend(tree, "build_sdist", tmp_path / "dist")
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+        archive.extractall(tmp_path / "unpacked", filter="data")
+    for folder in ("codegen", "templates", "generated", "flash_attn"):
+        kept = {str(path.relative_to(tree)) for path in (tree / folder).rglob("*") if path.is_file()}
+        missing = {name for name in kept - names if not name.endswith((".so", ".pyc", "_build.json"))}
+        assert not missing
+    assert not any(name.endswith(".so") for name in names)
+    assert {"setup.py", "pyproject.toml", "tests/codegen/test_abi.py"} <= names
+    unpacked = tmp_path / "unpacked" / "flash_attn-2.8.3"
+    wheel, _ = call_backend(unpacked, "build_wheel", tmp_path / "from_sdist", **SMALL)
+    assert "flash_attn/libflash_attn.so" in contents(wheel)
+
+
+def test_editable_puts_the_library_into_the_sources(tree, tmp_path, fake_toolkit):
+    wheel, _ = call_backend(tree, "build_editable", tmp_path / "dist", **SMALL)
+    assert (tree / "flash_attn" / "libflash_attn.so").is_file()
+    assert (tree / "flash_attn" / "_build.json").is_file()
+    assert not any(name.startswith(("codegen", "tests")) for name in contents(wheel))
+
+
+def test_editable_without_kernels_leaves_a_library_alone(tree, tmp_path):
+    library = tree / "flash_attn" / "libflash_attn.so"
+    library.write_bytes(b"built in place")
+    call_backend(tree, "build_editable", tmp_path / "dist", FLASH_ATTN_ARCHS="none")
+    assert library.read_bytes() == b"built in place"
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        (
+            {"FLASH_ATTN_ARCHS": "81"},
+            "flash-attn: FLASH_ATTN_ARCHS: unknown value '81'; known: all, native, none",
+        ),
+        ({**SMALL, "FAKE_NVCC_SAYS": "(C7510) serialized"}, "failed, see above"),
+    ],
+)
+def test_a_failing_build_is_one_clear_message(tree, tmp_path, fake_toolkit, variables, words):
+    for hook in ("build_wheel", "build_editable"):
+        with pytest.raises(AssertionError) as error:
+            call_backend(tree, hook, tmp_path / "dist", **variables)
+        assert words in str(error.value)
+        assert not list((tmp_path / "dist").glob("*.whl"))
+
+
+def test_versions_agree():
+    pattern = re.compile(r'^(?:__)?version(?:__)? = "(.+)"$', re.MULTILINE)
+    files = (ROOT / "pyproject.toml", ROOT / "flash_attn" / "_version.py")
+    assert [pattern.findall(path.read_text()) for path in files] == [["2.8.3"], ["2.8.3"]]

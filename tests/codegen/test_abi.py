@@ -1,0 +1,117 @@
+import ctypes
+import random
+import shutil
+import subprocess
+
+import pytest
+
+from codegen import PACKAGE, abi, render, selection
+
+
+@pytest.fixture(scope="module")
+def mirror():
+    """The rendered flash_attn/_abi.py, without importing the package."""
+    namespace: dict = {"__name__": "_abi"}
+    exec(compile(render.render_abi_module(), "_abi.py", "exec"), namespace)
+    return namespace
+
+
+@pytest.fixture(scope="module")
+def header(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("abi")
+    (folder / "abi.h").write_text(render.render_sources(selection.full_selection())["abi.h"])
+    return folder / "abi.h"
+
+
+def run_cpp(header, body):
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    source, program = header.with_name("program.cpp"), header.with_name("program")
+    includes = '#include "abi.h"\n#include <cstdio>\n'
+    source.write_text(f"{includes}using namespace flash_attn;\nint main() {{\n{body}\n}}\n")
+    subprocess.run([compiler, "-std=c++17", "-Wall", "-Werror", source, "-o", program], check=True)
+    return subprocess.run([program], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize("struct", abi.STRUCTS, ids=lambda struct: struct.name)
+def test_header_and_mirror_have_one_layout(struct, header, mirror):
+    name = struct.name
+    lines = [f'std::printf("{name} %zu\\n", sizeof({name}));'] + [
+        f'std::printf("{field} %zu %zu\\n", offsetof({name}, {field}), sizeof({name}::{field}));'
+        for field in (field.name for field in struct.fields)
+    ]
+    ctypes_struct = mirror[name]
+    expected = [f"{name} {ctypes.sizeof(ctypes_struct)}"]
+    for field in struct.fields:
+        descriptor = getattr(ctypes_struct, field.name)
+        expected.append(f"{field.name} {descriptor.offset} {descriptor.size}")
+    assert run_cpp(header, "\n".join(lines)).splitlines() == expected
+
+
+def test_header_and_mirror_have_one_hash_and_the_same_enums(header, mirror):
+    lines = ['std::printf("%llu\\n", static_cast<unsigned long long>(kLayoutHash));']
+    expected = [str(mirror["LAYOUT_HASH"])]
+    for enum in abi.enums():
+        for member, _ in enum.members:
+            lines.append(
+                f'std::printf("%d\\n", static_cast<int>({enum.name}::{abi.cpp_enumerator(member)}));'
+            )
+            expected.append(str(int(mirror[enum.name][member.upper()])))
+    assert run_cpp(header, "\n".join(lines)).splitlines() == expected
+
+
+@pytest.mark.parametrize("struct", abi.STRUCTS, ids=lambda struct: struct.name)
+def test_packer_fills_the_struct(struct, mirror):
+    packer, ctypes_struct = mirror[struct.constant], mirror[struct.name]
+    assert packer.size == ctypes.sizeof(ctypes_struct) == struct.size
+    draw = random.Random(0)
+    values = [
+        0.5 * i if field.type == "float32" else draw.randrange(1, 2**31)
+        for i, field in enumerate(struct.fields)
+    ]
+    filled = ctypes_struct.from_buffer_copy(packer.pack(*values))
+    assert [getattr(filled, field.name) for field in struct.fields] == values
+
+
+def test_a_null_pointer_packs_as_zero(mirror):
+    packer = mirror["FORWARD_PARAMS"]
+    assert mirror["ForwardParams"].from_buffer_copy(bytes(packer.size)).seqused_k is None
+
+
+def test_padding_is_part_of_the_layout():
+    struct = abi.Struct(
+        "Odd", "", (abi.Field("a", "int32"), abi.Field("b", "int64"), abi.Field("c", "float32"))
+    )
+    assert struct.offsets() == [0, 8, 16]
+    assert struct.size == 24
+    assert struct.packing == "<1i4x1q1f4x"
+
+
+def test_hash_follows_names_types_and_enums(monkeypatch):
+    hashes = {abi.layout_hash()}
+    first, *rest = abi.FORWARD_PARAMS.fields
+    for fields in ([abi.Field("query", first.type), *rest], [abi.Field("q", "int64"), *rest], [*rest, first]):
+        monkeypatch.setattr(abi, "STRUCTS", (abi.Struct("ForwardParams", "", tuple(fields)),))
+        hashes.add(abi.layout_hash())
+    monkeypatch.undo()
+    monkeypatch.setattr(abi.axes, "MASKS", ("causal", "full", "windowed"))
+    hashes.add(abi.layout_hash())
+    assert len(hashes) == 5
+
+
+def test_hash_ignores_documentation(monkeypatch):
+    before = abi.layout_hash()
+    fields = tuple(abi.Field(field.name, field.type, "other words") for field in abi.FORWARD_PARAMS.fields)
+    monkeypatch.setattr(abi, "STRUCTS", (abi.Struct("ForwardParams", "other words", fields),))
+    assert abi.layout_hash() == before
+
+
+def test_functions_have_ctypes_signatures(mirror):
+    assert mirror["FUNCTIONS"]["flash_attn_forward"] == (ctypes.c_int32, (ctypes.c_void_p, ctypes.c_void_p))
+    assert mirror["FUNCTIONS"]["flash_attn_kernel_key"] == (ctypes.c_char_p, (ctypes.c_int32,))
+    assert set(mirror["FUNCTIONS"]) == {function.name for function in abi.FUNCTIONS}
+
+
+def test_the_committed_mirror_is_current():
+    assert (PACKAGE / "_abi.py").read_text() == render.render_abi_module()

@@ -1,0 +1,26 @@
+from codegen import axes
+
+
+def test_every_arch_names_a_family():
+    assert {arch.family for arch in axes.ARCHS.values()} <= set(axes.FAMILIES)
+
+
+def test_families_agree_with_their_gpus():
+    for family in axes.FAMILIES.values():
+        assert (
+            family.smem_per_block + family.smem_reserved_per_block == family.smem_per_sm
+            or family.name == "sm75"
+        )
+        assert set(family.dtypes) <= set(axes.DTYPES)
+
+
+def test_turing_is_known_and_not_built():
+    assert axes.ARCHS[75].family == "sm75"
+    assert "sm75" not in [family.name for family in axes.built_families()]
+    assert not axes.is_legal("sm75", "forward", "fp16")
+
+
+def test_legal_is_direction_and_dtype():
+    assert axes.is_legal("sm80", "forward", "bf16")
+    assert not axes.is_legal("sm80", "backward", "bf16")
+    assert not axes.is_legal("sm80", "forward", "fp8")

@@ -1,0 +1,103 @@
+import os
+import time
+from pathlib import Path
+
+import jinja2
+import pytest
+
+from codegen import GENERATED, axes, render, selection, tiles, units
+from codegen.selection import Selection, Target
+from codegen.tiles import ForwardTile
+
+GOLDEN = Path(__file__).parent / "golden"
+SMALL = Selection((Target("sm80", 80), Target("sm86", 89, ptx=True)), (64,), ("bf16",), ("forward",))
+
+
+@pytest.fixture
+def fixed_tiles(monkeypatch):
+    """Tiles that tuning does not change, so that the golden files follow the templates alone."""
+    tile = ForwardTile(128, 64, 4, 2)
+    for family in ("sm80", "sm86"):
+        monkeypatch.setitem(tiles.FORWARD_TILES[family], 64, {"default": tile})
+    monkeypatch.setitem(tiles.FORWARD_TILES["sm86"][64], "causal", ForwardTile(64, 32, 4, 1))
+
+
+def test_golden_output(fixed_tiles):
+    """After a deliberate change: UPDATE_GOLDEN=1 pytest tests/codegen/test_render.py, and review the diff."""
+    files = {**render.render_sources(SMALL), "_abi.py": render.render_abi_module()}
+    if os.environ.get("UPDATE_GOLDEN"):
+        render.write_tree(files, GOLDEN)
+    assert render.diff_tree(files, GOLDEN) == ""
+
+
+def test_the_committed_files_are_current():
+    assert render.diff_tree(render.render_sources(selection.full_selection()), GENERATED) == ""
+
+
+def test_write_touches_only_what_changed_and_deletes_what_is_stale(tmp_path):
+    assert sorted(render.write_tree({"a.h": "1\n", "sub/b.cu": "2\n"}, tmp_path)) == ["a.h", "sub/b.cu"]
+    os.utime(tmp_path / "a.h", (1, 1))
+    assert sorted(render.write_tree({"a.h": "1\n", "sub/c.cu": "3\n"}, tmp_path)) == ["sub/b.cu", "sub/c.cu"]
+    assert (tmp_path / "a.h").stat().st_mtime == 1
+    assert not (tmp_path / "sub/b.cu").exists()
+
+
+def test_diff_is_unified_and_names_missing_and_stale_files(tmp_path):
+    render.write_tree({"same.h": "0\n", "changed.h": "old\n", "stale.h": "gone\n"}, tmp_path)
+    diff = render.diff_tree({"same.h": "0\n", "changed.h": "new\n", "missing.h": "here\n"}, tmp_path)
+    for line in ("-old", "+new", "-gone", "+here"):
+        assert line in diff.splitlines()
+    assert "--- a/" in diff and "+++ b/" in diff and "@@" in diff
+    assert "same.h" not in diff
+
+
+def test_regenerating_is_fast():
+    start = time.process_time()
+    render.render_sources(selection.full_selection())
+    render.render_abi_module()
+    assert time.process_time() - start < 1
+
+
+def test_a_name_that_a_template_does_not_get_is_an_error():
+    with pytest.raises(jinja2.UndefinedError):
+        render._environment().from_string("{{ missing }}").render()
+
+
+def test_an_empty_selection_still_gives_valid_tables():
+    files = render.render_sources(Selection((), axes.HEAD_DIMS, axes.DTYPES, ("forward",)))
+    assert set(files) == {"abi.h", "dispatch.cu", "manifest.json"}
+    assert "kNumKernels = 0;" in files["dispatch.cu"] and "{nullptr, " in files["dispatch.cu"]
+
+
+def test_a_new_head_dim_is_data(monkeypatch):
+    monkeypatch.setattr(axes, "HEAD_DIMS", (*axes.HEAD_DIMS, 160))
+    tile = ForwardTile(64, 64, 4, 1)
+    for rows in tiles.FORWARD_TILES.values():
+        monkeypatch.setitem(rows, 160, {"default": tile})
+    files = render.render_sources(selection.full_selection())
+    assert "/*head_dim*/ 160" in files["sm86/forward_fp16_d160_windowed.cu"]
+    assert "forward_sm80_bf16_d160_full" in files["dispatch.cu"]
+    assert "kNumHeadDims = 7;" in files["dispatch.cu"]
+    chosen = selection.from_environment({"FLASH_ATTN_ARCHS": "80", "FLASH_ATTN_HEAD_DIMS": "160"})
+    assert len(units.list_units(chosen)) == 6
+
+
+def test_a_new_family_is_data(monkeypatch):
+    family = axes.Family("sm95", "sm95", ("bf16",), ("forward",), 200 * axes.KIB, 201 * axes.KIB)
+    monkeypatch.setitem(axes.FAMILIES, "sm95", family)
+    monkeypatch.setitem(axes.ARCHS, 95, axes.Arch(95, "sm95", "95a", (13, 0)))
+    monkeypatch.setitem(tiles.FORWARD_TILES, "sm95", tiles.FORWARD_TILES["sm80"])
+    chosen = selection.from_environment({"FLASH_ATTN_ARCHS": "95"})
+    files = render.render_sources(chosen)
+    assert '#include "sm95/forward.cuh"' in files["sm95/forward_bf16_d64_full.cu"]
+    assert not any("fp16" in path for path in files)
+    assert '{Family::kSm95, "sm95", 204800},' in files["dispatch.cu"]
+    assert "{Family::kSm95, 95, false}," in files["dispatch.cu"]
+    assert "kSm95 = 95," in files["abi.h"]
+    assert "SM95 = 95" in render.render_abi_module()
+
+
+def test_a_tile_that_does_not_fit_stops_the_generator(monkeypatch):
+    monkeypatch.setitem(tiles.FORWARD_TILES["sm86"][256], "default", ForwardTile(128, 128, 8, 1))
+    with pytest.raises(tiles.TileError, match="shared memory per block"):
+        render.render_sources(selection.full_selection())

@@ -1,0 +1,94 @@
+import pytest
+
+from codegen import axes, tiles
+from codegen.tiles import ForwardTile, TileError
+
+SM80, SM86 = axes.FAMILIES["sm80"], axes.FAMILIES["sm86"]
+
+
+def test_every_tile_of_the_table_fits():
+    for family in axes.built_families():
+        for head_dim in axes.HEAD_DIMS:
+            for mask in axes.MASKS:
+                assert tiles.forward_tile(family.name, head_dim, mask).block_m > 0
+
+
+def test_the_table_holds_no_row_that_nothing_reads():
+    assert set(tiles.FORWARD_TILES) == {family.name for family in axes.built_families()}
+    for rows in tiles.FORWARD_TILES.values():
+        assert set(rows) == set(axes.HEAD_DIMS)
+        for row in rows.values():
+            assert set(row) <= {"default", *axes.MASKS}
+
+
+def test_arithmetic():
+    tile = ForwardTile(block_m=128, block_n=64, warps=4, min_blocks=2)
+    assert tile.rows_per_warp == 32
+    assert tile.smem_bytes(128) == 2 * (128 * 128 + 2 * 64 * 128) == 65536
+    assert tile.register_floor(128) == (32 * 128 + 32 * 64) // 32 + 40 == 232
+
+
+def test_pairs_of_warps_halve_the_columns_and_exchange_through_shared_memory():
+    alone, pairs = ForwardTile(64, 64, 4, 1), ForwardTile(64, 64, 4, 1, warps_per_row=2)
+    assert pairs.rows_per_warp == 2 * alone.rows_per_warp
+    assert pairs.register_floor(256) == alone.register_floor(256)
+    assert pairs.smem_bytes(256) - alone.smem_bytes(256) == 64 * 64 * 2 + 64 * 2 * 4
+
+
+def refusal(tile, family, head_dim):
+    with pytest.raises(TileError) as error:
+        tiles.check_forward_tile(tile, family, head_dim, "causal")
+    return str(error.value)
+
+
+def test_too_much_shared_memory_per_block():
+    text = refusal(ForwardTile(128, 128, 8, 1), SM86, 256)
+    assert "2 * (128 * 256 + 2 * 128 * 256) = 196608 > 101376 bytes" in text
+    assert "sm86" in text and "head_dim 256" in text and "causal" in text
+
+
+def test_too_much_shared_memory_per_sm():
+    text = refusal(ForwardTile(128, 64, 4, 2), SM86, 128)
+    assert "2 * (65536 + 1024) = 133120 > 102400 bytes" in text
+    assert "per block" not in text
+
+
+def test_too_many_registers():
+    text = refusal(ForwardTile(128, 64, 4, 2), SM80, 192)
+    assert "= 32 * (192 + 64) / 1 / 32 + 40 = 296 > min(255, 65536 / (2 * 4 * 32)) = 255" in text
+
+
+def test_register_limit_follows_residency():
+    text = refusal(ForwardTile(128, 128, 8, 2), SM80, 64)
+    assert "16 * (64 + 128) / 1 / 32 + 40 = 136 > min(255, 65536 / (2 * 8 * 32)) = 128" in text
+
+
+@pytest.mark.parametrize(
+    ("tile", "words"),
+    [
+        (ForwardTile(96, 64, 4, 1), "96 * 1 / 4 = 24, not a multiple of 16"),
+        (ForwardTile(64, 40, 4, 1), "40 / 1 = 40, not a multiple of 16"),
+        (ForwardTile(64, 48, 4, 1, 2), "48 / 2 = 24, not a multiple of 16"),
+        (ForwardTile(64, 64, 4, 1, 3), "warps_per_row = 3"),
+    ],
+)
+def test_wrong_shapes(tile, words):
+    assert words in refusal(tile, SM80, 64)
+
+
+def test_every_problem_is_listed_at_once():
+    text = refusal(ForwardTile(256, 256, 4, 2), SM86, 256)
+    assert text.count("\n") == 3
+
+
+def test_missing_row(monkeypatch):
+    monkeypatch.delitem(tiles.FORWARD_TILES["sm80"], 96)
+    with pytest.raises(TileError, match="family sm80, head_dim 96, mask full: add it to FORWARD_TILES"):
+        tiles.forward_tile("sm80", 96, "full")
+
+
+def test_mask_override(monkeypatch):
+    special = ForwardTile(64, 64, 4, 1)
+    monkeypatch.setitem(tiles.FORWARD_TILES["sm80"][64], "windowed", special)
+    assert tiles.forward_tile("sm80", 64, "windowed") == special
+    assert tiles.forward_tile("sm80", 64, "full") == tiles.FORWARD_TILES["sm80"][64]["default"]

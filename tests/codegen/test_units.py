@@ -1,0 +1,61 @@
+import pytest
+
+from codegen import CodegenError, axes, selection, units
+
+FULL = units.list_units(selection.full_selection())
+
+
+def test_the_full_matrix():
+    assert len(FULL) == 2 * len(axes.HEAD_DIMS) * len(axes.DTYPES) * len(axes.MASKS)
+    assert len({unit.key for unit in FULL}) == len({unit.path for unit in FULL}) == len(FULL)
+    assert len({unit.config for unit in FULL}) == len(FULL)
+
+
+def test_names():
+    unit = next(u for u in FULL if u.key == "forward_sm80_bf16_d128_causal")
+    assert unit.path == "sm80/forward_bf16_d128_causal.cu"
+    assert unit.config == "ForwardSm80Bf16D128Causal"
+    assert unit.smem_bytes == unit.tile.smem_bytes(128)
+
+
+def test_a_family_can_use_the_kernels_of_another():
+    unit = next(u for u in FULL if u.family == "sm86")
+    assert unit.path.startswith("sm86/")
+    assert unit.namespace == "sm80"
+
+
+def test_a_split_unit_says_so():
+    unit = FULL[0]
+    split = units.Unit(
+        unit.direction, unit.family, unit.dtype, unit.head_dim, unit.mask, unit.tile, split=True
+    )
+    assert split.key == unit.key + "_split"
+
+
+def test_a_trimmed_selection():
+    chosen = selection.from_environment(
+        {"FLASH_ATTN_ARCHS": "80;90", "FLASH_ATTN_HEAD_DIMS": "128", "FLASH_ATTN_DTYPES": "bf16"}
+    )
+    keys = [unit.key for unit in units.list_units(chosen)]
+    assert keys == [f"forward_sm80_bf16_d128_{mask}" for mask in axes.MASKS]
+
+
+def test_nothing_selected():
+    assert units.list_units(selection.from_environment({"FLASH_ATTN_ARCHS": "none"})) == []
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 7, 72, 100])
+def test_shards_are_disjoint_complete_and_even(count):
+    shards = [units.shard(FULL, f"{i}/{count}") for i in range(1, count + 1)]
+    assert sorted(u.key for part in shards for u in part) == sorted(u.key for u in FULL)
+    sizes = [len(part) for part in shards]
+    assert max(sizes) - min(sizes) <= 1
+    if count <= 7:
+        cost = [sum(u.head_dim for u in part) / len(part) for part in shards]
+        assert max(cost) < 1.2 * min(cost)
+
+
+@pytest.mark.parametrize("text", ["0/4", "5/4", "4", "a/b", "1/0", "1/2/3"])
+def test_wrong_shards(text):
+    with pytest.raises(CodegenError, match="--shard"):
+        units.shard(FULL, text)
