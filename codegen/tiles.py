@@ -45,7 +45,8 @@ class ForwardTile:
         return self.rows_per_warp * columns // 32 + REGISTER_OVERHEAD
 
 
-# family -> head dim -> mask class (or "default") -> tile
+# family -> head dim -> mask class, or "default" -> tile. A "roomy" tile is taken instead on devices whose multiprocessors
+# have the shared memory for min_blocks of it, which the family's smallest ones have not.
 FORWARD_TILES: dict[str, dict[int, dict[str, ForwardTile]]] = {
     "sm80": {
         32: {"default": ForwardTile(128, 64, 4, 3)},
@@ -53,7 +54,7 @@ FORWARD_TILES: dict[str, dict[int, dict[str, ForwardTile]]] = {
         96: {"default": ForwardTile(128, 64, 4, 2)},
         128: {"default": ForwardTile(128, 64, 4, 2)},
         192: {"default": ForwardTile(128, 128, 8, 1)},
-        256: {"default": ForwardTile(64, 64, 4, 1, 2)},
+        256: {"default": ForwardTile(128, 64, 8, 1, 2), "roomy": ForwardTile(64, 64, 4, 2, 2)},
     },
     "sm86": {
         32: {"default": ForwardTile(128, 64, 4, 3)},
@@ -78,11 +79,24 @@ def forward_tile(family: str, head_dim: int, mask: str) -> ForwardTile:
     return tile
 
 
-def check_forward_tile(tile: ForwardTile, family: axes.Family, head_dim: int, mask: str) -> None:
-    """Raise TileError, with the arithmetic, if the tile cannot run on the family."""
+def roomy_tile(family: str, head_dim: int) -> ForwardTile | None:
+    """The checked tile for devices with more shared memory per multiprocessor than the family counts on, if any."""
+    tile = FORWARD_TILES[family][head_dim].get("roomy")
+    if tile is not None:
+        check_forward_tile(tile, axes.FAMILIES[family], head_dim, "roomy", resident=False)
+    return tile
+
+
+def check_forward_tile(
+    tile: ForwardTile, family: axes.Family, head_dim: int, mask: str, resident: bool = True
+) -> None:
+    """Raise TileError, with the arithmetic, if the tile cannot run on the family.
+
+    With ``resident``, ``min_blocks`` of it must fit on a multiprocessor of every device of the family.
+    """
     problems = [
-        *_shape_problems(tile),
-        *_smem_problems(tile, family, head_dim),
+        *_shape_problems(tile, head_dim),
+        *_smem_problems(tile, family, head_dim, resident),
         *_register_problems(tile, family, head_dim),
     ]
     if problems:
@@ -92,7 +106,7 @@ def check_forward_tile(tile: ForwardTile, family: axes.Family, head_dim: int, ma
         )
 
 
-def _shape_problems(tile: ForwardTile) -> list[str]:
+def _shape_problems(tile: ForwardTile, head_dim: int) -> list[str]:
     problems = []
     if tile.warps_per_row not in (1, 2):
         problems.append(f"warps_per_row = {tile.warps_per_row}, not 1 or 2")
@@ -107,10 +121,12 @@ def _shape_problems(tile: ForwardTile) -> list[str]:
             f"keys per warp: block_n / warps_per_row = {tile.block_n} / {tile.warps_per_row}"
             f" = {tile.block_n / tile.warps_per_row:g}, not a multiple of 16"
         )
+    if tile.warps_per_row == 2 and head_dim % 128:
+        problems.append(f"columns of O per warp: head_dim / 2 = {head_dim} / 2 = {head_dim / 2:g}, not a multiple of 64")
     return problems
 
 
-def _smem_problems(tile: ForwardTile, family: axes.Family, head_dim: int) -> list[str]:
+def _smem_problems(tile: ForwardTile, family: axes.Family, head_dim: int, resident: bool) -> list[str]:
     smem = tile.smem_bytes(head_dim)
     pairs = f" + {tile.pair_bytes} for pairs" if tile.pair_bytes else ""
     formula = (
@@ -120,11 +136,11 @@ def _smem_problems(tile: ForwardTile, family: axes.Family, head_dim: int) -> lis
     problems = []
     if smem > family.smem_per_block:
         problems.append(f"shared memory per block: {formula} > {family.smem_per_block} bytes")
-    resident = tile.min_blocks * (smem + family.smem_reserved_per_block)
-    if resident > family.smem_per_sm:
+    needed = tile.min_blocks * (smem + family.smem_reserved_per_block)
+    if resident and needed > family.smem_per_sm:
         problems.append(
             f"shared memory per SM: min_blocks * (smem + reserved) = {tile.min_blocks} *"
-            f" ({smem} + {family.smem_reserved_per_block}) = {resident} > {family.smem_per_sm} bytes,"
+            f" ({smem} + {family.smem_reserved_per_block}) = {needed} > {family.smem_per_sm} bytes,"
             f" with smem = {formula}"
         )
     return problems

@@ -8,7 +8,7 @@ from codegen.selection import Selection
 
 @dataclass(frozen=True)
 class Unit:
-    """One kernel: its place on the axes and its tile."""
+    """One kernel: its place on the axes and its tile, or tiles where devices with more shared memory get their own."""
 
     direction: str
     family: str
@@ -16,6 +16,7 @@ class Unit:
     head_dim: int
     mask: str
     tile: tiles.ForwardTile
+    roomy_tile: tiles.ForwardTile | None = None
     split: bool = False
 
     @property
@@ -38,20 +39,34 @@ class Unit:
         return "".join(word.capitalize() for word in self.key.split("_"))
 
     @property
+    def configs(self) -> dict[str, tiles.ForwardTile]:
+        """The C++ types that describe the kernel's tiles, by the order in which the launcher considers them."""
+        roomy = {f"{self.config}Roomy": self.roomy_tile} if self.roomy_tile else {}
+        return {**roomy, self.config: self.tile}
+
+    @property
     def namespace(self) -> str:
         """Folder under ``templates/`` and C++ namespace of the kernel."""
         return axes.FAMILIES[self.family].template_dir
 
     @property
     def smem_bytes(self) -> int:
-        """Dynamic shared memory of a block, in bytes."""
+        """Dynamic shared memory that a block needs at least, in bytes."""
         return self.tile.smem_bytes(self.head_dim)
 
 
 def list_units(selection: Selection) -> list[Unit]:
     """Every unit of the selection, by family, direction, head dim, dtype, mask; raises TileError."""
     return [
-        Unit(direction, family, dtype, head_dim, mask, tiles.forward_tile(family, head_dim, mask))
+        Unit(
+            direction,
+            family,
+            dtype,
+            head_dim,
+            mask,
+            tiles.forward_tile(family, head_dim, mask),
+            tiles.roomy_tile(family, head_dim),
+        )
         for family in selection.families
         for direction in selection.directions
         for head_dim in selection.head_dims

@@ -4,78 +4,78 @@
 
 namespace flash_attn {
 
-Status forward_sm80_fp16_d32_full(const ForwardParams&, cudaStream_t);
-Status forward_sm80_fp16_d32_causal(const ForwardParams&, cudaStream_t);
-Status forward_sm80_fp16_d32_windowed(const ForwardParams&, cudaStream_t);
-Status forward_sm80_bf16_d32_full(const ForwardParams&, cudaStream_t);
-Status forward_sm80_bf16_d32_causal(const ForwardParams&, cudaStream_t);
-Status forward_sm80_bf16_d32_windowed(const ForwardParams&, cudaStream_t);
-Status forward_sm80_fp16_d64_full(const ForwardParams&, cudaStream_t);
-Status forward_sm80_fp16_d64_causal(const ForwardParams&, cudaStream_t);
-Status forward_sm80_fp16_d64_windowed(const ForwardParams&, cudaStream_t);
-Status forward_sm80_bf16_d64_full(const ForwardParams&, cudaStream_t);
-Status forward_sm80_bf16_d64_causal(const ForwardParams&, cudaStream_t);
-Status forward_sm80_bf16_d64_windowed(const ForwardParams&, cudaStream_t);
-Status forward_sm80_fp16_d96_full(const ForwardParams&, cudaStream_t);
-Status forward_sm80_fp16_d96_causal(const ForwardParams&, cudaStream_t);
-Status forward_sm80_fp16_d96_windowed(const ForwardParams&, cudaStream_t);
-Status forward_sm80_bf16_d96_full(const ForwardParams&, cudaStream_t);
-Status forward_sm80_bf16_d96_causal(const ForwardParams&, cudaStream_t);
-Status forward_sm80_bf16_d96_windowed(const ForwardParams&, cudaStream_t);
-Status forward_sm80_fp16_d128_full(const ForwardParams&, cudaStream_t);
-Status forward_sm80_fp16_d128_causal(const ForwardParams&, cudaStream_t);
-Status forward_sm80_fp16_d128_windowed(const ForwardParams&, cudaStream_t);
-Status forward_sm80_bf16_d128_full(const ForwardParams&, cudaStream_t);
-Status forward_sm80_bf16_d128_causal(const ForwardParams&, cudaStream_t);
-Status forward_sm80_bf16_d128_windowed(const ForwardParams&, cudaStream_t);
-Status forward_sm80_fp16_d192_full(const ForwardParams&, cudaStream_t);
-Status forward_sm80_fp16_d192_causal(const ForwardParams&, cudaStream_t);
-Status forward_sm80_fp16_d192_windowed(const ForwardParams&, cudaStream_t);
-Status forward_sm80_bf16_d192_full(const ForwardParams&, cudaStream_t);
-Status forward_sm80_bf16_d192_causal(const ForwardParams&, cudaStream_t);
-Status forward_sm80_bf16_d192_windowed(const ForwardParams&, cudaStream_t);
-Status forward_sm80_fp16_d256_full(const ForwardParams&, cudaStream_t);
-Status forward_sm80_fp16_d256_causal(const ForwardParams&, cudaStream_t);
-Status forward_sm80_fp16_d256_windowed(const ForwardParams&, cudaStream_t);
-Status forward_sm80_bf16_d256_full(const ForwardParams&, cudaStream_t);
-Status forward_sm80_bf16_d256_causal(const ForwardParams&, cudaStream_t);
-Status forward_sm80_bf16_d256_windowed(const ForwardParams&, cudaStream_t);
-Status forward_sm86_fp16_d32_full(const ForwardParams&, cudaStream_t);
-Status forward_sm86_fp16_d32_causal(const ForwardParams&, cudaStream_t);
-Status forward_sm86_fp16_d32_windowed(const ForwardParams&, cudaStream_t);
-Status forward_sm86_bf16_d32_full(const ForwardParams&, cudaStream_t);
-Status forward_sm86_bf16_d32_causal(const ForwardParams&, cudaStream_t);
-Status forward_sm86_bf16_d32_windowed(const ForwardParams&, cudaStream_t);
-Status forward_sm86_fp16_d64_full(const ForwardParams&, cudaStream_t);
-Status forward_sm86_fp16_d64_causal(const ForwardParams&, cudaStream_t);
-Status forward_sm86_fp16_d64_windowed(const ForwardParams&, cudaStream_t);
-Status forward_sm86_bf16_d64_full(const ForwardParams&, cudaStream_t);
-Status forward_sm86_bf16_d64_causal(const ForwardParams&, cudaStream_t);
-Status forward_sm86_bf16_d64_windowed(const ForwardParams&, cudaStream_t);
-Status forward_sm86_fp16_d96_full(const ForwardParams&, cudaStream_t);
-Status forward_sm86_fp16_d96_causal(const ForwardParams&, cudaStream_t);
-Status forward_sm86_fp16_d96_windowed(const ForwardParams&, cudaStream_t);
-Status forward_sm86_bf16_d96_full(const ForwardParams&, cudaStream_t);
-Status forward_sm86_bf16_d96_causal(const ForwardParams&, cudaStream_t);
-Status forward_sm86_bf16_d96_windowed(const ForwardParams&, cudaStream_t);
-Status forward_sm86_fp16_d128_full(const ForwardParams&, cudaStream_t);
-Status forward_sm86_fp16_d128_causal(const ForwardParams&, cudaStream_t);
-Status forward_sm86_fp16_d128_windowed(const ForwardParams&, cudaStream_t);
-Status forward_sm86_bf16_d128_full(const ForwardParams&, cudaStream_t);
-Status forward_sm86_bf16_d128_causal(const ForwardParams&, cudaStream_t);
-Status forward_sm86_bf16_d128_windowed(const ForwardParams&, cudaStream_t);
-Status forward_sm86_fp16_d192_full(const ForwardParams&, cudaStream_t);
-Status forward_sm86_fp16_d192_causal(const ForwardParams&, cudaStream_t);
-Status forward_sm86_fp16_d192_windowed(const ForwardParams&, cudaStream_t);
-Status forward_sm86_bf16_d192_full(const ForwardParams&, cudaStream_t);
-Status forward_sm86_bf16_d192_causal(const ForwardParams&, cudaStream_t);
-Status forward_sm86_bf16_d192_windowed(const ForwardParams&, cudaStream_t);
-Status forward_sm86_fp16_d256_full(const ForwardParams&, cudaStream_t);
-Status forward_sm86_fp16_d256_causal(const ForwardParams&, cudaStream_t);
-Status forward_sm86_fp16_d256_windowed(const ForwardParams&, cudaStream_t);
-Status forward_sm86_bf16_d256_full(const ForwardParams&, cudaStream_t);
-Status forward_sm86_bf16_d256_causal(const ForwardParams&, cudaStream_t);
-Status forward_sm86_bf16_d256_windowed(const ForwardParams&, cudaStream_t);
+Status forward_sm80_fp16_d32_full(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm80_fp16_d32_causal(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm80_fp16_d32_windowed(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm80_bf16_d32_full(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm80_bf16_d32_causal(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm80_bf16_d32_windowed(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm80_fp16_d64_full(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm80_fp16_d64_causal(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm80_fp16_d64_windowed(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm80_bf16_d64_full(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm80_bf16_d64_causal(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm80_bf16_d64_windowed(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm80_fp16_d96_full(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm80_fp16_d96_causal(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm80_fp16_d96_windowed(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm80_bf16_d96_full(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm80_bf16_d96_causal(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm80_bf16_d96_windowed(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm80_fp16_d128_full(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm80_fp16_d128_causal(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm80_fp16_d128_windowed(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm80_bf16_d128_full(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm80_bf16_d128_causal(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm80_bf16_d128_windowed(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm80_fp16_d192_full(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm80_fp16_d192_causal(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm80_fp16_d192_windowed(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm80_bf16_d192_full(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm80_bf16_d192_causal(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm80_bf16_d192_windowed(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm80_fp16_d256_full(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm80_fp16_d256_causal(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm80_fp16_d256_windowed(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm80_bf16_d256_full(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm80_bf16_d256_causal(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm80_bf16_d256_windowed(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm86_fp16_d32_full(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm86_fp16_d32_causal(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm86_fp16_d32_windowed(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm86_bf16_d32_full(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm86_bf16_d32_causal(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm86_bf16_d32_windowed(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm86_fp16_d64_full(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm86_fp16_d64_causal(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm86_fp16_d64_windowed(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm86_bf16_d64_full(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm86_bf16_d64_causal(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm86_bf16_d64_windowed(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm86_fp16_d96_full(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm86_fp16_d96_causal(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm86_fp16_d96_windowed(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm86_bf16_d96_full(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm86_bf16_d96_causal(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm86_bf16_d96_windowed(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm86_fp16_d128_full(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm86_fp16_d128_causal(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm86_fp16_d128_windowed(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm86_bf16_d128_full(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm86_bf16_d128_causal(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm86_bf16_d128_windowed(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm86_fp16_d192_full(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm86_fp16_d192_causal(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm86_fp16_d192_windowed(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm86_bf16_d192_full(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm86_bf16_d192_causal(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm86_bf16_d192_windowed(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm86_fp16_d256_full(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm86_fp16_d256_causal(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm86_fp16_d256_windowed(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm86_bf16_d256_full(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm86_bf16_d256_causal(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm86_bf16_d256_windowed(const ForwardParams&, const Device&, cudaStream_t);
 
 // key, family, direction, dtype, head_dim, mask, split, dynamic shared memory in bytes, launcher
 const KernelEntry kKernels[] = {
@@ -109,12 +109,12 @@ const KernelEntry kKernels[] = {
     {"forward_sm80_bf16_d192_full", Family::kSm80, Direction::kForward, Dtype::kBf16, 192, Mask::kFull, false, 147456, forward_sm80_bf16_d192_full},
     {"forward_sm80_bf16_d192_causal", Family::kSm80, Direction::kForward, Dtype::kBf16, 192, Mask::kCausal, false, 147456, forward_sm80_bf16_d192_causal},
     {"forward_sm80_bf16_d192_windowed", Family::kSm80, Direction::kForward, Dtype::kBf16, 192, Mask::kWindowed, false, 147456, forward_sm80_bf16_d192_windowed},
-    {"forward_sm80_fp16_d256_full", Family::kSm80, Direction::kForward, Dtype::kFp16, 256, Mask::kFull, false, 107008, forward_sm80_fp16_d256_full},
-    {"forward_sm80_fp16_d256_causal", Family::kSm80, Direction::kForward, Dtype::kFp16, 256, Mask::kCausal, false, 107008, forward_sm80_fp16_d256_causal},
-    {"forward_sm80_fp16_d256_windowed", Family::kSm80, Direction::kForward, Dtype::kFp16, 256, Mask::kWindowed, false, 107008, forward_sm80_fp16_d256_windowed},
-    {"forward_sm80_bf16_d256_full", Family::kSm80, Direction::kForward, Dtype::kBf16, 256, Mask::kFull, false, 107008, forward_sm80_bf16_d256_full},
-    {"forward_sm80_bf16_d256_causal", Family::kSm80, Direction::kForward, Dtype::kBf16, 256, Mask::kCausal, false, 107008, forward_sm80_bf16_d256_causal},
-    {"forward_sm80_bf16_d256_windowed", Family::kSm80, Direction::kForward, Dtype::kBf16, 256, Mask::kWindowed, false, 107008, forward_sm80_bf16_d256_windowed},
+    {"forward_sm80_fp16_d256_full", Family::kSm80, Direction::kForward, Dtype::kFp16, 256, Mask::kFull, false, 148480, forward_sm80_fp16_d256_full},
+    {"forward_sm80_fp16_d256_causal", Family::kSm80, Direction::kForward, Dtype::kFp16, 256, Mask::kCausal, false, 148480, forward_sm80_fp16_d256_causal},
+    {"forward_sm80_fp16_d256_windowed", Family::kSm80, Direction::kForward, Dtype::kFp16, 256, Mask::kWindowed, false, 148480, forward_sm80_fp16_d256_windowed},
+    {"forward_sm80_bf16_d256_full", Family::kSm80, Direction::kForward, Dtype::kBf16, 256, Mask::kFull, false, 148480, forward_sm80_bf16_d256_full},
+    {"forward_sm80_bf16_d256_causal", Family::kSm80, Direction::kForward, Dtype::kBf16, 256, Mask::kCausal, false, 148480, forward_sm80_bf16_d256_causal},
+    {"forward_sm80_bf16_d256_windowed", Family::kSm80, Direction::kForward, Dtype::kBf16, 256, Mask::kWindowed, false, 148480, forward_sm80_bf16_d256_windowed},
     {"forward_sm86_fp16_d32_full", Family::kSm86, Direction::kForward, Dtype::kFp16, 32, Mask::kFull, false, 16384, forward_sm86_fp16_d32_full},
     {"forward_sm86_fp16_d32_causal", Family::kSm86, Direction::kForward, Dtype::kFp16, 32, Mask::kCausal, false, 16384, forward_sm86_fp16_d32_causal},
     {"forward_sm86_fp16_d32_windowed", Family::kSm86, Direction::kForward, Dtype::kFp16, 32, Mask::kWindowed, false, 16384, forward_sm86_fp16_d32_windowed},

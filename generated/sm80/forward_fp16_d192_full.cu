@@ -3,14 +3,14 @@
 
 namespace flash_attn {
 
-// A type of this unit alone, so that families with equal tiles never share a kernel's symbol.
+// Types of this unit alone, so that families with equal tiles never share a kernel's symbol.
 struct ForwardSm80Fp16D192Full
     : sm80::ForwardConfig<Dtype::kFp16, /*head_dim*/ 192, Mask::kFull,
                           sm80::ForwardTile</*block_m*/ 128, /*block_n*/ 128, /*warps*/ 8, /*min_blocks*/ 1, /*warps_per_row*/ 1>> {};
 static_assert(ForwardSm80Fp16D192Full::kSharedBytes == 147456, "the tile table counts shared memory otherwise");
 
-Status forward_sm80_fp16_d192_full(const ForwardParams& params, cudaStream_t stream) {
-  return sm80::launch_forward<ForwardSm80Fp16D192Full>(params, stream, "forward_sm80_fp16_d192_full");
+Status forward_sm80_fp16_d192_full(const ForwardParams& params, const Device& device, cudaStream_t stream) {
+  return sm80::launch_forward<ForwardSm80Fp16D192Full>(params, device, stream, "forward_sm80_fp16_d192_full");
 }
 
 }  // namespace flash_attn

@@ -3,14 +3,19 @@
 
 namespace flash_attn {
 
-// A type of this unit alone, so that families with equal tiles never share a kernel's symbol.
+// Types of this unit alone, so that families with equal tiles never share a kernel's symbol.
+struct ForwardSm80Fp16D256WindowedRoomy
+    : sm80::ForwardConfig<Dtype::kFp16, /*head_dim*/ 256, Mask::kWindowed,
+                          sm80::ForwardTile</*block_m*/ 64, /*block_n*/ 64, /*warps*/ 4, /*min_blocks*/ 2, /*warps_per_row*/ 2>> {};
+static_assert(ForwardSm80Fp16D256WindowedRoomy::kSharedBytes == 107008, "the tile table counts shared memory otherwise");
+
 struct ForwardSm80Fp16D256Windowed
     : sm80::ForwardConfig<Dtype::kFp16, /*head_dim*/ 256, Mask::kWindowed,
-                          sm80::ForwardTile</*block_m*/ 64, /*block_n*/ 64, /*warps*/ 4, /*min_blocks*/ 1, /*warps_per_row*/ 2>> {};
-static_assert(ForwardSm80Fp16D256Windowed::kSharedBytes == 107008, "the tile table counts shared memory otherwise");
+                          sm80::ForwardTile</*block_m*/ 128, /*block_n*/ 64, /*warps*/ 8, /*min_blocks*/ 1, /*warps_per_row*/ 2>> {};
+static_assert(ForwardSm80Fp16D256Windowed::kSharedBytes == 148480, "the tile table counts shared memory otherwise");
 
-Status forward_sm80_fp16_d256_windowed(const ForwardParams& params, cudaStream_t stream) {
-  return sm80::launch_forward<ForwardSm80Fp16D256Windowed>(params, stream, "forward_sm80_fp16_d256_windowed");
+Status forward_sm80_fp16_d256_windowed(const ForwardParams& params, const Device& device, cudaStream_t stream) {
+  return sm80::launch_forward<ForwardSm80Fp16D256WindowedRoomy, ForwardSm80Fp16D256Windowed>(params, device, stream, "forward_sm80_fp16_d256_windowed");
 }
 
 }  // namespace flash_attn

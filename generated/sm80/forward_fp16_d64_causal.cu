@@ -3,14 +3,14 @@
 
 namespace flash_attn {
 
-// A type of this unit alone, so that families with equal tiles never share a kernel's symbol.
+// Types of this unit alone, so that families with equal tiles never share a kernel's symbol.
 struct ForwardSm80Fp16D64Causal
     : sm80::ForwardConfig<Dtype::kFp16, /*head_dim*/ 64, Mask::kCausal,
                           sm80::ForwardTile</*block_m*/ 128, /*block_n*/ 128, /*warps*/ 4, /*min_blocks*/ 2, /*warps_per_row*/ 1>> {};
 static_assert(ForwardSm80Fp16D64Causal::kSharedBytes == 49152, "the tile table counts shared memory otherwise");
 
-Status forward_sm80_fp16_d64_causal(const ForwardParams& params, cudaStream_t stream) {
-  return sm80::launch_forward<ForwardSm80Fp16D64Causal>(params, stream, "forward_sm80_fp16_d64_causal");
+Status forward_sm80_fp16_d64_causal(const ForwardParams& params, const Device& device, cudaStream_t stream) {
+  return sm80::launch_forward<ForwardSm80Fp16D64Causal>(params, device, stream, "forward_sm80_fp16_d64_causal");
 }
 
 }  // namespace flash_attn

@@ -3,14 +3,14 @@
 
 namespace flash_attn {
 
-// A type of this unit alone, so that families with equal tiles never share a kernel's symbol.
+// Types of this unit alone, so that families with equal tiles never share a kernel's symbol.
 struct ForwardSm86Bf16D256Causal
     : sm80::ForwardConfig<Dtype::kBf16, /*head_dim*/ 256, Mask::kCausal,
                           sm80::ForwardTile</*block_m*/ 64, /*block_n*/ 64, /*warps*/ 4, /*min_blocks*/ 1, /*warps_per_row*/ 1>> {};
 static_assert(ForwardSm86Bf16D256Causal::kSharedBytes == 98304, "the tile table counts shared memory otherwise");
 
-Status forward_sm86_bf16_d256_causal(const ForwardParams& params, cudaStream_t stream) {
-  return sm80::launch_forward<ForwardSm86Bf16D256Causal>(params, stream, "forward_sm86_bf16_d256_causal");
+Status forward_sm86_bf16_d256_causal(const ForwardParams& params, const Device& device, cudaStream_t stream) {
+  return sm80::launch_forward<ForwardSm86Bf16D256Causal>(params, device, stream, "forward_sm86_bf16_d256_causal");
 }
 
 }  // namespace flash_attn

@@ -3,14 +3,14 @@
 
 namespace flash_attn {
 
-// A type of this unit alone, so that families with equal tiles never share a kernel's symbol.
+// Types of this unit alone, so that families with equal tiles never share a kernel's symbol.
 struct ForwardSm86Fp16D32Causal
     : sm80::ForwardConfig<Dtype::kFp16, /*head_dim*/ 32, Mask::kCausal,
                           sm80::ForwardTile</*block_m*/ 128, /*block_n*/ 64, /*warps*/ 4, /*min_blocks*/ 3, /*warps_per_row*/ 1>> {};
 static_assert(ForwardSm86Fp16D32Causal::kSharedBytes == 16384, "the tile table counts shared memory otherwise");
 
-Status forward_sm86_fp16_d32_causal(const ForwardParams& params, cudaStream_t stream) {
-  return sm80::launch_forward<ForwardSm86Fp16D32Causal>(params, stream, "forward_sm86_fp16_d32_causal");
+Status forward_sm86_fp16_d32_causal(const ForwardParams& params, const Device& device, cudaStream_t stream) {
+  return sm80::launch_forward<ForwardSm86Fp16D32Causal>(params, device, stream, "forward_sm86_fp16_d32_causal");
 }
 
 }  // namespace flash_attn

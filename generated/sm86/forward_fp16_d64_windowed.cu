@@ -3,14 +3,14 @@
 
 namespace flash_attn {
 
-// A type of this unit alone, so that families with equal tiles never share a kernel's symbol.
+// Types of this unit alone, so that families with equal tiles never share a kernel's symbol.
 struct ForwardSm86Fp16D64Windowed
     : sm80::ForwardConfig<Dtype::kFp16, /*head_dim*/ 64, Mask::kWindowed,
                           sm80::ForwardTile</*block_m*/ 128, /*block_n*/ 128, /*warps*/ 4, /*min_blocks*/ 2, /*warps_per_row*/ 1>> {};
 static_assert(ForwardSm86Fp16D64Windowed::kSharedBytes == 49152, "the tile table counts shared memory otherwise");
 
-Status forward_sm86_fp16_d64_windowed(const ForwardParams& params, cudaStream_t stream) {
-  return sm80::launch_forward<ForwardSm86Fp16D64Windowed>(params, stream, "forward_sm86_fp16_d64_windowed");
+Status forward_sm86_fp16_d64_windowed(const ForwardParams& params, const Device& device, cudaStream_t stream) {
+  return sm80::launch_forward<ForwardSm86Fp16D64Windowed>(params, device, stream, "forward_sm86_fp16_d64_windowed");
 }
 
 }  // namespace flash_attn

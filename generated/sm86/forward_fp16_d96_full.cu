@@ -3,14 +3,14 @@
 
 namespace flash_attn {
 
-// A type of this unit alone, so that families with equal tiles never share a kernel's symbol.
+// Types of this unit alone, so that families with equal tiles never share a kernel's symbol.
 struct ForwardSm86Fp16D96Full
     : sm80::ForwardConfig<Dtype::kFp16, /*head_dim*/ 96, Mask::kFull,
                           sm80::ForwardTile</*block_m*/ 128, /*block_n*/ 64, /*warps*/ 4, /*min_blocks*/ 2, /*warps_per_row*/ 1>> {};
 static_assert(ForwardSm86Fp16D96Full::kSharedBytes == 49152, "the tile table counts shared memory otherwise");
 
-Status forward_sm86_fp16_d96_full(const ForwardParams& params, cudaStream_t stream) {
-  return sm80::launch_forward<ForwardSm86Fp16D96Full>(params, stream, "forward_sm86_fp16_d96_full");
+Status forward_sm86_fp16_d96_full(const ForwardParams& params, const Device& device, cudaStream_t stream) {
+  return sm80::launch_forward<ForwardSm86Fp16D96Full>(params, device, stream, "forward_sm86_fp16_d96_full");
 }
 
 }  // namespace flash_attn

@@ -4,10 +4,11 @@
 #include <cuda_runtime.h>
 
 #include "abi.h"
+#include "host/device.h"
 
 namespace flash_attn {
 
-using ForwardLauncher = Status (*)(const ForwardParams&, cudaStream_t);
+using ForwardLauncher = Status (*)(const ForwardParams&, const Device&, cudaStream_t);
 
 struct KernelEntry {
   const char* key;
@@ -42,12 +43,6 @@ extern const FamilyInfo kFamilies[];
 extern const int kNumFamilies;
 extern const int kHeadDims[];
 extern const int kNumHeadDims;
-
-// What the choice of a kernel depends on.
-struct Device {
-  int capability;
-  int shared_bytes;  // that one thread block may have
-};
 
 // The kernel for `params` on `device`, or null with the reason in `status` and flash_attn_last_error().
 const KernelEntry* find_forward_kernel(const ForwardParams& params, const Device& device, Status& status);

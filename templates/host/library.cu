@@ -1,11 +1,10 @@
 // The C ABI of libflash_attn.so: error text, device selection, and one function per operation.
 #include <cuda_runtime.h>
 
-#include <array>
-#include <atomic>
 #include <cstdarg>
 #include <cstdio>
 #include <string>
+#include <unordered_map>
 
 #include "common/dropout_probs.h"
 #include "host/dispatch.h"
@@ -45,36 +44,33 @@ Status query_device(int index, Device& device) {
     int* value;
   } queries[] = {{cudaDevAttrComputeCapabilityMajor, &major},
                  {cudaDevAttrComputeCapabilityMinor, &minor},
-                 {cudaDevAttrMaxSharedMemoryPerBlockOptin, &device.shared_bytes}};
+                 {cudaDevAttrMaxSharedMemoryPerBlockOptin, &device.shared_bytes},
+                 {cudaDevAttrMaxSharedMemoryPerMultiprocessor, &device.shared_bytes_per_multiprocessor}};
   for (const auto& query : queries) {
-    const Status status = check_cuda(cudaDeviceGetAttribute(query.value, query.attribute, index), "cudaDeviceGetAttribute", "the device");
+    const Status status =
+        check_cuda(cudaDeviceGetAttribute(query.value, query.attribute, index), "cudaDeviceGetAttribute", "the device");
     if (status != Status::kOk) return status;
   }
   device.capability = 10 * major + minor;
   return Status::kOk;
 }
 
-// A device's properties do not change, so each is asked for once; two threads that ask at once write the same.
+// A device's properties do not change: each thread asks once for each device it uses.
 Status device_properties(int index, Device& device) {
-  static std::array<std::atomic<uint64_t>, 64> known{};
-  const bool cached = index >= 0 && index < static_cast<int>(known.size());
-  const uint64_t packed = cached ? known[index].load(std::memory_order_relaxed) : 0;
-  if (packed != 0) {
-    device = {static_cast<int>(packed >> 32), static_cast<int>(packed & 0xffffffffu)};
+  thread_local std::unordered_map<int, Device> known;
+  const auto found = known.find(index);
+  if (found != known.end()) {
+    device = found->second;
     return Status::kOk;
   }
   const Status status = query_device(index, device);
-  if (status == Status::kOk && cached) {
-    known[index].store(static_cast<uint64_t>(device.capability) << 32 | static_cast<uint32_t>(device.shared_bytes), std::memory_order_relaxed);
-  }
+  if (status == Status::kOk) known.emplace(index, device);
   return status;
 }
 
-const KernelEntry* choose_kernel(const ForwardParams& params, Status& status) {
-  Device device{};
+const KernelEntry* choose_kernel(const ForwardParams& params, Device& device, Status& status) {
   status = device_properties(params.device, device);
-  if (status != Status::kOk) return nullptr;
-  return find_forward_kernel(params, device, status);
+  return status == Status::kOk ? find_forward_kernel(params, device, status) : nullptr;
 }
 
 }  // namespace
@@ -92,12 +88,13 @@ Status fail(Status status, const char* format, ...) {
 using namespace flash_attn;
 
 int32_t flash_attn_forward(const ForwardParams* params, void* stream) {
+  Device device{};
   Status status;
-  const KernelEntry* kernel = choose_kernel(*params, status);
+  const KernelEntry* kernel = choose_kernel(*params, device, status);
   if (kernel == nullptr) return static_cast<int32_t>(status);
   const DeviceGuard guard(params->device);
   status = guard.status();
-  if (status == Status::kOk) status = kernel->launch(*params, static_cast<cudaStream_t>(stream));
+  if (status == Status::kOk) status = kernel->launch(*params, device, static_cast<cudaStream_t>(stream));
   return static_cast<int32_t>(status);
 }
 
@@ -109,8 +106,9 @@ int32_t flash_attn_dropout_probs(const ForwardParams* params, void* stream) {
 }
 
 const char* flash_attn_forward_kernel(const ForwardParams* params) {
+  Device device{};
   Status status;
-  const KernelEntry* kernel = choose_kernel(*params, status);
+  const KernelEntry* kernel = choose_kernel(*params, device, status);
   return kernel == nullptr ? nullptr : kernel->key;
 }
 

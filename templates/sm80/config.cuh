@@ -35,6 +35,7 @@ struct ForwardConfig {
   static constexpr int kTilesN = kWarpKeys / 8;
   static constexpr int kTilesD = kWarpDims / 8;
   static_assert(kWarpRows % 16 == 0 && kWarpKeys % 16 == 0, "mma.sync works on 16x16 blocks");
+  static_assert(!kPairs || kWarpDims % 64 == 0, "each warp of a pair starts at a whole slab of V");
 
   // Shared memory: Q (later O) | K | V | with pairs of warps: probabilities | row maxima.
   static constexpr int kQueryBytes = kBlockM * kHeadDim * 2;

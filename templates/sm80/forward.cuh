@@ -22,6 +22,7 @@
 #include "common/sequence.cuh"
 #include "common/shared_tile.cuh"
 #include "common/softmax.cuh"
+#include "host/device.h"
 #include "host/launch.h"
 #include "ptx/async_copy.cuh"
 #include "ptx/shared_memory.cuh"
@@ -215,9 +216,15 @@ inline bool needs_modifiers(const ForwardParams& params) {
          !(params.softmax_scale > 0.0f);
 }
 
-template <class Config>
-Status launch_forward(const ForwardParams& params, cudaStream_t stream, const char* name) {
-  ForwardArguments arguments{params, make_schedule(params, Config::kBlockM, Config::kMask)};
+// Runs the first configuration of which a multiprocessor of `device` holds as many thread blocks as it asks for; the last
+// one in any case.
+template <class Config, class... Others>
+Status launch_forward(const ForwardParams& params, const Device& device, cudaStream_t stream, const char* name) {
+  if constexpr (sizeof...(Others) > 0) {
+    const int needed = Config::Tile::kMinBlocks * (Config::kSharedBytes + kReservedSharedBytes);
+    if (needed > device.shared_bytes_per_multiprocessor) return launch_forward<Others...>(params, device, stream, name);
+  }
+  const ForwardArguments arguments{params, make_schedule(params, Config::kBlockM, Config::kMask)};
   const bool modifiers = needs_modifiers(params);
   static std::atomic<uint64_t> prepared[2];
   return launch_kernel(modifiers ? forward_kernel<Config, true> : forward_kernel<Config, false>, name,

@@ -18,7 +18,7 @@ def test_the_table_holds_no_row_that_nothing_reads():
     for rows in tiles.FORWARD_TILES.values():
         assert set(rows) == set(axes.HEAD_DIMS)
         for row in rows.values():
-            assert set(row) <= {"default", *axes.MASKS}
+            assert set(row) <= {"default", "roomy", *axes.MASKS}
 
 
 def test_arithmetic():
@@ -70,6 +70,7 @@ def test_register_limit_follows_residency():
         (ForwardTile(64, 40, 4, 1), "40 / 1 = 40, not a multiple of 16"),
         (ForwardTile(64, 48, 4, 1, 2), "48 / 2 = 24, not a multiple of 16"),
         (ForwardTile(64, 64, 4, 1, 3), "warps_per_row = 3"),
+        (ForwardTile(64, 64, 4, 1, 2), "64 / 2 = 32, not a multiple of 64"),
     ],
 )
 def test_wrong_shapes(tile, words):
@@ -92,3 +93,17 @@ def test_mask_override(monkeypatch):
     monkeypatch.setitem(tiles.FORWARD_TILES["sm80"][64], "windowed", special)
     assert tiles.forward_tile("sm80", 64, "windowed") == special
     assert tiles.forward_tile("sm80", 64, "full") == tiles.FORWARD_TILES["sm80"][64]["default"]
+
+
+def test_a_roomy_tile_may_need_more_of_a_multiprocessor_than_the_family_has(monkeypatch):
+    roomy = ForwardTile(64, 64, 4, 2, 2)
+    assert "per SM" in refusal(roomy, SM80, 256)
+    monkeypatch.setitem(tiles.FORWARD_TILES["sm80"][256], "roomy", roomy)
+    assert tiles.roomy_tile("sm80", 256) == roomy
+    assert tiles.roomy_tile("sm80", 32) is None
+
+
+def test_a_roomy_tile_must_fit_a_block(monkeypatch):
+    monkeypatch.setitem(tiles.FORWARD_TILES["sm86"][256], "roomy", ForwardTile(128, 64, 8, 1))
+    with pytest.raises(TileError, match="shared memory per block"):
+        tiles.roomy_tile("sm86", 256)

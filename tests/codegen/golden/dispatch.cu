@@ -4,12 +4,12 @@
 
 namespace flash_attn {
 
-Status forward_sm80_bf16_d64_full(const ForwardParams&, cudaStream_t);
-Status forward_sm80_bf16_d64_causal(const ForwardParams&, cudaStream_t);
-Status forward_sm80_bf16_d64_windowed(const ForwardParams&, cudaStream_t);
-Status forward_sm86_bf16_d64_full(const ForwardParams&, cudaStream_t);
-Status forward_sm86_bf16_d64_causal(const ForwardParams&, cudaStream_t);
-Status forward_sm86_bf16_d64_windowed(const ForwardParams&, cudaStream_t);
+Status forward_sm80_bf16_d64_full(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm80_bf16_d64_causal(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm80_bf16_d64_windowed(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm86_bf16_d64_full(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm86_bf16_d64_causal(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm86_bf16_d64_windowed(const ForwardParams&, const Device&, cudaStream_t);
 
 // key, family, direction, dtype, head_dim, mask, split, dynamic shared memory in bytes, launcher
 const KernelEntry kKernels[] = {

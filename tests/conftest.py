@@ -1,0 +1,61 @@
+"""Fixtures shared by all tests: the device that a semantic test runs on, and what the library can run there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import pytest
+
+KERNEL_HEAD_DIMS = (32, 64, 96, 128, 192, 256)
+
+
+@cache
+def kernels() -> tuple[str, ...]:
+    """Return the keys of the kernels that this build holds."""
+    import flash_attn
+
+    return tuple(flash_attn.build_info()["kernels"])
+
+
+@cache
+def cuda_problem() -> str | None:
+    """Return why CUDA tests cannot run here, None if they can."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "no CUDA GPU"
+    return None if kernels() else "no kernels are built"
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """The device of the test's tensors: cpu, and cuda where there is a GPU and a library with kernels."""
+    if request.param == "cuda" and cuda_problem():
+        pytest.skip(cuda_problem())
+    return request.param
+
+
+@pytest.fixture
+def require_kernel() -> Callable[..., None]:
+    """Skip the test where a trimmed build has no forward kernel for a CUDA device, dtype and head dim."""
+    import torch
+
+    names = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+    def require(device: str, dtype: torch.dtype, head_dim: int) -> None:
+        if device != "cuda":
+            return
+        suffix = f"_{names[dtype]}_d{next(d for d in KERNEL_HEAD_DIMS if d >= head_dim)}_"
+        if not any(key.startswith("forward") and suffix in key for key in kernels()):
+            pytest.skip(f"this build has no kernel forward*{suffix}*")
+
+    return require
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Give every test the same random numbers."""
+    import torch
+
+    torch.manual_seed(0)

@@ -1,0 +1,171 @@
+"""Dropout: the generator, the mask, its statistics, and attention and gradients under it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from oracle import (
+    Options,
+    assert_within,
+    attention,
+    dropout_keeps,
+    gradients,
+    philox_4x32,
+    probabilities,
+    varlen_attention,
+)
+
+from flash_attn import _philox, flash_attn_func, flash_attn_varlen_func
+from flash_attn.flash_attn_interface import _flash_attn_forward, _flash_attn_varlen_forward
+
+BF16 = torch.bfloat16
+
+
+def test_oracle_philox_is_the_published_one():
+    """Known answers of Random123 for Philox4x32 with 10 rounds."""
+    assert philox_4x32((0,) * 4, (0, 0), 10) == (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)
+    ones = 0xFFFFFFFF
+    assert philox_4x32((ones,) * 4, (ones,) * 2, 10) == (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)
+
+
+def test_philox_equals_the_oracle():
+    counters = torch.randint(0, 2**32, (4, 200))
+    counters[:, 0] = 2**32 - 1
+    words = torch.stack(_philox.philox(tuple(counters), (0xDEADBEEF, 0xFFFFFFFF)))
+    for column in range(counters.shape[1]):
+        expected = philox_4x32(tuple(counters[:, column].tolist()), (0xDEADBEEF, 0xFFFFFFFF), 7)
+        assert tuple(words[:, column].tolist()) == expected
+
+
+@pytest.mark.parametrize("rows, cols", [((0, 40), (0, 50)), ((16, 33), (32, 50)), ((5, 6), (31, 33)), ((7, 23), (3, 4))])
+def test_mask_equals_the_oracle(rows, cols):
+    state = torch.tensor([2**61 + 12345, 2**40 + 99])
+    whole = dropout_keeps(state, 0.3, (2, 3, 40, 50)).flatten(0, 1)
+    part = _philox.keep_mask(state, 0.3, range(1, 5), range(*rows), range(*cols))
+    assert torch.equal(part, whole[1:5, slice(*rows), slice(*cols)])
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1, 0.17, 0.5, 0.999999])
+def test_threshold(dropout_p):
+    assert _philox.keep_threshold(dropout_p) == int((1 - dropout_p) * 65536 + 0.5)
+
+
+def tensors(batch, seqlen_q, seqlen_k, device, dtype=BF16, head_dim=64):
+    q = torch.randn(batch, seqlen_q, 4, head_dim, device=device).to(dtype)
+    k, v = (torch.randn(batch, seqlen_k, 2, head_dim, device=device).to(dtype) for _ in range(2))
+    return q, k, v
+
+
+@pytest.mark.parametrize("options", [Options(), Options(causal=True), Options(window_size=(20, 10))], ids=str)
+@pytest.mark.parametrize("lengths", [(37, 61), (61, 37), (1, 20)], ids=str)
+def test_forward_under_the_mask(device, require_kernel, options, lengths):
+    require_kernel(device, BF16, 64)
+    q, k, v = tensors(2, *lengths, device)
+    mask = options.causal, *options.window_size
+    out, _, s_dmask, rng_state = _flash_attn_forward(q, k, v, 0.2, 0.125, *mask, 0.0, None, True)
+    keep = dropout_keeps(rng_state, 0.2, (2, 4, *lengths)).to(device)
+    dropped = Options(**{**options.arguments(), "keep": keep, "dropout_p": 0.2})
+    truth, _ = attention(q, k, v, dropped)
+    yardstick, _ = attention(q, k, v, dropped, BF16)
+    assert_within(out, truth, yardstick)
+
+    probs, _ = probabilities(q, k, options, torch.float64)
+    actual = s_dmask[:, :, : lengths[0], : lengths[1]]
+    assert s_dmask.shape == (2, 4, 128, 128) and s_dmask.dtype == BF16
+    assert (actual.abs().double() - probs).abs().max() < 2**-8
+    seen = probs > 1e-6
+    assert torch.equal(torch.signbit(actual)[seen], ~keep[seen])
+    assert not s_dmask[:, :, lengths[0] :].any() and not s_dmask[..., lengths[1] :].any()
+
+
+def test_varlen_forward_under_the_mask(device, require_kernel):
+    require_kernel(device, BF16, 64)
+    lengths = [30, 0, 17], [40, 10, 33]
+    cu_q, cu_k = (torch.tensor([0, n[0], n[0] + n[1], sum(n)], dtype=torch.int32, device=device) for n in lengths)
+    q, k, v = (x[0] for x in tensors(1, 47, 83, device))
+    out, _, s_dmask, rng_state = _flash_attn_varlen_forward(
+        q, k, v, cu_q, cu_k, 30, 40, 0.3, 0.125, True, return_softmax=True
+    )
+    keep = dropout_keeps(rng_state, 0.3, (3, 4, 30, 40)).to(device)
+    options = Options(causal=True, dropout_p=0.3, keep=keep)
+    truth, _ = varlen_attention(q, k, v, *lengths, options)
+    yardstick, _ = varlen_attention(q, k, v, *lengths, options, BF16)
+    assert_within(out, truth, yardstick)
+    assert s_dmask.shape == (3, 4, 128, 128)
+
+
+@pytest.mark.parametrize("dropout_p", [0.1, 0.5])
+def test_kept_fraction(device, require_kernel, dropout_p):
+    require_kernel(device, BF16, 64)
+    q, k, v = tensors(2, 256, 256, device)
+    _, _, s_dmask = flash_attn_func(q * 0.1, k, v, dropout_p=dropout_p, return_attn_probs=True)
+    kept = 1 - torch.signbit(s_dmask).float().mean().item()
+    assert abs(kept - (1 - dropout_p)) < 0.01
+
+
+def test_same_seed_same_mask(device, require_kernel):
+    require_kernel(device, BF16, 64)
+    q, k, v = tensors(1, 64, 64, device)
+
+    def run(seed):
+        torch.manual_seed(seed)
+        return flash_attn_func(q, k, v, dropout_p=0.5)
+
+    assert torch.equal(run(1), run(1))
+    assert not torch.equal(run(1), run(2))
+
+
+def test_each_call_draws_a_new_mask(device, require_kernel):
+    require_kernel(device, BF16, 64)
+    q, k, v = tensors(1, 64, 64, device)
+    assert not torch.equal(flash_attn_func(q, k, v, dropout_p=0.5), flash_attn_func(q, k, v, dropout_p=0.5))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_gradients_under_the_mask(causal):
+    q, k, v = (x.requires_grad_() for x in tensors(2, 37, 61, "cpu"))
+    dout = torch.randn_like(q)
+    torch.manual_seed(7)
+    out, _, s_dmask = flash_attn_func(q, k, v, dropout_p=0.2, causal=causal, return_attn_probs=True)
+    torch.manual_seed(7)
+    keep = dropout_keeps(_philox.new_rng_state(q.device), 0.2, (2, 4, 37, 61))
+    options = Options(causal=causal, dropout_p=0.2, keep=keep)
+    actual = torch.autograd.grad(out, (q, k, v), dout)
+
+    def run(dtype):
+        return gradients(lambda *x: attention(*x, options, dtype)[0], (q, k, v), dout, dtype)
+
+    for a, truth, yardstick in zip(actual, run(torch.float64), run(BF16), strict=True):
+        assert_within(a, truth, yardstick, factor=3.0)
+    assert torch.equal(torch.signbit(s_dmask[..., :37, :61]), ~keep)
+
+
+def test_varlen_gradients_under_the_mask():
+    q, k, v = (x[0].double().requires_grad_() for x in tensors(1, 40, 50, "cpu", head_dim=8))
+    lengths = [25, 15], [20, 30]
+    cu_q, cu_k = torch.tensor([0, 25, 40]).int(), torch.tensor([0, 20, 50]).int()
+    torch.manual_seed(3)
+    out = flash_attn_varlen_func(q, k, v, cu_q, cu_k, 25, 30, dropout_p=0.4, causal=True)
+    torch.manual_seed(3)
+    keep = dropout_keeps(_philox.new_rng_state(q.device), 0.4, (2, 4, 25, 30))
+    options = Options(causal=True, dropout_p=0.4, keep=keep)
+    dout = torch.randn_like(q)
+    actual = torch.autograd.grad(out, (q, k, v), dout)
+    truth = gradients(lambda *x: varlen_attention(*x, *lengths, options)[0], (q, k, v), dout, torch.float64)
+    for a, t in zip(actual, truth, strict=True):
+        torch.testing.assert_close(a, t)
+
+
+def test_mask_does_not_depend_on_blocks(monkeypatch):
+    from flash_attn import _cpu
+
+    q, k, v = (x.float() for x in tensors(2, 61, 83, "cpu"))
+
+    def run():
+        torch.manual_seed(1)
+        return flash_attn_func(q, k, v, dropout_p=0.3, causal=True, return_attn_probs=True)
+
+    whole = run()
+    monkeypatch.setattr(_cpu, "SCORES_AT_ONCE", 3000)
+    for a, b in zip(run(), whole, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)

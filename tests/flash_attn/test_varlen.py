@@ -1,0 +1,198 @@
+"""Packed sequences against the fp64 oracle: forward on every device, gradients and paged keys on the CPU."""
+
+from __future__ import annotations
+
+import math
+from itertools import accumulate
+
+import pytest
+import torch
+from oracle import Options, assert_lse, assert_within, gradients, varlen_attention
+
+from flash_attn import (
+    flash_attn_func,
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+)
+from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
+
+MASKS = {
+    "full": Options(),
+    "causal": Options(causal=True),
+    "window": Options(window_size=(17, 29)),
+    "right": Options(window_size=(-1, 5)),
+    "causal window": Options(causal=True, window_size=(40, 7)),
+}
+SEQUENCES = {
+    "mixed": ([113, 1, 64, 130], [203, 77, 64, 50]),
+    "empty first, middle, last": ([0, 40, 0, 0, 65, 0], [0, 30, 12, 0, 70, 0]),
+    "no keys": ([5, 40, 7], [0, 30, 0]),
+    "no queries": ([0, 40, 0], [9, 30, 7]),
+    "one": ([300], [300]),
+    "nothing": ([0, 0], [0, 0]),
+}
+
+
+def cumulative(lengths, device="cpu"):
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+
+
+def make(lengths_q, lengths_k, heads, heads_k, head_dim, dtype, device, trailing=0):
+    total_q, total_k = sum(lengths_q) + trailing, sum(lengths_k) + trailing
+    q = torch.randn(total_q, heads, head_dim, device=device).to(dtype)
+    k, v = (torch.randn(total_k, heads_k, head_dim, device=device).to(dtype) for _ in range(2))
+    return q, k, v
+
+
+def bounds(lengths_q, lengths_k, device):
+    sizes = max(lengths_q, default=0), max(lengths_k, default=0)
+    return cumulative(lengths_q, device), cumulative(lengths_k, device), *sizes
+
+
+def check(q, k, v, lengths_q, lengths_k, options):
+    arguments = bounds(lengths_q, lengths_k, q.device)
+    out, lse, _ = flash_attn_varlen_func(q, k, v, *arguments, **options.arguments(), return_attn_probs=True)
+    truth, truth_lse = varlen_attention(q, k, v, lengths_q, lengths_k, options)
+    yardstick, _ = varlen_attention(q, k, v, lengths_q, lengths_k, options, q.dtype)
+    assert_within(out, truth, yardstick)
+    assert_lse(lse, truth_lse)
+
+
+@pytest.mark.parametrize("sequences", SEQUENCES)
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("head_dim", [64, 111])
+def test_sequences_and_masks(device, require_kernel, sequences, mask, head_dim):
+    require_kernel(device, torch.bfloat16, head_dim)
+    tensors = make(*SEQUENCES[sequences], 4, 2, head_dim, torch.bfloat16, device)
+    check(*tensors, *SEQUENCES[sequences], MASKS[mask])
+
+
+@pytest.mark.parametrize("head_dim", [32, 96, 128, 192, 256])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_head_dims(device, require_kernel, head_dim, dtype):
+    require_kernel(device, dtype, head_dim)
+    check(*make(*SEQUENCES["mixed"], 4, 1, head_dim, dtype, device), *SEQUENCES["mixed"], Options(causal=True))
+
+
+@pytest.mark.parametrize("extra", [{"softcap": 5.0}, {"softmax_scale": -0.3}], ids=str)
+@pytest.mark.parametrize("mask", MASKS)
+def test_softcap_and_scale(device, require_kernel, mask, extra):
+    require_kernel(device, torch.bfloat16, 64)
+    options = Options(**{**MASKS[mask].arguments(), **extra})
+    check(*make(*SEQUENCES["mixed"], 4, 2, 64, torch.bfloat16, device), *SEQUENCES["mixed"], options)
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 4)], ids=str)
+@pytest.mark.parametrize("mask", MASKS)
+def test_alibi(device, require_kernel, mask, shape):
+    require_kernel(device, torch.bfloat16, 64)
+    options = Options(**{**MASKS[mask].arguments(), "alibi_slopes": torch.rand(shape, device=device)})
+    check(*make(*SEQUENCES["mixed"], 4, 2, 64, torch.bfloat16, device), *SEQUENCES["mixed"], options)
+
+
+@pytest.mark.parametrize("lengths", [([30, 0, 41], [50, 20, 0]), ([0, 0], [0, 0]), ([], [])], ids=str)
+def test_trailing_tokens_are_zero(device, require_kernel, lengths):
+    require_kernel(device, torch.bfloat16, 64)
+    q, k, v = make(*lengths, 4, 2, 64, torch.bfloat16, device, trailing=150)
+    used = sum(lengths[0])
+    out, lse, _ = flash_attn_varlen_func(q, k, v, *bounds(*lengths, device), return_attn_probs=True)
+    truth, _ = varlen_attention(q, k, v, *lengths, Options())
+    assert not out[used:].any() and (lse[:, used:] == math.inf).all()
+    assert (out.double() - truth).abs().max() < 0.02
+
+
+def test_equals_fixed_length(device, require_kernel):
+    require_kernel(device, torch.bfloat16, 64)
+    q, k, v = (torch.randn(3, 50, 4, 64, device=device).bfloat16() for _ in range(3))
+    out = flash_attn_varlen_func(*(x.flatten(0, 1) for x in (q, k, v)), *bounds([50] * 3, [50] * 3, device), causal=True)
+    torch.testing.assert_close(out.view_as(q), flash_attn_func(q, k, v, causal=True), atol=1e-6, rtol=1e-6)
+
+
+def test_packed(device, require_kernel):
+    require_kernel(device, torch.bfloat16, 64)
+    qkv = torch.randn(90, 3, 4, 64, device=device).bfloat16()
+    cu = cumulative([30, 60], device)
+    expected = flash_attn_varlen_func(*(x.contiguous() for x in qkv.unbind(1)), cu, cu, 60, 60, causal=True)
+    assert torch.equal(flash_attn_varlen_qkvpacked_func(qkv, cu, 60, causal=True), expected)
+    packed = flash_attn_varlen_kvpacked_func(qkv[:, 0], qkv[:, 1:], cu, cu, 60, 60, causal=True)
+    assert torch.equal(packed, expected)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("leftpad, used", [(None, [60, 0, 12]), ([3, 0, 20], None), ([3, 5, 40], [60, 9, 40])], ids=str)
+def test_seqused_and_leftpad(device, require_kernel, leftpad, used, causal):
+    require_kernel(device, torch.bfloat16, 64)
+    lengths = [20, 30, 40], [70, 33, 50]
+    q, k, v = make(*lengths, 4, 2, 64, torch.bfloat16, device)
+    index = [None if x is None else torch.tensor(x, dtype=torch.int32, device=device) for x in (leftpad, used)]
+    out, lse, _, _ = _flash_attn_varlen_forward(
+        q, k, v, *bounds(*lengths, device), 0.0, 0.125, causal, leftpad_k=index[0], seqused_k=index[1]
+    )
+    options = Options(causal=causal)
+    truth, truth_lse = varlen_attention(q, k, v, *lengths, options, leftpad=leftpad, used=used)
+    yardstick, _ = varlen_attention(q, k, v, *lengths, options, q.dtype, leftpad, used)
+    assert_within(out, truth, yardstick)
+    assert_lse(lse, truth_lse)
+
+
+def test_max_seqlen_may_be_larger_or_a_tensor(device, require_kernel):
+    require_kernel(device, torch.bfloat16, 64)
+    q, k, v = make([30, 20], [30, 20], 2, 2, 64, torch.bfloat16, device)
+    cu = cumulative([30, 20], device)
+    expected = flash_attn_varlen_func(q, k, v, cu, cu, 30, 30)
+    assert torch.equal(flash_attn_varlen_func(q, k, v, cu, cu, 500, 400), expected)
+    assert torch.equal(flash_attn_varlen_func(q, k, v, cu, cu, torch.tensor(30), torch.tensor(30)), expected)
+
+
+@pytest.mark.parametrize("sequences", SEQUENCES)
+@pytest.mark.parametrize("mask", MASKS)
+def test_gradients(sequences, mask):
+    lengths, options = SEQUENCES[sequences], MASKS[mask]
+    tensors = make(*lengths, 4, 2, 32, torch.bfloat16, "cpu", trailing=11)
+    leaves = [x.requires_grad_() for x in tensors]
+    dout = torch.randn_like(tensors[0])
+    out = flash_attn_varlen_func(*leaves, *bounds(*lengths, "cpu"), **options.arguments())
+    actual = torch.autograd.grad(out, leaves, dout)
+
+    def run(dtype):
+        def compute(*x):
+            return varlen_attention(*x, *lengths, options, dtype)[0]
+
+        return gradients(compute, tensors, dout, dtype)
+
+    for a, truth, yardstick in zip(actual, run(torch.float64), run(torch.bfloat16), strict=True):
+        assert_within(a, truth, yardstick, factor=3.0)
+        assert not a[-11:].any()
+
+
+def test_packed_gradients():
+    qkv = torch.randn(90, 3, 4, 16, requires_grad=True)
+    cu = cumulative([30, 60])
+    dout = torch.randn(90, 4, 16)
+    (actual,) = torch.autograd.grad(flash_attn_varlen_qkvpacked_func(qkv, cu, 60, causal=True), qkv, dout)
+    q, k, v = (x.detach().requires_grad_() for x in qkv.unbind(1))
+    expected = torch.autograd.grad(flash_attn_varlen_func(q, k, v, cu, cu, 60, 60, causal=True), (q, k, v), dout)
+    assert torch.equal(actual, torch.stack(expected, dim=1))
+    kv = torch.stack((k, v), dim=1).detach().requires_grad_()
+    dq, dkv = torch.autograd.grad(
+        flash_attn_varlen_kvpacked_func(q, kv, cu, cu, 60, 60, causal=True), (q, kv), dout
+    )
+    assert torch.equal(dq, expected[0]) and torch.equal(dkv, torch.stack(expected[1:], dim=1))
+
+
+@pytest.mark.parametrize("page_size", [16, 48, 256])
+@pytest.mark.parametrize("causal", [False, True])
+def test_paged_keys(page_size, causal):
+    lengths = [20, 3, 40], [300, 0, 257]
+    q, k, v = make(*lengths, 4, 2, 32, torch.bfloat16, "cpu")
+    blocks = -(-300 // page_size)
+    table = torch.randperm(3 * blocks + 2)[: 3 * blocks].view(3, blocks).int()
+    pages = [torch.full((3 * blocks + 2, page_size, 2, 32), math.nan, dtype=torch.bfloat16) for _ in range(2)]
+    for x, paged in zip((k, v), pages, strict=True):
+        for b, sequence in enumerate(x.split(lengths[1])):
+            for p, rows in enumerate(sequence.split(page_size)):
+                paged[table[b, p], : len(rows)] = rows
+    arguments = bounds(*lengths, "cpu")
+    out = flash_attn_varlen_func(q, *pages, *arguments, causal=causal, block_table=table)
+    assert torch.equal(out, flash_attn_varlen_func(q, k, v, *arguments, causal=causal))
