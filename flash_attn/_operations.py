@@ -28,7 +28,7 @@ def refuse_gradient(*named: tuple[str, Tensor]) -> None:
         NotImplementedError: naming the first such tensor.
     """
     for name, x in named:
-        if x.is_cuda and x.requires_grad:
+        if getattr(x, "is_cuda", False) and x.requires_grad:
             not_on_cuda(f"{name} requires grad, but the backward")
 
 

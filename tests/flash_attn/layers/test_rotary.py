@@ -1,0 +1,151 @@
+"""Rotary embedding against complex multiplication, its gradients, and its in-place and packed variants."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flash_attn.layers.rotary import (
+    RotaryEmbedding,
+    apply_rotary_emb,
+    apply_rotary_emb_func,
+    apply_rotary_emb_kv_,
+    apply_rotary_emb_qkv_,
+    apply_rotary_emb_torch,
+)
+
+
+def reference(x, angles, interleaved):
+    """Rotate x (..., s, h, d) by angles (..., s, n) as complex numbers."""
+    n = angles.shape[-1]
+    part = x[..., : 2 * n].double()
+    pairs = part.unflatten(-1, (n, 2)) if interleaved else part.unflatten(-1, (2, n)).mT
+    turned = torch.view_as_complex(pairs.contiguous()) * torch.exp(1j * angles.double()).unsqueeze(-2)
+    real = torch.view_as_real(turned)
+    flat = real.flatten(-2) if interleaved else real.mT.flatten(-2)
+    return torch.cat([flat, x[..., 2 * n :].double()], dim=-1)
+
+
+def tables(rows, n):
+    angles = torch.rand(rows, n) * 6
+    return angles, angles.cos(), angles.sin()
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("rotary_dim", [8, 16])
+@pytest.mark.parametrize("offsets", [0, 5, torch.tensor([3, 0])], ids=str)
+@pytest.mark.parametrize("inplace", [False, True])
+def test_fixed_length(interleaved, rotary_dim, offsets, inplace):
+    x = torch.randn(2, 7, 3, 16)
+    angles, cos, sin = tables(20, rotary_dim // 2)
+    before = x.clone()
+    out = apply_rotary_emb(x, cos, sin, interleaved, inplace, offsets)
+    positions = torch.as_tensor(offsets).reshape(-1, 1) + torch.arange(7)
+    torch.testing.assert_close(out.double(), reference(before, angles[positions], interleaved), atol=1e-5, rtol=1e-5)
+    assert (out.data_ptr() == x.data_ptr()) == inplace and torch.equal(x, out if inplace else before)
+
+
+@pytest.mark.parametrize("offsets", [0, 2, torch.tensor([3, 0, 1, 5], dtype=torch.int32)], ids=str)
+def test_varlen(offsets):
+    lengths = [4, 0, 7, 1]
+    x = torch.randn(15, 2, 16)
+    angles, cos, sin = tables(20, 8)
+    cu_seqlens = torch.tensor([0, 4, 4, 11, 12], dtype=torch.int32)
+    out = apply_rotary_emb(x, cos, sin, seqlen_offsets=offsets, cu_seqlens=cu_seqlens, max_seqlen=7)
+    starts = torch.as_tensor(offsets).expand(4).tolist()
+    positions = torch.cat([torch.arange(n) + s for n, s in zip(lengths, starts, strict=True)])
+    torch.testing.assert_close(out[:12].double(), reference(x[:12], angles[positions], False), atol=1e-5, rtol=1e-5)
+    assert torch.equal(out[12:], x[12:])
+
+
+def test_aliases_agree():
+    x, (_, cos, sin) = torch.randn(2, 7, 3, 16), tables(7, 4)
+    assert apply_rotary_emb_func is apply_rotary_emb
+    for interleaved in (False, True):
+        torch.testing.assert_close(
+            apply_rotary_emb(x, cos, sin, interleaved), apply_rotary_emb_torch(x, cos, sin, interleaved)
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_types_are_rotated_in_fp32(dtype):
+    x, (_, cos, sin) = torch.randn(2, 7, 3, 16).to(dtype), tables(7, 8)
+    cos, sin = cos.to(dtype), sin.to(dtype)
+    exact = apply_rotary_emb(x.double(), cos.double(), sin.double())
+    assert torch.equal(apply_rotary_emb(x, cos, sin), exact.float().to(dtype))
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_gradients(interleaved, inplace):
+    x = torch.randn(2, 5, 3, 12, dtype=torch.float64, requires_grad=True)
+    cos, sin = (t.double() for t in tables(9, 4)[1:])
+    torch.autograd.gradcheck(lambda y: apply_rotary_emb(y * 1.0, cos, sin, interleaved, inplace, 2), x)
+    cu_seqlens = torch.tensor([0, 2, 9], dtype=torch.int32)
+    packed = x.detach().flatten(0, 1).requires_grad_()
+    torch.autograd.gradcheck(lambda y: apply_rotary_emb(y * 1.0, cos, sin, cu_seqlens=cu_seqlens), packed)
+
+
+def test_packed_qkv():
+    x, (_, cos, sin) = torch.randn(2, 5, 3, 4, 16), tables(9, 8)
+    before = x.clone()
+    out = apply_rotary_emb_qkv_(x, cos, sin, seqlen_offsets=3)
+    assert out.data_ptr() == x.data_ptr()
+    for i in range(2):
+        assert torch.equal(out[:, :, i], apply_rotary_emb(before[:, :, i], cos, sin, seqlen_offsets=3))
+    assert torch.equal(out[:, :, 2], before[:, :, 2])
+
+
+def test_packed_groups():
+    x, (_, cos, sin), (_, cos_k, sin_k) = torch.randn(2, 5, 8, 16), tables(9, 8), tables(9, 8)
+    before = x.clone()
+    out = apply_rotary_emb_qkv_(x, cos, sin, cos_k, sin_k, interleaved=True, num_heads_q=4)
+    assert torch.equal(out[:, :, :4], apply_rotary_emb(before[:, :, :4], cos, sin, True))
+    assert torch.equal(out[:, :, 4:6], apply_rotary_emb(before[:, :, 4:6], cos_k, sin_k, True))
+    assert torch.equal(out[:, :, 6:], before[:, :, 6:])
+
+
+def test_packed_gradients():
+    cos, sin = (t.double() for t in tables(9, 4)[1:])
+    qkv = torch.randn(1, 5, 3, 2, 8, dtype=torch.float64, requires_grad=True)
+    torch.autograd.gradcheck(lambda y: apply_rotary_emb_qkv_(y * 1.0, cos, sin, seqlen_offsets=1), qkv)
+    torch.autograd.gradcheck(lambda y: apply_rotary_emb_kv_(y[:, :, 1:] * 1.0, cos, sin), qkv)
+
+
+@pytest.mark.parametrize("scale_base", [None, 512.0])
+def test_module(scale_base):
+    module = RotaryEmbedding(8, base=100.0, scale_base=scale_base)
+    qkv = torch.randn(2, 6, 3, 4, 16)
+    angles = torch.outer(torch.arange(2, 8), 100.0 ** (-torch.arange(0, 8, 2) / 8))
+    out = module(qkv.clone(), seqlen_offset=2)
+    q, kv = module(qkv[:, :, 0].clone(), qkv[:, :, 1:].clone(), seqlen_offset=2)
+    torch.testing.assert_close(q, out[:, :, 0])
+    torch.testing.assert_close(kv, out[:, :, 1:])
+    if scale_base is None:
+        for i in range(2):
+            expected = reference(qkv[:, :, i], angles, False).float()
+            torch.testing.assert_close(out[:, :, i], expected, atol=1e-5, rtol=1e-4)
+        return
+    scores = torch.einsum("bihd,bjhd->bhij", out[:, :, 0, :, :8], out[:, :, 1, :, :8])
+    shifted = module(qkv.clone(), seqlen_offset=0, max_seqlen=8)
+    torch.testing.assert_close(
+        scores, torch.einsum("bihd,bjhd->bhij", shifted[:, :, 0, :, :8], shifted[:, :, 1, :, :8]), atol=1e-4, rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    "call, name",
+    [
+        (lambda x, c: apply_rotary_emb(x, c, c[:3]), "cos and sin"),
+        (lambda x, c: apply_rotary_emb(x[..., :6], c, c), "cos"),
+        (lambda x, c: apply_rotary_emb(x, c, c, seqlen_offsets=5), "seqlen_offsets"),
+        (lambda x, c: apply_rotary_emb(x, c, c, seqlen_offsets=-1), "seqlen_offsets"),
+        (lambda x, c: apply_rotary_emb(x, c, c, seqlen_offsets=torch.tensor([0, 5])), "seqlen_offsets"),
+        (lambda x, c: apply_rotary_emb_qkv_(x, c, c), "qkv"),
+        (lambda x, c: apply_rotary_emb_qkv_(x, c, c, num_heads_q=2), "num_heads_q"),
+        (lambda x, c: apply_rotary_emb_kv_(x, c, c), "kv"),
+    ],
+)
+def test_bad_input(call, name):
+    with pytest.raises(ValueError, match=f"^{name} "):
+        call(torch.randn(2, 5, 3, 8), torch.rand(9, 4))

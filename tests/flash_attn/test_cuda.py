@@ -1,0 +1,287 @@
+"""The CUDA path without a GPU: a library that records what it is given, and CPU tensors in place of CUDA's."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from flash_attn import _abi, _cuda, _library, _operations
+
+FIELDS = [name for name, _ in _abi.ForwardParams._fields_]
+BF16 = torch.bfloat16
+
+
+class Recorder:
+    """Stands in for the loaded library."""
+
+    def __init__(self, status=0, family=0):
+        self.calls, self.probs_calls, self.status, self.family = [], [], status, family
+        self.last_error = lambda: b"kernel forward_sm90_bf16_d64_full is not built"
+
+    def unpack(self, packed):
+        assert len(packed) == _abi.FORWARD_PARAMS.size
+        return SimpleNamespace(**dict(zip(FIELDS, _abi.FORWARD_PARAMS.unpack(packed), strict=True)))
+
+    def forward(self, packed, stream):
+        self.calls.append((self.unpack(packed), stream))
+        return self.status
+
+    def dropout_probs(self, packed, stream):
+        self.probs_calls.append((self.unpack(packed), stream))
+        return self.status
+
+
+@pytest.fixture
+def library(monkeypatch):
+    recorder = Recorder()
+    install(monkeypatch, recorder)
+    return recorder
+
+
+def install(monkeypatch, recorder):
+    monkeypatch.setattr(_cuda, "_library_loaded", recorder)
+    monkeypatch.setattr(_cuda, "_devices_checked", {-1})
+    monkeypatch.setattr(_cuda, "_raw_stream", lambda device: 4242)
+    monkeypatch.setattr(_operations, "_cpu", _cuda)
+
+
+def make(batch=2, seqlen_q=10, seqlen_k=12, heads=4, heads_k=2, head_dim=64, dtype=BF16):
+    q = torch.randn(batch, seqlen_q, heads, head_dim).to(dtype)
+    return q, *(torch.randn(batch, seqlen_k, heads_k, head_dim).to(dtype) for _ in range(2))
+
+
+def strides(params, name):
+    return tuple(getattr(params, f"{name}_{axis}_stride") for axis in ("batch", "row", "head"))
+
+
+def run(*arguments, **named):
+    return _operations.forward(*arguments, **named)
+
+
+def test_packed_fields(library):
+    q, k, v = make()
+    out, lse, probs, rng_state = run(q, k, v, causal=True, softcap=3.0)
+    (params, stream), = library.calls
+    assert stream == 4242
+    assert (params.q, params.k, params.v) == (q.data_ptr(), k.data_ptr(), v.data_ptr())
+    assert (params.out, params.softmax_lse) == (out.data_ptr(), lse.data_ptr())
+    for name, x in (("q", q), ("k", k), ("v", v), ("out", out)):
+        assert strides(params, name) == x.stride()[:3]
+    assert (params.lse_batch_stride, params.lse_head_stride) == lse.stride()[:2]
+    assert (params.batch, params.num_heads, params.num_heads_k) == (2, 4, 2)
+    assert (params.seqlen_q, params.seqlen_k, params.head_dim, params.total_q) == (10, 12, 64, 20)
+    assert (params.window_left, params.window_right) == (-1, 0)
+    assert params.dtype == _abi.Dtype.BF16 and params.device == -1 and params.family == 0
+    assert params.softmax_scale == 0.125 and params.softcap == 3.0 and params.dropout_p == 0.0
+    absent = "cu_seqlens_q", "cu_seqlens_k", "seqused_k", "leftpad_k", "alibi_slopes", "rng_state", "probs"
+    assert not any(getattr(params, name) for name in absent) and params.alibi_batch_stride == 0
+    assert probs is None and rng_state is None
+    assert out.shape == q.shape and lse.shape == (2, 4, 10) and lse.dtype == torch.float32
+
+
+def test_packer_equals_the_structure():
+    values = list(range(1, len(FIELDS) + 1))
+    structure = _abi.ForwardParams(*values)
+    assert bytes(structure) == _abi.FORWARD_PARAMS.pack(*values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, BF16])
+def test_dtype(library, dtype):
+    run(*make(dtype=dtype))
+    assert library.calls[0][0].dtype == {torch.float16: _abi.Dtype.FP16, BF16: _abi.Dtype.BF16}[dtype]
+
+
+@pytest.mark.parametrize(
+    "named, window",
+    [
+        ({}, (-1, -1)), ({"causal": True}, (-1, 0)), ({"window_left": 3, "window_right": 4}, (3, 4)),
+        ({"window_left": 12, "window_right": 11}, (-1, 11)), ({"window_left": 11, "window_right": 12}, (11, -1)),
+        ({"causal": True, "window_left": 3, "window_right": 4}, (3, 0)),
+        ({"causal": True, "window_right": 50}, (-1, 0)), ({"window_left": -9}, (-1, -1)),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_window(library, named, window):
+    run(*make(), **named)
+    params = library.calls[0][0]
+    assert (params.window_left, params.window_right) == window
+
+
+@pytest.mark.parametrize("named, left", [({"causal": True}, -1), ({"window_left": 4, "window_right": 0}, 4)])
+def test_a_single_query_needs_no_right_window(library, named, left):
+    run(*make(seqlen_q=1), **named)
+    params = library.calls[0][0]
+    assert (params.window_left, params.window_right) == (left, -1)
+
+
+@pytest.mark.parametrize("shape, stride", [((4,), 0), ((2, 4), 4)], ids=str)
+def test_alibi(library, shape, stride):
+    slopes = torch.rand(shape)
+    run(*make(), alibi_slopes=slopes)
+    params = library.calls[0][0]
+    assert (params.alibi_slopes, params.alibi_batch_stride) == (slopes.data_ptr(), stride)
+
+
+def test_dropout(library):
+    q, k, v = make()
+    _, _, probs, rng_state = run(q, k, v, dropout_p=0.25, return_softmax=True)
+    params = library.calls[0][0]
+    assert params.dropout_p == 0.25 and params.rng_state == rng_state.data_ptr() and params.probs == 0
+    (with_probs, stream), = library.probs_calls
+    assert with_probs.probs == probs.data_ptr() and stream == 4242
+    assert vars(with_probs) | {"probs": 0} == vars(params)
+    assert probs.shape == (2, 4, 128, 128) and probs.dtype == q.dtype
+    run(q, k, v, dropout_p=0.25)
+    assert len(library.probs_calls) == 1
+
+
+@pytest.mark.parametrize("head_dim, padded", [(1, 8), (59, 64), (111, 112), (40, 40), (255, 256)])
+def test_head_dim_is_padded_to_a_multiple_of_8(library, head_dim, padded):
+    q, k, v = make(head_dim=head_dim)
+    out, *_ = run(q, k, v)
+    params = library.calls[0][0]
+    assert params.head_dim == padded
+    assert params.softmax_scale == pytest.approx(head_dim**-0.5)
+    assert out.shape == q.shape
+    for name in ("q", "k", "v", "out"):
+        assert all(s % 8 == 0 for s in strides(params, name)) and getattr(params, name) % 16 == 0
+
+
+def odd_layouts():
+    x = torch.randn(2, 12, 4, 64).to(BF16)
+    wide = torch.zeros(2, 12, 4, 67, dtype=BF16)
+    base = torch.zeros(x.numel() + 4, dtype=BF16)
+    for name, y in {
+        "last stride": torch.zeros(2, 12, 64, 4, dtype=BF16).transpose(2, 3),
+        "strides": wide[..., :64],
+        "base": base[4:].view(2, 12, 4, 64),
+        "one row of odd stride": torch.zeros(2, 3, dtype=BF16).as_strided((1, 1, 1, 6), (3, 3, 3, 1)),
+    }.items():
+        y = y if y.shape == x.shape else torch.zeros(3 * 64, dtype=BF16).as_strided((1, 1, 1, 64), (3, 5, 7, 1))
+        yield name, y
+
+
+@pytest.mark.parametrize("position", range(3))
+def test_unaligned_tensors_are_copied(library, position):
+    for name, x in odd_layouts():
+        tensors = [torch.zeros(x.shape, dtype=BF16) for _ in range(3)]
+        tensors[position] = x
+        out, *_ = run(*tensors)
+        params = library.calls[-1][0]
+        letter = "qkv"[position]
+        assert getattr(params, letter) != x.data_ptr(), name
+        for field in ("q", "k", "v", "out"):
+            assert getattr(params, field) % 16 == 0 and all(s % 8 == 0 for s in strides(params, field)), name
+        assert out.shape == x.shape and out.stride(-1) == 1
+
+
+def test_aligned_views_are_not_copied(library):
+    qkv = torch.randn(2, 10, 3, 4, 64).to(BF16)
+    q, k, v = qkv.unbind(2)
+    k = k[:1].expand(2, -1, -1, -1)
+    run(q, k, v.transpose(1, 2).contiguous().transpose(1, 2))
+    params = library.calls[0][0]
+    assert (params.q, params.k) == (q.data_ptr(), k.data_ptr())
+    assert params.k_batch_stride == 0 and params.v_head_stride == 640
+
+
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_given_out(library, contiguous):
+    q, k, v = make()
+    given = torch.full_like(q, 7.0) if contiguous else torch.full((2, 10, 4, 67), 7.0, dtype=BF16)[..., :64]
+    out, *_ = run(q, k, v, out=given)
+    params = library.calls[0][0]
+    assert out is given and (params.out == given.data_ptr()) == contiguous
+
+
+@pytest.mark.parametrize("shape", [{"batch": 0}, {"seqlen_q": 0}, {"seqlen_k": 0}], ids=str)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_nothing_is_launched_for_empty_tensors(library, shape, dropout_p):
+    out, lse, _, _ = run(*make(**shape), dropout_p=dropout_p, return_softmax=True)
+    assert not library.calls and not library.probs_calls
+    assert not out.any() and (lse == math.inf).all()
+
+
+def varlen(library, **named):
+    q, k, v = (x.flatten(0, 1) for x in make())
+    cu_q, cu_k = torch.tensor([0, 3, 20]).int(), torch.tensor([0, 4, 24]).int()
+    return (q, k, v, cu_q, cu_k), _operations.varlen_forward(q, k, v, cu_q, cu_k, 17, 20, **named)
+
+
+def test_varlen_fields(library, monkeypatch):
+    used, pads = torch.tensor([4, 15]).int(), torch.tensor([1, 2]).int()
+    (q, k, v, cu_q, cu_k), (out, lse, _, _) = varlen(library, causal=True, seqused_k=used, leftpad_k=pads)
+    params = library.calls[0][0]
+    pointers = (params.cu_seqlens_q, params.cu_seqlens_k, params.seqused_k, params.leftpad_k)
+    assert pointers == tuple(x.data_ptr() for x in (cu_q, cu_k, used, pads))
+    assert (params.batch, params.seqlen_q, params.seqlen_k, params.total_q) == (2, 17, 20, 20)
+    assert (params.q_row_stride, params.q_head_stride) == q.stride()[:2]
+    assert (params.out_row_stride, params.out_head_stride) == out.stride()[:2]
+    assert (params.lse_batch_stride, params.lse_head_stride) == (0, 20)
+    assert out.shape == q.shape and lse.shape == (4, 20)
+
+
+def test_varlen_indices_are_made_contiguous(library):
+    q, k, v = (x.flatten(0, 1) for x in make())
+    cu = torch.tensor([[0, 9], [3, 9], [20, 9]]).int()[:, 0]
+    _operations.varlen_forward(q, k, v, cu, cu, 17, 17)
+    assert library.calls[0][0].cu_seqlens_q != cu.data_ptr()
+
+
+def test_varlen_without_sequences(library):
+    q, k, v = (x.flatten(0, 1) for x in make())
+    cu = torch.tensor([0]).int()
+    out, lse, _, _ = _operations.varlen_forward(q, k, v, cu, cu, 0, 0)
+    assert not library.calls and not out.any() and (lse == math.inf).all()
+
+
+def test_forced_family(monkeypatch):
+    recorder = Recorder(family=86)
+    install(monkeypatch, recorder)
+    run(*make())
+    assert recorder.calls[0][0].family == 86
+
+
+def test_missing_kernel_comes_with_its_build_command(monkeypatch):
+    install(monkeypatch, Recorder(status=_abi.Status.NOT_BUILT))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    with pytest.raises(RuntimeError) as caught:
+        run(*make(head_dim=100))
+    command = "FLASH_ATTN_ARCHS=90 FLASH_ATTN_HEAD_DIMS=128 FLASH_ATTN_DTYPES=bf16 pip install --no-build-isolation ."
+    assert "forward_sm90_bf16_d64_full is not built" in str(caught.value)
+    assert f"`{command}`" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "status", [_abi.Status.UNSUPPORTED_DEVICE, _abi.Status.CUDA_ERROR, _abi.Status.INVALID_ARGUMENT]
+)
+def test_other_errors_carry_the_library_text(monkeypatch, status):
+    install(monkeypatch, Recorder(status=status))
+    with pytest.raises(RuntimeError, match="is not built$"):
+        run(*make())
+
+
+def test_old_gpu_is_refused_before_the_launch(monkeypatch):
+    recorder = Recorder()
+    install(monkeypatch, recorder)
+    monkeypatch.setattr(_cuda, "_devices_checked", set())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
+    with pytest.raises(RuntimeError, match=r"^q must be on a GPU of compute capability 7\.5.*got Tesla V100.*7\.0"):
+        run(*make())
+    assert not recorder.calls
+
+
+def test_library_is_loaded_once_per_process(monkeypatch):
+    recorder = Recorder()
+    install(monkeypatch, recorder)
+    monkeypatch.setattr(_cuda, "_devices_checked", set())
+    monkeypatch.setattr(_cuda, "_library_loaded", None)
+    monkeypatch.setattr(_library, "load", lambda: recorder)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    run(*make())
+    run(*make())
+    assert len(recorder.calls) == 2 and _cuda._devices_checked == {-1} and _cuda._library_loaded is recorder

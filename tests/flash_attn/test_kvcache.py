@@ -1,0 +1,197 @@
+"""`flash_attn_with_kvcache` against the fp64 oracle, built from the cache's contents by hand. On the CPU only for now."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from oracle import Options, assert_lse, assert_within, attention
+
+from flash_attn import flash_attn_with_kvcache
+
+BATCH, CAPACITY, HEADS, HEADS_K, HEAD_DIM = 3, 96, 4, 2, 32
+MASKS = {
+    "full": Options(),
+    "causal": Options(causal=True),
+    "window": Options(window_size=(17, 5)),
+    "causal window": Options(causal=True, window_size=(9, 0)),
+}
+
+
+def int32(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def make(seqlen_q, dtype=torch.bfloat16, entries=BATCH, seqlen_new=0):
+    q = torch.randn(BATCH, seqlen_q, HEADS, HEAD_DIM).to(dtype)
+    cache = [torch.randn(entries, CAPACITY, HEADS_K, HEAD_DIM).to(dtype) for _ in range(2)]
+    new = [torch.randn(BATCH, seqlen_new, HEADS_K, HEAD_DIM).to(dtype) for _ in range(2)]
+    return q, *cache, *new
+
+
+def check(out, lse, q, sequences, options):
+    """Compare with the oracle, given each sequence's keys and values (n, hk, d)."""
+    for b, (k, v) in enumerate(sequences):
+        mine = replace(options, longest_k=CAPACITY)
+        if options.alibi_slopes is not None and options.alibi_slopes.dim() == 2:
+            mine = replace(mine, alibi_slopes=options.alibi_slopes[b])
+        truth, truth_lse = attention(q[b : b + 1], k[None], v[None], mine)
+        yardstick, _ = attention(q[b : b + 1], k[None], v[None], mine, q.dtype)
+        assert_within(out[b : b + 1], truth, yardstick)
+        assert_lse(lse[b : b + 1], truth_lse)
+
+
+def run(q, k_cache, v_cache, options, **arguments):
+    scoring = options.arguments()
+    del scoring["dropout_p"]
+    return flash_attn_with_kvcache(q, k_cache, v_cache, **scoring, return_softmax_lse=True, **arguments)
+
+
+@pytest.mark.parametrize("seqlen_q", [1, 7])
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize(
+    "seqlens, lengths", [(None, [CAPACITY] * 3), (40, [40] * 3), (int32(0, 33, 96), [0, 33, 96])], ids=str
+)
+def test_without_appending(seqlen_q, mask, seqlens, lengths):
+    q, k_cache, v_cache, *_ = make(seqlen_q)
+    out, lse = run(q, k_cache, v_cache, MASKS[mask], cache_seqlens=seqlens)
+    check(out, lse, q, [(k_cache[b, :n], v_cache[b, :n]) for b, n in enumerate(lengths)], MASKS[mask])
+
+
+@pytest.mark.parametrize("seqlen_q, seqlen_new", [(1, 1), (7, 7), (3, 9), (9, 3)])
+@pytest.mark.parametrize("mask", MASKS)
+def test_appending(seqlen_q, seqlen_new, mask):
+    q, k_cache, v_cache, k, v = make(seqlen_q, seqlen_new=seqlen_new)
+    expected = k_cache.clone(), v_cache.clone()
+    lengths = [0, 33, CAPACITY - seqlen_new]
+    for b, n in enumerate(lengths):
+        expected[0][b, n : n + seqlen_new], expected[1][b, n : n + seqlen_new] = k[b], v[b]
+    out, lse = run(q, k_cache, v_cache, MASKS[mask], k=k, v=v, cache_seqlens=int32(*lengths))
+    assert torch.equal(k_cache, expected[0]) and torch.equal(v_cache, expected[1])
+    used = [slice(0, n + seqlen_new) for n in lengths]
+    check(out, lse, q, [(expected[0][b, u], expected[1][b, u]) for b, u in enumerate(used)], MASKS[mask])
+
+
+def rotated(x, cos, sin, positions, interleaved):
+    """Rotate x (s, h, d) in fp64, pair by pair."""
+    out, half = x.double().clone(), cos.shape[1]
+    for i in range(half):
+        a, b = (2 * i, 2 * i + 1) if interleaved else (i, i + half)
+        c, s = (t[positions, i].double()[:, None] for t in (cos, sin))
+        out[..., a], out[..., b] = (
+            x[..., a].double() * c - x[..., b].double() * s,
+            x[..., b].double() * c + x[..., a].double() * s,
+        )
+    return out
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("rotary_dim", [16, 32])
+@pytest.mark.parametrize("mask", MASKS)
+def test_rotary(interleaved, rotary_dim, mask):
+    q, k_cache, v_cache, k, v = make(5, seqlen_new=5)
+    angles = torch.rand(CAPACITY, rotary_dim // 2) * 6
+    cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
+    lengths = [0, 20, 91]
+    before = k_cache.clone()
+    arguments = {"k": k, "v": v, "cache_seqlens": int32(*lengths), "rotary_cos": cos, "rotary_sin": sin}
+    out, lse = run(q, k_cache, v_cache, MASKS[mask], rotary_interleaved=interleaved, **arguments)
+    moving = mask != "full"
+    q_rotated = torch.empty_like(q)
+    for b, n in enumerate(lengths):
+        positions = n + torch.arange(5)
+        expected = rotated(k[b], cos, sin, positions, interleaved)
+        assert (k_cache[b, n : n + 5].double() - expected).abs().max() < 0.02
+        assert torch.equal(k_cache[b, :n], before[b, :n]) and torch.equal(v_cache[b, n : n + 5], v[b])
+        q_rotated[b] = rotated(q[b], cos, sin, positions if moving else positions * 0 + n, interleaved).to(q.dtype)
+    sequences = [(k_cache[b, : n + 5], v_cache[b, : n + 5]) for b, n in enumerate(lengths)]
+    check(out, lse, q_rotated, sequences, MASKS[mask])
+
+
+@pytest.mark.parametrize("appends", [False, True])
+def test_batch_idx_and_leftpad(appends):
+    q, k_cache, v_cache, k, v = make(4, entries=5, seqlen_new=4)
+    rows, lengths, pads = [4, 0, 2], [10, 50, 33], [3, 50, 0]
+    arguments = {"k": k, "v": v} if appends else {}
+    out, lse = run(
+        q, k_cache, v_cache, Options(causal=True), cache_seqlens=int32(*lengths), cache_batch_idx=int32(*rows),
+        cache_leftpad=int32(*pads), **arguments,
+    )  # fmt: skip
+    used = [slice(p, n + 4 * appends) for p, n in zip(pads, lengths, strict=True)]
+    for b, (row, n) in enumerate(zip(rows, lengths, strict=True)):
+        assert torch.equal(v_cache[row, n : n + 4], v[b]) == appends
+    sequences = [(k_cache[row, u], v_cache[row, u]) for row, u in zip(rows, used, strict=True)]
+    check(out, lse, q, sequences, Options(causal=True))
+
+
+@pytest.mark.parametrize("page_size", [16, 32, 48])
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("rotary", [False, True])
+def test_paged_equals_unpaged(page_size, mask, rotary):
+    q, k_cache, v_cache, k, v = make(5, seqlen_new=5)
+    blocks = CAPACITY // page_size
+    table = torch.randperm(BATCH * blocks + 3)[: BATCH * blocks].view(BATCH, blocks).int()
+    pages = [torch.zeros(BATCH * blocks + 3, page_size, HEADS_K, HEAD_DIM, dtype=q.dtype) for _ in range(2)]
+    for cache, paged in zip((k_cache, v_cache), pages, strict=True):
+        paged[table.flatten().long()] = cache.reshape(-1, page_size, HEADS_K, HEAD_DIM)
+    arguments = {"k": k, "v": v, "cache_seqlens": int32(0, 14, 91)}
+    if rotary:
+        angles = torch.rand(CAPACITY, 8)
+        arguments |= {"rotary_cos": angles.cos().bfloat16(), "rotary_sin": angles.sin().bfloat16()}
+    expected = run(q, k_cache, v_cache, MASKS[mask], **arguments)
+    actual = run(q, *pages, MASKS[mask], block_table=table, **arguments)
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+    for cache, paged in zip((k_cache, v_cache), pages, strict=True):
+        assert torch.equal(paged[table.flatten().long()].view_as(cache), cache)
+
+
+@pytest.mark.parametrize("extra", [{"softcap": 5.0}, {"softmax_scale": 0.3}], ids=str)
+def test_softcap_and_scale(extra):
+    q, k_cache, v_cache, *_ = make(4)
+    options = Options(causal=True, **extra)
+    out, lse = run(q, k_cache, v_cache, options, cache_seqlens=50)
+    check(out, lse, q, [(k_cache[b, :50], v_cache[b, :50]) for b in range(BATCH)], options)
+
+
+@pytest.mark.parametrize("shape", [(HEADS,), (BATCH, HEADS)], ids=str)
+def test_alibi(shape):
+    q, k_cache, v_cache, *_ = make(4)
+    options = Options(causal=True, alibi_slopes=torch.rand(shape))
+    out, lse = run(q, k_cache, v_cache, options, cache_seqlens=int32(4, 50, 96))
+    check(out, lse, q, [(k_cache[b, :n], v_cache[b, :n]) for b, n in enumerate((4, 50, 96))], options)
+
+
+@pytest.mark.parametrize("num_splits", [0, 1, 7, 128])
+def test_num_splits_does_not_matter(num_splits):
+    q, k_cache, v_cache, *_ = make(2)
+    expected = flash_attn_with_kvcache(q, k_cache, v_cache)
+    assert torch.equal(flash_attn_with_kvcache(q, k_cache, v_cache, num_splits=num_splits), expected)
+
+
+def test_strided_cache_is_written_in_place():
+    q, _, _, k, v = make(2, seqlen_new=2)
+    store = torch.zeros(2, BATCH, HEADS_K, CAPACITY, HEAD_DIM, dtype=q.dtype)
+    k_cache, v_cache = (x.transpose(1, 2) for x in store)
+    flash_attn_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=10)
+    assert torch.equal(store[0, :, :, 10:12].transpose(1, 2), k)
+    assert torch.equal(store[1, :, :, 10:12].transpose(1, 2), v)
+
+
+def test_decoding_step_by_step_equals_causal_attention():
+    steps = 20
+    q, k, v = (torch.randn(2, steps, h, HEAD_DIM) for h in (HEADS, HEADS_K, HEADS_K))
+    k_cache, v_cache = (torch.zeros(2, CAPACITY, HEADS_K, HEAD_DIM) for _ in range(2))
+    outs = [
+        flash_attn_with_kvcache(
+            q[:, i : i + 1], k_cache, v_cache, k[:, i : i + 1], v[:, i : i + 1], cache_seqlens=i, causal=True
+        )
+        for i in range(steps)
+    ]
+    truth, _ = attention(q, k, v, Options(causal=True))
+    torch.testing.assert_close(torch.cat(outs, dim=1).double(), truth, atol=1e-5, rtol=1e-5)
+
+
+def test_no_gradients_flow():
+    q, k_cache, v_cache, *_ = make(2)
+    assert not flash_attn_with_kvcache(q.requires_grad_(), k_cache, v_cache).requires_grad

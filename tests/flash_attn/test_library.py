@@ -1,0 +1,112 @@
+"""Finding and loading the kernel library, and refusing one that does not fit."""
+
+from __future__ import annotations
+
+import ctypes
+from types import SimpleNamespace
+
+import pytest
+
+from flash_attn import _abi, _library
+
+
+def fake_library(**changes):
+    """Return an object with the library's functions, as ctypes would give them."""
+    results = {
+        "flash_attn_layout_hash": _abi.LAYOUT_HASH, "flash_attn_forward_params_size": _abi.FORWARD_PARAMS.size,
+        "flash_attn_kernel_count": 2, "flash_attn_targets": b"sm80:80,sm80:90+ptx",
+    }  # fmt: skip
+
+    def function(name):
+        def call(*arguments):
+            return b"kernel_%d" % arguments if name == "flash_attn_kernel_key" else (results | changes).get(name)
+
+        return call
+
+    return SimpleNamespace(_name="libflash_attn.so", **{name: function(name) for name in _abi.FUNCTIONS})
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    monkeypatch.delenv(_library.FORCE_FAMILY, raising=False)
+
+    def install(library):
+        monkeypatch.setattr(_library, "_open", lambda path: library)
+
+    return install
+
+
+def test_contents(opened):
+    opened(fake_library())
+    library = _library.open_library(_library.library_path())
+    assert library.kernels == ("kernel_0", "kernel_1")
+    assert library.targets == ("sm80:80", "sm80:90+ptx")
+    assert library.family == 0
+
+
+def test_no_kernels(opened):
+    opened(fake_library(flash_attn_kernel_count=0, flash_attn_targets=b""))
+    library = _library.open_library(_library.library_path())
+    assert library.kernels == () and library.targets == ()
+
+
+def test_signatures_are_declared(opened):
+    fake = fake_library()
+    opened(fake)
+    _library.open_library(_library.library_path())
+    for name, (result, arguments) in _abi.FUNCTIONS.items():
+        assert getattr(fake, name).restype is result and getattr(fake, name).argtypes == list(arguments)
+
+
+@pytest.mark.parametrize("changes", [{"flash_attn_layout_hash": 1}, {"flash_attn_forward_params_size": 8}], ids=str)
+def test_another_layout_is_refused(opened, changes):
+    opened(fake_library(**changes))
+    with pytest.raises(RuntimeError, match="another version of flash-attn.*rebuild it with `pip install"):
+        _library.open_library(_library.library_path())
+
+
+def test_missing_function_is_refused(opened):
+    fake = fake_library()
+    del fake.flash_attn_dropout_probs
+    opened(fake)
+    with pytest.raises(RuntimeError, match="lacks flash_attn_dropout_probs: rebuild"):
+        _library.open_library(_library.library_path())
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(RuntimeError, match=r"no CUDA kernels.*FLASH_ATTN_ARCHS=native pip install.*CPU tensors work"):
+        _library.open_library(tmp_path / "libflash_attn.so")
+
+
+def test_broken_file(tmp_path):
+    path = tmp_path / "libflash_attn.so"
+    path.write_bytes(b"not a library")
+    with pytest.raises(RuntimeError, match="cannot load.*rebuild"):
+        _library.open_library(path)
+
+
+@pytest.mark.parametrize("value, family", [("sm80", 80), (" SM86 ", 86), ("", 0), ("auto", 0)])
+def test_forced_family(monkeypatch, value, family):
+    monkeypatch.setenv(_library.FORCE_FAMILY, value)
+    assert _library.forced_family() == family
+
+
+def test_unknown_family(monkeypatch):
+    monkeypatch.setenv(_library.FORCE_FAMILY, "sm70")
+    with pytest.raises(ValueError, match=r"FLASH_ATTN_FORCE_FAMILY must be one of .*sm80.*, got 'sm70'"):
+        _library.forced_family()
+
+
+def test_build_command():
+    assert _library.build_command() == "FLASH_ATTN_ARCHS=native pip install --no-build-isolation ."
+    command = _library.build_command("90", 65, "fp16")
+    assert command.startswith("FLASH_ATTN_ARCHS=90 FLASH_ATTN_HEAD_DIMS=96 FLASH_ATTN_DTYPES=fp16 pip install")
+
+
+@pytest.mark.skipif(not _library.library_path().exists(), reason="no library is built")
+def test_built_library_loads_without_a_gpu():
+    library = _library.load()
+    assert len(set(library.kernels)) == len(library.kernels)
+    params = _abi.ForwardParams()
+    assert library.forward_kernel(ctypes.string_at(ctypes.addressof(params), ctypes.sizeof(params))) is None
+    assert library.last_error()
