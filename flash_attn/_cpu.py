@@ -117,8 +117,8 @@ def _chunks(
             else:
                 of_part = slopes[first_batch + start : first_batch + part.stop]
             of_part = of_part[..., None, None].to(lse_dtype(q.dtype))
-        heads = (_heads_first(x[part]) for x in (q, k, v))
-        yield part, _Chunk(*heads, of_part, scoring, first_batch + start)
+        q_part, k_part, v_part = (_heads_first(x[part]) for x in (q, k, v))
+        yield part, _Chunk(q_part, k_part, v_part, of_part, scoring, first_batch + start)
 
 
 def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:

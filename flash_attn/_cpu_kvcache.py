@@ -74,7 +74,7 @@ def forward_kvcache(
     q: Tensor, cache: Cache, k: Tensor | None, v: Tensor | None, rotary: Rotary | None, scoring: Scoring,
     out: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return (out, lse (b, h, sq)) of q (b, sq, h, d) over the cache, after appending k, v (b, s_new, hk, d)."""
+    """Return (out, lse (b, h, sq)) of q (b, sq, h, d) over the cache, k and v (b, s_new, hk, d) appended."""
     batch, seqlen_q, num_heads, _ = q.shape
     out = empty_out(q) if out is None else out
     lse = torch.empty(batch, num_heads, seqlen_q, dtype=lse_dtype(q.dtype))

@@ -29,8 +29,8 @@ PROBS_FIELD = [name for name, _ in _abi.ForwardParams._fields_].index("probs")
 FIXED_LENGTH = (0, 0, 0, 0)
 
 _pack = _abi.FORWARD_PARAMS.pack
-_library_loaded: _library.Library | None = None
-_devices_checked: set[int] = set()
+_libraries: dict[int, _library.Library] = {}
+"""The library, under each device that was found able to run it."""
 
 
 def _public_raw_stream(device: int) -> int:
@@ -41,18 +41,14 @@ _raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream
 
 
 def _prepare(device: int) -> _library.Library:
-    """Check the GPU, load the library; both once."""
-    global _library_loaded
+    """Check a GPU and load the library, at the first call on it."""
     capability = torch.cuda.get_device_capability(device)
     if capability < OLDEST_CAPABILITY:
         name, found = torch.cuda.get_device_name(device), ".".join(map(str, capability))
         raise RuntimeError(
             f"q must be on a GPU of compute capability 7.5 (Turing) or newer, got {name}, which has {found}"
         )
-    if _library_loaded is None:
-        _library_loaded = _library.load()
-    _devices_checked.add(device)
-    return _library_loaded
+    return _libraries.setdefault(device, _library.load())
 
 
 def _fail(status: int, q: Tensor, library: _library.Library) -> NoReturn:
@@ -121,7 +117,7 @@ def _attend(
         lse.fill_(inf)
         return probs, rng_state
     device = q.get_device()
-    library = _library_loaded if device in _devices_checked else _prepare(device)
+    library = _libraries.get(device) or _prepare(device)
     fields = (
         q_at, k_at, v_at, o_at, lse.data_ptr(), *sequences, slopes_at, rng_at, 0,
         q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, o_batch, o_row, o_head,

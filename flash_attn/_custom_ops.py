@@ -8,6 +8,7 @@ operation.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -149,7 +150,7 @@ def _fake_varlen_backward(dout, q, k, v, out, lse, dq, dk, dv, cu_seqlens_q, *un
     return q.new_empty(varlen_softmax_d_shape(q, batch), dtype=lse_dtype(q.dtype))
 
 
-def _register(function: Callable, fake: Callable) -> Callable:
+def _register(function: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     """Define the custom op of a function, and return it."""
     name = function.__name__
     torch.library.define(f"flash_attn::{name}", _SCHEMAS[name])

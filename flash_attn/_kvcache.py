@@ -17,9 +17,9 @@ ROTARY_MULTIPLE = 16
 def _check_cache(q: Tensor, cache: Cache) -> None:
     """Check the cache tensors and what selects their rows."""
     batch = q.shape[0]
-    for x, name in ((cache.k, "k_cache"), (cache.v, "v_cache")):
-        if x.stride(-1) != 1:
-            check.fail(ValueError, name, "contiguous in its last dimension", f"strides {x.stride()}")
+    for held, name in ((cache.k, "k_cache"), (cache.v, "v_cache")):
+        if held.stride(-1) != 1:
+            check.fail(ValueError, name, "contiguous in its last dimension", f"strides {held.stride()}")
     if cache.seqlens is not None:
         check.check_index(cache.seqlens, "cache_seqlens", q, (batch,))
     for x, name in ((cache.batch_idx, "cache_batch_idx"), (cache.leftpad, "cache_leftpad")):
@@ -70,9 +70,13 @@ def _check_rotary(
     """Check the rotary tables; `last` is the largest position that they must hold, where it is known."""
     if cos is None and sin is None:
         return None
+    if cos is None or sin is None:
+        check.fail(
+            ValueError, "rotary_cos" if cos is None else "rotary_sin", "given together with its pair", None
+        )
     for x, name in ((cos, "rotary_cos"), (sin, "rotary_sin")):
         if not isinstance(x, Tensor):
-            check.fail(TypeError, name, "a torch.Tensor, as its pair is", type(x).__name__)
+            check.fail(TypeError, name, "a torch.Tensor", type(x).__name__)
         if x.dtype != q.dtype:
             check.fail(TypeError, name, f"of q's dtype ({q.dtype})", x.dtype)
         if x.device != q.device:

@@ -24,7 +24,7 @@ REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
 
 @dataclass(frozen=True, slots=True)
 class Library:
-    """The loaded library; `forward`, `dropout_probs` take a packed ForwardParams and a stream, return a Status."""
+    """The loaded library; `forward` and `dropout_probs` take packed ForwardParams and a stream."""
 
     path: Path
     forward: Callable[[bytes, int], int]

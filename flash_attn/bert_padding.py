@@ -1,4 +1,4 @@
-"""Between padded batches (b, s, ...) and packed tokens (total, ...) for the varlen functions. All differentiable."""
+"""Between padded batches (b, s, ...) and packed tokens (total, ...) for varlen functions; differentiable."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = [
     "index_first_axis",
     "index_put_first_axis",
     "pad_input",
-    "rearrange",
+    "rearrange",  # noqa: F822 - found by __getattr__
     "unpad_input",
     "unpad_input_for_concatenated_sequences",
 ]
@@ -44,7 +44,7 @@ def _cumulative(lengths: Tensor) -> Tensor:
 
 
 def _select(hidden_states: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the rows of (b, s, ...) where mask (b, s) is nonzero, and their indices in the flattened batch."""
+    """Return the rows of (b, s, ...) where mask (b, s) is nonzero, and their flat indices."""
     indices = mask.flatten().nonzero().flatten()
     return index_first_axis(hidden_states.flatten(0, 1), indices), indices
 
@@ -59,8 +59,8 @@ def unpad_input(
         attention_mask: (b, s), bool or int, 1 for the tokens in use.
         unused_mask: (b, s), 1 for tokens to keep room for without using them.
     Returns:
-        hidden (total, ...), indices int64 (total,) into the flattened batch, cu_seqlens int32 (b + 1,), the longest
-        length as int, and the lengths in use, int32 (b,). All but the last count the unused tokens.
+        hidden (total, ...), indices int64 (total,) into the flattened batch, cu_seqlens int32 (b + 1,), the
+        longest length as int, and the lengths in use, int32 (b,). All but the last count the unused tokens.
     """
     mask = attention_mask if unused_mask is None else attention_mask + unused_mask
     lengths = mask.sum(-1, dtype=torch.int32)
@@ -76,10 +76,11 @@ def unpad_input_for_concatenated_sequences(
 
     Args:
         hidden_states: (b, s, ...).
-        attention_mask_in_length: (b, s), integers: row i starts with the lengths of its sequences, then zeros.
+        attention_mask_in_length: (b, s), integers: row i starts with the lengths of its sequences, then
+            zeros.
     Returns:
-        hidden (total, ...), indices int64 (total,) into the flattened batch, cu_seqlens int32 (one entry per sequence,
-        plus one), and the longest sequence as int.
+        hidden (total, ...), indices int64 (total,) into the flattened batch, cu_seqlens int32 (one entry per
+        sequence, plus one), and the longest sequence as int.
     """
     used = attention_mask_in_length.sum(-1, keepdim=True)
     positions = torch.arange(attention_mask_in_length.shape[1], device=used.device)
@@ -90,5 +91,5 @@ def unpad_input_for_concatenated_sequences(
 
 
 def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -> Tensor:
-    """Undo `unpad_input`: return (batch, seqlen, ...), `hidden_states` (total, ...) at `indices`, else zero."""
+    """Undo `unpad_input`: return (batch, seqlen, ...), zero but for `hidden_states` at `indices`."""
     return index_put_first_axis(hidden_states, indices, batch * seqlen).unflatten(0, (batch, seqlen))

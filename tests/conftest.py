@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests: the device that a semantic test runs on, and what the library can run there."""
+"""Fixtures of all tests: the device that a semantic test runs on, and what the library can run there."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Attention by the formula, in any dtype: what every backend is measured against. Shares no code with the package.
+"""Attention by the formula, in any dtype: what every backend is measured against.
 
-Dense, one mask written out, GQA by repeating heads. `attention` in fp64 is the truth; in the input's dtype it is the yardstick
-for rounding: a kernel may be off by twice its error (three times for gradients), plus 1e-5.
+It shares no code with the package. Dense, one mask written out, GQA by repeating heads. `attention` in fp64 is
+the truth; in the input's dtype it is the yardstick for rounding: a kernel may be off by twice its error, or three
+times for gradients, plus 1e-5.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from torch import Tensor
 class Options:
     """Arguments of attention as the public functions name them, and two things that only the oracle needs.
 
-    `keep` is the dropout mask (b, h, sq, sk), True where kept. A window of at least `longest_k` keys is unlimited; it is
-    sk, or of a batch of different lengths the longest one possible.
+    `keep` is the dropout mask (b, h, sq, sk), True where kept. A window of at least `longest_k` keys is
+    unlimited; it is sk, or of a batch of different lengths the longest one possible.
     """
 
     causal: bool = False
@@ -102,7 +103,9 @@ def varlen_attention(
             mine = replace(mine, alibi_slopes=options.alibi_slopes[b])
         if options.keep is not None:
             mine = replace(mine, keep=options.keep[b : b + 1, :, :nq, : last - first])
-        o, part_lse = attention(q[None, row : row + nq], k[None, first:last], v[None, first:last], mine, dtype)
+        o, part_lse = attention(
+            q[None, row : row + nq], k[None, first:last], v[None, first:last], mine, dtype
+        )
         parts.append(o[0])
         lse[:, row : row + nq] = part_lse[0].detach()
         row, col = row + nq, col + nk
@@ -111,11 +114,16 @@ def varlen_attention(
 
 
 def gradients(
-    compute: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: tuple[Tensor, ...], dout: Tensor, dtype: torch.dtype
+    compute: Callable[[Tensor, Tensor, Tensor], Tensor],
+    inputs: tuple[Tensor, ...],
+    dout: Tensor,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, ...]:
     """Return the gradients of `compute` at `inputs`, by autograd in `dtype`."""
     leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
     out = compute(*leaves)
+    if not out.requires_grad:
+        return tuple(torch.zeros_like(x) for x in leaves)
     return torch.autograd.grad(out, leaves, dout.to(dtype), allow_unused=True, materialize_grads=True)
 
 
@@ -151,7 +159,9 @@ def philox_4x32(counter: tuple[int, int, int, int], key: tuple[int, int], rounds
 
 
 @lru_cache(maxsize=1 << 18)
-def _words(row_block: int, lane: int, col_block: int, batch_head: int, seed: int, offset: int) -> tuple[int, ...]:
+def _words(
+    row_block: int, lane: int, col_block: int, batch_head: int, seed: int, offset: int
+) -> tuple[int, ...]:
     counter = ((row_block << 5) | lane, col_block, batch_head, offset & 0xFFFFFFFF)
     return philox_4x32(counter, (seed & 0xFFFFFFFF, seed >> 32), 7)
 

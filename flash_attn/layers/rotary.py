@@ -249,8 +249,10 @@ class RotaryEmbedding(nn.Module):
         device: of the tables.
     """
 
-    def __init__(self, dim: int, base: float = 10000.0, interleaved: bool = False,
-                 scale_base: float | None = None, device: torch.device | str | None = None) -> None:  # fmt: skip
+    def __init__(
+        self, dim: int, base: float = 10000.0, interleaved: bool = False, scale_base: float | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.dim, self.base, self.interleaved, self.scale_base = dim, float(base), interleaved, scale_base
         self.register_buffer("inv_freq", self._inv_freq(device), persistent=False)
@@ -285,8 +287,10 @@ class RotaryEmbedding(nn.Module):
         self._cos_cached, self._sin_cached = (cos * scale).to(dtype), (sin * scale).to(dtype)
         self._cos_k_cached, self._sin_k_cached = (cos / scale).to(dtype), (sin / scale).to(dtype)
 
-    def forward(self, qkv: Tensor, kv: Tensor | None = None, seqlen_offset: Offsets = 0,
-                max_seqlen: int | None = None, num_heads_q: int | None = None) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    def forward(
+        self, qkv: Tensor, kv: Tensor | None = None, seqlen_offset: Offsets = 0,
+        max_seqlen: int | None = None, num_heads_q: int | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
         """Rotate in place and return qkv, or (q, kv) if `kv` is given.
 
         Args:

@@ -31,21 +31,55 @@ struct OnlineSoftmax {
     }
   }
 
-  // Replaces `scores` by exp2(scale * (score - max)) and rescales `output` where the maximum has moved. `combine` completes
-  // the rows' maxima where other warps hold more columns of the same rows.
-  template <int kTilesN, int kOutputTiles, class Combine>
-  __device__ __forceinline__ void update(float (&scores)[kTilesM][kTilesN][4], float (&output)[kTilesM][kOutputTiles][4],
-                                         float scale, Combine combine) {
-    float block_max[kRows];
+  // The rows' maxima over a block of scores.
+  template <int kTilesN>
+  __device__ static __forceinline__ void block_max(float (&result)[kRows], const float (&scores)[kTilesM][kTilesN][4]) {
 #pragma unroll
-    for (int row = 0; row < kRows; ++row) block_max[row] = row_max(scores[row / 2], row % 2);
-    combine(block_max);
-    bool lags = false;
+    for (int row = 0; row < kRows; ++row) result[row] = row_max(scores[row / 2], row % 2);
+  }
+
+  // Whether the running maximum of any row of this lane lags too far behind.
+  __device__ __forceinline__ bool lags(const float (&block_max)[kRows], float scale) const {
+    bool result = false;
 #pragma unroll
-    for (int row = 0; row < kRows; ++row) lags |= (block_max[row] - max[row]) * scale > kMaxLag;
-    if (__any_sync(0xffffffff, lags)) rescale(block_max, output, scale);
+    for (int row = 0; row < kRows; ++row) result |= (block_max[row] - max[row]) * scale > kMaxLag;
+    return result;
+  }
+
+  // Brings the running maximum up to date; `output` and the sums follow.
+  template <int kOutputTiles>
+  __device__ __forceinline__ void rescale(const float (&block_max)[kRows], float (&output)[kTilesM][kOutputTiles][4],
+                                          float scale) {
 #pragma unroll
-    for (int row = 0; row < kRows; ++row) exponentiate(scores[row / 2], row, scale);
+    for (int row = 0; row < kRows; ++row) {
+      const float new_max = fmaxf(max[row], block_max[row]);
+      const float factor = new_max == -INFINITY ? 1.0f : ptx::exp2_approx((max[row] - new_max) * scale);
+      max[row] = new_max;
+      sum[row] *= factor;
+#pragma unroll
+      for (int n = 0; n < kOutputTiles; ++n) {
+        output[row / 2][n][2 * (row % 2)] *= factor;
+        output[row / 2][n][2 * (row % 2) + 1] *= factor;
+      }
+    }
+  }
+
+  // Replaces `scores` by exp2(scale * (score - max)) and adds them up.
+  template <int kTilesN>
+  __device__ __forceinline__ void exponentiate(float (&scores)[kTilesM][kTilesN][4], float scale) {
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      const float scaled_max = max[row] == -INFINITY ? 0.0f : max[row] * scale;
+#pragma unroll
+      for (int n = 0; n < kTilesN; ++n) {
+#pragma unroll
+        for (int c = 2 * (row % 2); c < 2 * (row % 2) + 2; ++c) {
+          float& score = scores[row / 2][n][c];
+          score = ptx::exp2_approx(fmaf(score, scale, -scaled_max));
+          sum[row] += score;
+        }
+      }
+    }
   }
 
   // Completes the sums over the quad and, with `combine`, over other warps. Returns for each row 1 / sum, or 0 for a row that
@@ -77,36 +111,6 @@ struct OnlineSoftmax {
     }
     result = fmaxf(result, __shfl_xor_sync(0xffffffff, result, 1));
     return fmaxf(result, __shfl_xor_sync(0xffffffff, result, 2));
-  }
-
-  template <int kOutputTiles>
-  __device__ __forceinline__ void rescale(const float (&block_max)[kRows], float (&output)[kTilesM][kOutputTiles][4],
-                                          float scale) {
-#pragma unroll
-    for (int row = 0; row < kRows; ++row) {
-      const float new_max = fmaxf(max[row], block_max[row]);
-      const float factor = new_max == -INFINITY ? 1.0f : ptx::exp2_approx((max[row] - new_max) * scale);
-      max[row] = new_max;
-      sum[row] *= factor;
-#pragma unroll
-      for (int n = 0; n < kOutputTiles; ++n) {
-        output[row / 2][n][2 * (row % 2)] *= factor;
-        output[row / 2][n][2 * (row % 2) + 1] *= factor;
-      }
-    }
-  }
-
-  template <int kTilesN>
-  __device__ __forceinline__ void exponentiate(float (&scores)[kTilesN][4], int row, float scale) {
-    const float scaled_max = max[row] == -INFINITY ? 0.0f : max[row] * scale;
-#pragma unroll
-    for (int n = 0; n < kTilesN; ++n) {
-#pragma unroll
-      for (int c = 2 * (row % 2); c < 2 * (row % 2) + 2; ++c) {
-        scores[n][c] = ptx::exp2_approx(fmaf(scores[n][c], scale, -scaled_max));
-        sum[row] += scores[n][c];
-      }
-    }
   }
 };
 

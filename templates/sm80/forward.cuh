@@ -176,13 +176,29 @@ __device__ __forceinline__ void forward_tile(const ForwardParams& params, const 
     }
     if (blocks.needs_mask(block)) apply_mask(scores, mask, row, key);
 
+    // Pairs must agree whether maxima lag, which the second barrier tells them when it comes after the maxima.
+    const auto refill_keys = [&] {
+      if (block > blocks.begin) issue(copy_k, params.k_row_stride, block - 1);
+    };
     ptx::cp_async_wait<0>();
-    __syncthreads();
-    if (block > blocks.begin) issue(copy_k, params.k_row_stride, block - 1);
-
-    softmax.update(scores, output, scale_log2, [&](float (&row_max)[2 * Config::kTilesM]) {
-      if constexpr (Config::kPairs) pair.combine_rows(row_max, fmaxf);
-    });
+    if constexpr (!Config::kPairs) {
+      __syncthreads();
+      refill_keys();
+    }
+    float block_max[2 * Config::kTilesM];
+    softmax.block_max(block_max, scores);
+    bool lags = softmax.lags(block_max, scale_log2);
+    if constexpr (Config::kPairs) {
+      lags = __syncthreads_or(lags);
+      refill_keys();
+    } else {
+      lags = __any_sync(0xffffffff, lags);
+    }
+    if (lags) {
+      if constexpr (Config::kPairs) pair.combine_rows(block_max, fmaxf);
+      softmax.rescale(block_max, output, scale_log2);
+    }
+    softmax.exponentiate(scores, scale_log2);
     if constexpr (kModifiers) {
       if (params.dropout_p > 0.0f) apply_dropout(scores, Dropout(params, batch * params.num_heads + head), row, key);
     }

@@ -57,7 +57,9 @@ def test_groups_and_dtypes(heads, dtype):
 
 
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("extra", [{"softcap": 4.0}, {"softmax_scale": -0.2}, {"softmax_scale": 0.0}], ids=str)
+@pytest.mark.parametrize(
+    "extra", [{"softcap": 4.0}, {"softmax_scale": -0.2}, {"softmax_scale": 0.0}], ids=str
+)
 def test_softcap_and_scale(mask, extra):
     options = Options(**{**MASKS[mask].arguments(), **extra})
     check(*make(1, 90, 110, 4, 2, 32, torch.float32), options)
@@ -84,7 +86,9 @@ def test_rows_that_see_no_key_get_no_gradient():
     assert not dq[:, :70].any() and dq[:, 71:].any()
 
 
-@pytest.mark.parametrize("options", [Options(causal=True), Options(softcap=3.0), Options(window_size=(3, 2))], ids=str)
+@pytest.mark.parametrize(
+    "options", [Options(causal=True), Options(softcap=3.0), Options(window_size=(3, 2))], ids=str
+)
 def test_gradcheck(options):
     q, k, v = make(2, 7, 9, 4, 2, 3, torch.float64)
     torch.autograd.gradcheck(lambda *x: flash_attn_func(*x, **options.arguments()), (q, k, v))

@@ -45,10 +45,14 @@ def test_pad_undoes_unpad():
 
 def test_gradients():
     x = torch.randn(4, 5, 3, requires_grad=True, dtype=torch.float64)
-    torch.autograd.gradcheck(lambda y: pad_input(2 * unpad_input(y, MASK)[0], unpad_input(y, MASK)[1], 4, 5), x)
+    torch.autograd.gradcheck(
+        lambda y: pad_input(2 * unpad_input(y, MASK)[0], unpad_input(y, MASK)[1], 4, 5), x
+    )
     indices = torch.tensor([2, 0, 1])
     torch.autograd.gradcheck(lambda y: index_first_axis(y, indices), x.detach()[:, 0].requires_grad_())
-    torch.autograd.gradcheck(lambda y: index_put_first_axis(y, indices, 7), x.detach()[:3, 0].requires_grad_())
+    torch.autograd.gradcheck(
+        lambda y: index_put_first_axis(y, indices, 7), x.detach()[:3, 0].requires_grad_()
+    )
 
 
 def test_concatenated_sequences():

@@ -1,4 +1,4 @@
-"""The CUDA path without a GPU: a library that records what it is given, and CPU tensors in place of CUDA's."""
+"""The CUDA path without a GPU: a library that records what it is given, and CPU tensors for CUDA's."""
 
 from __future__ import annotations
 
@@ -42,10 +42,15 @@ def library(monkeypatch):
 
 
 def install(monkeypatch, recorder):
-    monkeypatch.setattr(_cuda, "_library_loaded", recorder)
-    monkeypatch.setattr(_cuda, "_devices_checked", {-1})
+    monkeypatch.setattr(_cuda, "_libraries", {-1: recorder})
     monkeypatch.setattr(_cuda, "_raw_stream", lambda device: 4242)
-    monkeypatch.setattr(_operations, "_cpu", _cuda)
+    backend = SimpleNamespace(
+        forward=_cuda.forward,
+        varlen_forward=lambda *arguments: _cuda.varlen_forward(
+            *arguments[:-1]
+        ),  # the last is the CPU's block_table
+    )
+    monkeypatch.setattr(_operations, "_cpu", backend)
 
 
 def make(batch=2, seqlen_q=10, seqlen_k=12, heads=4, heads_k=2, head_dim=64, dtype=BF16):
@@ -64,7 +69,7 @@ def run(*arguments, **named):
 def test_packed_fields(library):
     q, k, v = make()
     out, lse, probs, rng_state = run(q, k, v, causal=True, softcap=3.0)
-    (params, stream), = library.calls
+    ((params, stream),) = library.calls
     assert stream == 4242
     assert (params.q, params.k, params.v) == (q.data_ptr(), k.data_ptr(), v.data_ptr())
     assert (params.out, params.softmax_lse) == (out.data_ptr(), lse.data_ptr())
@@ -98,7 +103,8 @@ def test_dtype(library, dtype):
     "named, window",
     [
         ({}, (-1, -1)), ({"causal": True}, (-1, 0)), ({"window_left": 3, "window_right": 4}, (3, 4)),
-        ({"window_left": 12, "window_right": 11}, (-1, 11)), ({"window_left": 11, "window_right": 12}, (11, -1)),
+        ({"window_left": 12, "window_right": 11}, (-1, 11)),
+        ({"window_left": 11, "window_right": 12}, (11, -1)),
         ({"causal": True, "window_left": 3, "window_right": 4}, (3, 0)),
         ({"causal": True, "window_right": 50}, (-1, 0)), ({"window_left": -9}, (-1, -1)),
     ],
@@ -130,7 +136,7 @@ def test_dropout(library):
     _, _, probs, rng_state = run(q, k, v, dropout_p=0.25, return_softmax=True)
     params = library.calls[0][0]
     assert params.dropout_p == 0.25 and params.rng_state == rng_state.data_ptr() and params.probs == 0
-    (with_probs, stream), = library.probs_calls
+    ((with_probs, stream),) = library.probs_calls
     assert with_probs.probs == probs.data_ptr() and stream == 4242
     assert vars(with_probs) | {"probs": 0} == vars(params)
     assert probs.shape == (2, 4, 128, 128) and probs.dtype == q.dtype
@@ -160,7 +166,11 @@ def odd_layouts():
         "base": base[4:].view(2, 12, 4, 64),
         "one row of odd stride": torch.zeros(2, 3, dtype=BF16).as_strided((1, 1, 1, 6), (3, 3, 3, 1)),
     }.items():
-        y = y if y.shape == x.shape else torch.zeros(3 * 64, dtype=BF16).as_strided((1, 1, 1, 64), (3, 5, 7, 1))
+        y = (
+            y
+            if y.shape == x.shape
+            else torch.zeros(3 * 64, dtype=BF16).as_strided((1, 1, 1, 64), (3, 5, 7, 1))
+        )
         yield name, y
 
 
@@ -205,15 +215,13 @@ def test_nothing_is_launched_for_empty_tensors(library, shape, dropout_p):
     assert not out.any() and (lse == math.inf).all()
 
 
-def varlen(library, **named):
+def test_varlen_fields(library):
+    used, pads = torch.tensor([4, 15]).int(), torch.tensor([1, 2]).int()
     q, k, v = (x.flatten(0, 1) for x in make())
     cu_q, cu_k = torch.tensor([0, 3, 20]).int(), torch.tensor([0, 4, 24]).int()
-    return (q, k, v, cu_q, cu_k), _operations.varlen_forward(q, k, v, cu_q, cu_k, 17, 20, **named)
-
-
-def test_varlen_fields(library, monkeypatch):
-    used, pads = torch.tensor([4, 15]).int(), torch.tensor([1, 2]).int()
-    (q, k, v, cu_q, cu_k), (out, lse, _, _) = varlen(library, causal=True, seqused_k=used, leftpad_k=pads)
+    out, lse, _, _ = _operations.varlen_forward(
+        q, k, v, cu_q, cu_k, 17, 20, causal=True, seqused_k=used, leftpad_k=pads
+    )
     params = library.calls[0][0]
     pointers = (params.cu_seqlens_q, params.cu_seqlens_k, params.seqused_k, params.leftpad_k)
     assert pointers == tuple(x.data_ptr() for x in (cu_q, cu_k, used, pads))
@@ -250,7 +258,8 @@ def test_missing_kernel_comes_with_its_build_command(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     with pytest.raises(RuntimeError) as caught:
         run(*make(head_dim=100))
-    command = "FLASH_ATTN_ARCHS=90 FLASH_ATTN_HEAD_DIMS=128 FLASH_ATTN_DTYPES=bf16 pip install --no-build-isolation ."
+    selection = "FLASH_ATTN_ARCHS=90 FLASH_ATTN_HEAD_DIMS=128 FLASH_ATTN_DTYPES=bf16"
+    command = f"{selection} pip install --no-build-isolation ."
     assert "forward_sm90_bf16_d64_full is not built" in str(caught.value)
     assert f"`{command}`" in str(caught.value)
 
@@ -260,28 +269,30 @@ def test_missing_kernel_comes_with_its_build_command(monkeypatch):
 )
 def test_other_errors_carry_the_library_text(monkeypatch, status):
     install(monkeypatch, Recorder(status=status))
-    with pytest.raises(RuntimeError, match="is not built$"):
+    with pytest.raises(RuntimeError, match=r"is not built$"):
         run(*make())
 
 
 def test_old_gpu_is_refused_before_the_launch(monkeypatch):
     recorder = Recorder()
     install(monkeypatch, recorder)
-    monkeypatch.setattr(_cuda, "_devices_checked", set())
+    monkeypatch.setattr(_cuda, "_libraries", {})
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
-    with pytest.raises(RuntimeError, match=r"^q must be on a GPU of compute capability 7\.5.*got Tesla V100.*7\.0"):
+    with pytest.raises(
+        RuntimeError, match=r"^q must be on a GPU of compute capability 7\.5.*got Tesla V100.*7\.0"
+    ):
         run(*make())
     assert not recorder.calls
 
 
-def test_library_is_loaded_once_per_process(monkeypatch):
+def test_library_is_loaded_at_the_first_call(monkeypatch):
     recorder = Recorder()
     install(monkeypatch, recorder)
-    monkeypatch.setattr(_cuda, "_devices_checked", set())
-    monkeypatch.setattr(_cuda, "_library_loaded", None)
-    monkeypatch.setattr(_library, "load", lambda: recorder)
+    loads = []
+    monkeypatch.setattr(_cuda, "_libraries", {})
+    monkeypatch.setattr(_library, "load", lambda: loads.append(1) or recorder)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     run(*make())
     run(*make())
-    assert len(recorder.calls) == 2 and _cuda._devices_checked == {-1} and _cuda._library_loaded is recorder
+    assert len(recorder.calls) == 2 and len(loads) == 1

@@ -37,7 +37,9 @@ def test_philox_equals_the_oracle():
         assert tuple(words[:, column].tolist()) == expected
 
 
-@pytest.mark.parametrize("rows, cols", [((0, 40), (0, 50)), ((16, 33), (32, 50)), ((5, 6), (31, 33)), ((7, 23), (3, 4))])
+@pytest.mark.parametrize(
+    "rows, cols", [((0, 40), (0, 50)), ((16, 33), (32, 50)), ((5, 6), (31, 33)), ((7, 23), (3, 4))]
+)
 def test_mask_equals_the_oracle(rows, cols):
     state = torch.tensor([2**61 + 12345, 2**40 + 99])
     whole = dropout_keeps(state, 0.3, (2, 3, 40, 50)).flatten(0, 1)
@@ -81,7 +83,9 @@ def test_forward_under_the_mask(device, require_kernel, options, lengths):
 def test_varlen_forward_under_the_mask(device, require_kernel):
     require_kernel(device, BF16, 64)
     lengths = [30, 0, 17], [40, 10, 33]
-    cu_q, cu_k = (torch.tensor([0, n[0], n[0] + n[1], sum(n)], dtype=torch.int32, device=device) for n in lengths)
+    cu_q, cu_k = (
+        torch.tensor([0, n[0], n[0] + n[1], sum(n)], dtype=torch.int32, device=device) for n in lengths
+    )
     q, k, v = (x[0] for x in tensors(1, 47, 83, device))
     out, _, s_dmask, rng_state = _flash_attn_varlen_forward(
         q, k, v, cu_q, cu_k, 30, 40, 0.3, 0.125, True, return_softmax=True

@@ -120,7 +120,9 @@ def test_window_entries_as_tensors(device, require_kernel):
     require_kernel(device, torch.bfloat16, 64)
     q, k, v = make_qkv(1, 50, 60, 2, 2, 64, torch.bfloat16, device)
     window = torch.tensor(5), torch.tensor(7)
-    assert torch.equal(flash_attn_func(q, k, v, window_size=window), flash_attn_func(q, k, v, window_size=(5, 7)))
+    assert torch.equal(
+        flash_attn_func(q, k, v, window_size=window), flash_attn_func(q, k, v, window_size=(5, 7))
+    )
 
 
 @pytest.mark.parametrize("window", [(60, -1), (-1, 60), (99, 99), (-7, -3)])
@@ -144,7 +146,9 @@ def test_rows_that_see_no_key(device, require_kernel):
     require_kernel(device, torch.bfloat16, 64)
     q, k, v = make_qkv(2, 300, 70, 4, 2, 64, torch.bfloat16, device)
     out, lse, _ = flash_attn_func(q, k, v, causal=True, return_attn_probs=True)
-    assert (out[:, :230] == 0).all() and (lse[:, :, :230] == math.inf).all() and lse[:, :, 230:].isfinite().all()
+    assert (
+        (out[:, :230] == 0).all() and (lse[:, :, :230] == math.inf).all() and lse[:, :, 230:].isfinite().all()
+    )
 
 
 def test_packed(device, require_kernel):

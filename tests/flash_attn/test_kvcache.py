@@ -1,4 +1,4 @@
-"""`flash_attn_with_kvcache` against the fp64 oracle, built from the cache's contents by hand. On the CPU only for now."""
+"""`flash_attn_with_kvcache` against the fp64 oracle on the cache's contents. On the CPU only for now."""
 
 from __future__ import annotations
 
@@ -104,7 +104,9 @@ def test_rotary(interleaved, rotary_dim, mask):
         expected = rotated(k[b], cos, sin, positions, interleaved)
         assert (k_cache[b, n : n + 5].double() - expected).abs().max() < 0.02
         assert torch.equal(k_cache[b, :n], before[b, :n]) and torch.equal(v_cache[b, n : n + 5], v[b])
-        q_rotated[b] = rotated(q[b], cos, sin, positions if moving else positions * 0 + n, interleaved).to(q.dtype)
+        q_rotated[b] = rotated(q[b], cos, sin, positions if moving else positions * 0 + n, interleaved).to(
+            q.dtype
+        )
     sequences = [(k_cache[b, : n + 5], v_cache[b, : n + 5]) for b, n in enumerate(lengths)]
     check(out, lse, q_rotated, sequences, MASKS[mask])
 
@@ -115,8 +117,8 @@ def test_batch_idx_and_leftpad(appends):
     rows, lengths, pads = [4, 0, 2], [10, 50, 33], [3, 50, 0]
     arguments = {"k": k, "v": v} if appends else {}
     out, lse = run(
-        q, k_cache, v_cache, Options(causal=True), cache_seqlens=int32(*lengths), cache_batch_idx=int32(*rows),
-        cache_leftpad=int32(*pads), **arguments,
+        q, k_cache, v_cache, Options(causal=True), cache_seqlens=int32(*lengths),
+        cache_batch_idx=int32(*rows), cache_leftpad=int32(*pads), **arguments,
     )  # fmt: skip
     used = [slice(p, n + 4 * appends) for p, n in zip(pads, lengths, strict=True)]
     for b, (row, n) in enumerate(zip(rows, lengths, strict=True)):

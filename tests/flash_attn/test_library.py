@@ -13,13 +13,16 @@ from flash_attn import _abi, _library
 def fake_library(**changes):
     """Return an object with the library's functions, as ctypes would give them."""
     results = {
-        "flash_attn_layout_hash": _abi.LAYOUT_HASH, "flash_attn_forward_params_size": _abi.FORWARD_PARAMS.size,
-        "flash_attn_kernel_count": 2, "flash_attn_targets": b"sm80:80,sm80:90+ptx",
+        "flash_attn_layout_hash": _abi.LAYOUT_HASH,
+        "flash_attn_forward_params_size": _abi.FORWARD_PARAMS.size, "flash_attn_kernel_count": 2,
+        "flash_attn_targets": b"sm80:80,sm80:90+ptx",
     }  # fmt: skip
 
     def function(name):
         def call(*arguments):
-            return b"kernel_%d" % arguments if name == "flash_attn_kernel_key" else (results | changes).get(name)
+            return (
+                b"kernel_%d" % arguments if name == "flash_attn_kernel_key" else (results | changes).get(name)
+            )
 
         return call
 
@@ -58,10 +61,12 @@ def test_signatures_are_declared(opened):
         assert getattr(fake, name).restype is result and getattr(fake, name).argtypes == list(arguments)
 
 
-@pytest.mark.parametrize("changes", [{"flash_attn_layout_hash": 1}, {"flash_attn_forward_params_size": 8}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{"flash_attn_layout_hash": 1}, {"flash_attn_forward_params_size": 8}], ids=str
+)
 def test_another_layout_is_refused(opened, changes):
     opened(fake_library(**changes))
-    with pytest.raises(RuntimeError, match="another version of flash-attn.*rebuild it with `pip install"):
+    with pytest.raises(RuntimeError, match=r"another version of flash-attn.*rebuild it with `pip install"):
         _library.open_library(_library.library_path())
 
 
@@ -74,14 +79,16 @@ def test_missing_function_is_refused(opened):
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(RuntimeError, match=r"no CUDA kernels.*FLASH_ATTN_ARCHS=native pip install.*CPU tensors work"):
+    with pytest.raises(
+        RuntimeError, match=r"no CUDA kernels.*FLASH_ATTN_ARCHS=native pip install.*CPU tensors work"
+    ):
         _library.open_library(tmp_path / "libflash_attn.so")
 
 
 def test_broken_file(tmp_path):
     path = tmp_path / "libflash_attn.so"
     path.write_bytes(b"not a library")
-    with pytest.raises(RuntimeError, match="cannot load.*rebuild"):
+    with pytest.raises(RuntimeError, match=r"cannot load.*rebuild"):
         _library.open_library(path)
 
 
@@ -100,7 +107,9 @@ def test_unknown_family(monkeypatch):
 def test_build_command():
     assert _library.build_command() == "FLASH_ATTN_ARCHS=native pip install --no-build-isolation ."
     command = _library.build_command("90", 65, "fp16")
-    assert command.startswith("FLASH_ATTN_ARCHS=90 FLASH_ATTN_HEAD_DIMS=96 FLASH_ATTN_DTYPES=fp16 pip install")
+    assert command.startswith(
+        "FLASH_ATTN_ARCHS=90 FLASH_ATTN_HEAD_DIMS=96 FLASH_ATTN_DTYPES=fp16 pip install"
+    )
 
 
 @pytest.mark.skipif(not _library.library_path().exists(), reason="no library is built")

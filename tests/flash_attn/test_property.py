@@ -22,7 +22,10 @@ from flash_attn import _philox, flash_attn_func, flash_attn_varlen_func
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LENGTH = st.one_of(st.integers(0, 5), st.integers(0, 90))
 SETTINGS = settings(
-    max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )  # fmt: skip
 
 
@@ -78,14 +81,21 @@ def check(run, reference, tensors):
     dout = torch.randn_like(out)
     actual = torch.autograd.grad(out, leaves, dout)
     exact, rough = (
-        gradients(lambda *x, d=d: reference(*x, d)[0], tuple(tensors), dout, d) for d in (torch.float64, dtype)
+        gradients(lambda *x, d=d: reference(*x, d)[0], tuple(tensors), dout, d)
+        for d in (torch.float64, dtype)
     )
     for a, t, y in zip(actual, exact, rough, strict=True):
         assert_within(a, t, y, factor=3.0)
 
 
 @SETTINGS
-@given(data=st.data(), heads=heads(), seed=st.integers(0, 2**31), batch=st.integers(0, 3), dtype=st.sampled_from(DTYPES))
+@given(
+    data=st.data(),
+    heads=heads(),
+    seed=st.integers(0, 2**31),
+    batch=st.integers(0, 3),
+    dtype=st.sampled_from(DTYPES),
+)
 def test_fixed_length(data, heads, seed, batch, dtype):
     generator = torch.Generator().manual_seed(seed)
     seqlen_q, seqlen_k, head_dim = data.draw(LENGTH), data.draw(LENGTH), data.draw(st.integers(1, 70))

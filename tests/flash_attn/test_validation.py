@@ -1,4 +1,4 @@
-"""Bad input: every case is an exception of the right type whose message names the argument, before anything runs."""
+"""Bad input: every case is an exception of the right type, whose message names the argument."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from flash_attn.flash_attn_interface import (
     flash_attn_gpu,
 )
 
-BF16, FP32 = torch.bfloat16, torch.float32
+BF16, FP32, INT8 = torch.bfloat16, torch.float32, torch.int8
 
 
 def zeros(*shape, dtype=BF16, **extra):
@@ -77,7 +77,12 @@ FIXED = {
     "alibi bf16": (TypeError, "alibi_slopes", (Q, K, K), {"alibi_slopes": zeros(4)}),
     "alibi too short": (ValueError, "alibi_slopes", (Q, K, K), {"alibi_slopes": zeros(2, dtype=FP32)}),
     "alibi wrong batch": (ValueError, "alibi_slopes", (Q, K, K), {"alibi_slopes": zeros(3, 4, dtype=FP32)}),
-    "alibi elsewhere": (ValueError, "alibi_slopes", (Q, K, K), {"alibi_slopes": zeros(4, dtype=FP32, device="meta")}),
+    "alibi elsewhere": (
+        ValueError,
+        "alibi_slopes",
+        (Q, K, K),
+        {"alibi_slopes": zeros(4, dtype=FP32, device="meta")},
+    ),
 }
 
 
@@ -87,34 +92,38 @@ def test_fixed_length(case, grad):
     kind, name, tensors, named = FIXED[case]
     if grad:
         tensors = [
-            x.clone().requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in tensors
+            x.clone().requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+            for x in tensors
         ]
     raises(kind, name, flash_attn.flash_attn_func, *tensors, **named)
 
 
+QKVPACKED, KVPACKED = flash_attn.flash_attn_qkvpacked_func, flash_attn.flash_attn_kvpacked_func
+VARLEN_QKVPACKED = flash_attn.flash_attn_varlen_qkvpacked_func
+VARLEN_KVPACKED = flash_attn.flash_attn_varlen_kvpacked_func
 PACKED = {
-    "qkv a list": (TypeError, "qkv", flash_attn.flash_attn_qkvpacked_func, ([1],)),
-    "qkv of two": (ValueError, "qkv", flash_attn.flash_attn_qkvpacked_func, (zeros(2, 5, 2, 4, 32),)),
-    "qkv of rank 4": (ValueError, "qkv", flash_attn.flash_attn_qkvpacked_func, (zeros(5, 3, 4, 32),)),
-    "qkv head dim": (ValueError, "qkv", flash_attn.flash_attn_qkvpacked_func, (zeros(2, 5, 3, 4, 300),)),
-    "qkv dtype": (TypeError, "qkv", flash_attn.flash_attn_qkvpacked_func, (zeros(2, 5, 3, 4, 32, dtype=torch.int8),)),
-    "kv of three": (ValueError, "kv", flash_attn.flash_attn_kvpacked_func, (Q, zeros(2, 5, 3, 4, 32))),
-    "kv heads": (ValueError, "kv", flash_attn.flash_attn_kvpacked_func, (Q, zeros(2, 5, 2, 3, 32))),
-    "kv dtype": (TypeError, "kv", flash_attn.flash_attn_kvpacked_func, (Q, zeros(2, 5, 2, 4, 32, dtype=FP32))),
-    "kv batch": (ValueError, "kv", flash_attn.flash_attn_kvpacked_func, (Q, zeros(3, 5, 2, 4, 32))),
-    "kv with a q of rank 3": (ValueError, "q", flash_attn.flash_attn_kvpacked_func, (Q[0], zeros(2, 5, 2, 4, 32))),
+    "qkv a list": (TypeError, "qkv", QKVPACKED, ([1],)),
+    "qkv of two": (ValueError, "qkv", QKVPACKED, (zeros(2, 5, 2, 4, 32),)),
+    "qkv of rank 4": (ValueError, "qkv", QKVPACKED, (zeros(5, 3, 4, 32),)),
+    "qkv head dim": (ValueError, "qkv", QKVPACKED, (zeros(2, 5, 3, 4, 300),)),
+    "qkv dtype": (TypeError, "qkv", QKVPACKED, (zeros(2, 5, 3, 4, 32, dtype=INT8),)),
+    "kv of three": (ValueError, "kv", KVPACKED, (Q, zeros(2, 5, 3, 4, 32))),
+    "kv heads": (ValueError, "kv", KVPACKED, (Q, zeros(2, 5, 2, 3, 32))),
+    "kv dtype": (TypeError, "kv", KVPACKED, (Q, zeros(2, 5, 2, 4, 32, dtype=FP32))),
+    "kv batch": (ValueError, "kv", KVPACKED, (Q, zeros(3, 5, 2, 4, 32))),
+    "kv with a q of rank 3": (ValueError, "q", KVPACKED, (Q[0], zeros(2, 5, 2, 4, 32))),
     "packed varlen": (
-        ValueError, "qkv", flash_attn.flash_attn_varlen_qkvpacked_func, (zeros(5, 2, 4, 32), int32(0, 5), 5)
+        ValueError, "qkv", VARLEN_QKVPACKED, (zeros(5, 2, 4, 32), int32(0, 5), 5)
     ),
     "packed varlen cu_seqlens": (
-        TypeError, "cu_seqlens ", flash_attn.flash_attn_varlen_qkvpacked_func,
+        TypeError, "cu_seqlens ", VARLEN_QKVPACKED,
         (zeros(5, 3, 4, 32), int32(0, 5).long(), 5),
     ),
     "packed varlen max_seqlen": (
-        ValueError, "max_seqlen ", flash_attn.flash_attn_varlen_qkvpacked_func, (zeros(5, 3, 4, 32), int32(0, 5), 4)
+        ValueError, "max_seqlen ", VARLEN_QKVPACKED, (zeros(5, 3, 4, 32), int32(0, 5), 4)
     ),
     "packed varlen kv": (
-        ValueError, "kv", flash_attn.flash_attn_varlen_kvpacked_func,
+        ValueError, "kv", VARLEN_KVPACKED,
         (zeros(5, 4, 32), zeros(5, 2, 3, 32), int32(0, 5), int32(0, 5), 5, 5),
     ),
 }  # fmt: skip
@@ -126,6 +135,7 @@ def test_packed(case):
     raises(kind, name, function, *arguments)
 
 
+PAGED = zeros(4, 16, 2, 32)
 VARLEN = {
     "cu_seqlens_q int64": (TypeError, "cu_seqlens_q", {"cu_seqlens_q": torch.tensor([0, 4, 10])}),
     "cu_seqlens_k int64": (TypeError, "cu_seqlens_k", {"cu_seqlens_k": torch.tensor([0, 4, 12])}),
@@ -145,16 +155,16 @@ VARLEN = {
     "max_seqlen_q a float": (TypeError, "max_seqlen_q", {"max_seqlen_q": 6.0}),
     "rank of q": (ValueError, "q", {"q": Q}),
     "alibi of another batch": (ValueError, "alibi_slopes", {"alibi_slopes": zeros(3, 4, dtype=FP32)}),
-    "block_table int64": (TypeError, "block_table", {"k": zeros(4, 16, 2, 32), "v": zeros(4, 16, 2, 32),
+    "block_table int64": (TypeError, "block_table", {"k": PAGED, "v": PAGED,
                                                      "block_table": torch.zeros(2, 2, dtype=torch.int64)}),
-    "block_table of another batch": (ValueError, "block_table", {"k": zeros(4, 16, 2, 32), "v": zeros(4, 16, 2, 32),
+    "block_table of another batch": (ValueError, "block_table", {"k": PAGED, "v": PAGED,
                                                                  "block_table": int32(0, 1)[None]}),
-    "block_table past the pages": (ValueError, "block_table", {"k": zeros(4, 16, 2, 32), "v": zeros(4, 16, 2, 32),
+    "block_table past the pages": (ValueError, "block_table", {"k": PAGED, "v": PAGED,
                                                                "block_table": int32(0, 4)[:, None]}),
     "page size": (ValueError, "k", {"k": zeros(4, 8, 2, 32), "v": zeros(4, 8, 2, 32),
                                     "block_table": int32(0, 1)[:, None]}),
     "sequence longer than its pages": (ValueError, "cu_seqlens_k", {
-        "k": zeros(4, 16, 2, 32), "v": zeros(4, 16, 2, 32), "block_table": int32(0, 1)[:, None],
+        "k": PAGED, "v": PAGED, "block_table": int32(0, 1)[:, None],
         "cu_seqlens_k": int32(0, 17, 20), "max_seqlen_k": 17}),
 }  # fmt: skip
 
@@ -181,7 +191,16 @@ def test_varlen(case):
     ids=["shape", "too large", "negative", "dtype", "type"],
 )  # fmt: skip
 def test_varlen_key_bounds(name, value, kind):
-    raises(kind, name, _flash_attn_varlen_forward, *varlen_arguments().values(), 0.0, None, False, **{name: value})
+    raises(
+        kind,
+        name,
+        _flash_attn_varlen_forward,
+        *varlen_arguments().values(),
+        0.0,
+        None,
+        False,
+        **{name: value},
+    )
 
 
 def test_leftpad_with_pages():
@@ -191,7 +210,9 @@ def test_leftpad_with_pages():
 
 
 def test_pages_with_gradients():
-    arguments = varlen_arguments(q=zeros(10, 4, 32).requires_grad_(), k=zeros(4, 16, 2, 32), v=zeros(4, 16, 2, 32))
+    arguments = varlen_arguments(
+        q=zeros(10, 4, 32).requires_grad_(), k=zeros(4, 16, 2, 32), v=zeros(4, 16, 2, 32)
+    )
     with pytest.raises(NotImplementedError, match="block_table"):
         flash_attn.flash_attn_varlen_func(**arguments, block_table=int32(0, 1)[:, None])
 
@@ -220,19 +241,24 @@ KVCACHE = {
     "new batch": (ValueError, "k", {"k": NEW[:1], "v": NEW[:1], "cache_seqlens": 3}),
     "batch_idx past the cache": (ValueError, "cache_batch_idx", {"cache_batch_idx": int32(0, 2)}),
     "batch_idx dtype": (TypeError, "cache_batch_idx", {"cache_batch_idx": torch.tensor([0, 1])}),
-    "leftpad past the length": (ValueError, "cache_leftpad", {"cache_leftpad": int32(0, 5), "cache_seqlens": 4}),
+    "leftpad past the length": (ValueError, "cache_leftpad", {
+        "cache_leftpad": int32(0, 5), "cache_seqlens": 4}),
     "leftpad shape": (ValueError, "cache_leftpad", {"cache_leftpad": int32(0)}),
     "batch_idx with pages": (ValueError, "cache_batch_idx", {
         "k_cache": PAGES, "v_cache": PAGES, "block_table": TABLE, "cache_batch_idx": int32(0, 1)}),
     "leftpad with pages": (ValueError, "cache_leftpad", {
         "k_cache": PAGES, "v_cache": PAGES, "block_table": TABLE, "cache_leftpad": int32(0, 1)}),
-    "page size": (ValueError, "k_cache", {"k_cache": PAGES[:, :8], "v_cache": PAGES[:, :8], "block_table": TABLE}),
-    "block_table dtype": (TypeError, "block_table", {"k_cache": PAGES, "v_cache": PAGES, "block_table": TABLE.long()}),
+    "page size": (ValueError, "k_cache", {
+        "k_cache": PAGES[:, :8], "v_cache": PAGES[:, :8], "block_table": TABLE}),
+    "block_table dtype": (TypeError, "block_table", {
+        "k_cache": PAGES, "v_cache": PAGES, "block_table": TABLE.long()}),
     "block_table past the pages": (ValueError, "block_table", {
         "k_cache": PAGES, "v_cache": PAGES, "block_table": TABLE + 4}),
     "num_splits": (ValueError, "num_splits", {"num_splits": 129}),
     "num_splits a float": (TypeError, "num_splits", {"num_splits": 1.5}),
-    "cos without sin": (TypeError, "rotary_sin", {"rotary_cos": COS, "k": NEW, "v": NEW, "cache_seqlens": 3}),
+    "cos without sin": (ValueError, "rotary_sin", {"rotary_cos": COS, "k": NEW, "v": NEW, "cache_seqlens": 3}),
+    "rotary tables not tensors": (TypeError, "rotary_cos", {
+        "rotary_cos": 1, "rotary_sin": 2, "k": NEW, "v": NEW, "cache_seqlens": 3}),
     "rotary without k": (ValueError, "rotary_cos", {"rotary_cos": COS, "rotary_sin": COS}),
     "rotary dtype": (TypeError, "rotary_cos", {
         "rotary_cos": COS.float(), "rotary_sin": COS.float(), "k": NEW, "v": NEW, "cache_seqlens": 3}),
@@ -269,9 +295,10 @@ BACKWARD = {
 def test_backward(name):
     kind, changes = BACKWARD[name]
     base = {
-        "dout": Q, "q": Q, "k": K, "v": K, "out": Q, "softmax_lse": zeros(2, 4, 10, dtype=FP32), "dq": Q.clone(),
-        "dk": K.clone(), "dv": K.clone(), "dropout_p": 0.0, "softmax_scale": 1.0, "causal": False,
-        "window_size_left": -1, "window_size_right": -1, "softcap": 0.0, "alibi_slopes": None, "deterministic": False,
+        "dout": Q, "q": Q, "k": K, "v": K, "out": Q, "softmax_lse": zeros(2, 4, 10, dtype=FP32),
+        "dq": Q.clone(), "dk": K.clone(), "dv": K.clone(), "dropout_p": 0.0, "softmax_scale": 1.0,
+        "causal": False, "window_size_left": -1, "window_size_right": -1, "softcap": 0.0,
+        "alibi_slopes": None, "deterministic": False,
     }  # fmt: skip
     raises(kind, name, _flash_attn_backward, **(base | changes))
 
@@ -283,7 +310,9 @@ def test_varlen_backward():
     arguments = q, q, k, k, q, lse, q, k, k, int32(0, 10), int32(0, 12), 10, 12, *tail
     _flash_attn_varlen_backward(*arguments)
     raises(ValueError, "softmax_lse", _flash_attn_varlen_backward, *arguments[:5], lse[:, 1:], *arguments[6:])
-    raises(ValueError, "cu_seqlens_q", _flash_attn_varlen_backward, *arguments[:9], int32(0, 11), *arguments[10:])
+    raises(
+        ValueError, "cu_seqlens_q", _flash_attn_varlen_backward, *arguments[:9], int32(0, 11), *arguments[10:]
+    )
 
 
 @pytest.mark.parametrize("out, kind", [(Q.float(), TypeError), (Q[:1], ValueError), (3, TypeError)])
@@ -294,7 +323,8 @@ def test_given_out(out, kind):
 def cuda_like(dtype=BF16, requires_grad=False, device="cuda:0", shape=(2, 10, 4, 32)):
     """Return a tensor that says it is on CUDA, as far as the checks look."""
     return SimpleNamespace(
-        dtype=dtype, is_cuda=True, device=torch.device(device), shape=torch.Size(shape), requires_grad=requires_grad
+        dtype=dtype, is_cuda=True, device=torch.device(device), shape=torch.Size(shape),
+        requires_grad=requires_grad,
     )  # fmt: skip
 
 
@@ -341,7 +371,15 @@ class TestOnCuda:
         raises(ValueError, "k", flash_attn.flash_attn_func, Q, K.cuda(), K)
         raises(ValueError, "v", flash_attn.flash_attn_func, Q.cuda(), K.cuda(), K)
         alibi = zeros(4, dtype=FP32)
-        raises(ValueError, "alibi_slopes", flash_attn.flash_attn_func, Q.cuda(), K.cuda(), K.cuda(), alibi_slopes=alibi)
+        raises(
+            ValueError,
+            "alibi_slopes",
+            flash_attn.flash_attn_func,
+            Q.cuda(),
+            K.cuda(),
+            K.cuda(),
+            alibi_slopes=alibi,
+        )
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     def test_dtype(self, dtype):
@@ -350,7 +388,7 @@ class TestOnCuda:
 
     def test_gradient(self):
         q, k = Q.cuda().requires_grad_(), K.cuda()
-        with pytest.raises(NotImplementedError, match="requires grad.*CPU"):
+        with pytest.raises(NotImplementedError, match=r"requires grad.*CPU"):
             flash_attn.flash_attn_func(q, k, k)
 
     def test_kvcache(self):
@@ -358,7 +396,9 @@ class TestOnCuda:
             flash_attn.flash_attn_with_kvcache(Q.cuda(), CACHE.cuda(), CACHE.cuda())
 
     def test_pages(self):
-        arguments = varlen_arguments(k=zeros(4, 16, 2, 32), v=zeros(4, 16, 2, 32), block_table=int32(0, 1)[:, None])
+        arguments = varlen_arguments(
+            k=zeros(4, 16, 2, 32), v=zeros(4, 16, 2, 32), block_table=int32(0, 1)[:, None]
+        )
         arguments = {n: x.cuda() if isinstance(x, torch.Tensor) else x for n, x in arguments.items()}
         with pytest.raises(NotImplementedError, match="block_table"):
             flash_attn.flash_attn_varlen_func(**arguments)

@@ -72,7 +72,9 @@ def test_sequences_and_masks(device, require_kernel, sequences, mask, head_dim):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_head_dims(device, require_kernel, head_dim, dtype):
     require_kernel(device, dtype, head_dim)
-    check(*make(*SEQUENCES["mixed"], 4, 1, head_dim, dtype, device), *SEQUENCES["mixed"], Options(causal=True))
+    check(
+        *make(*SEQUENCES["mixed"], 4, 1, head_dim, dtype, device), *SEQUENCES["mixed"], Options(causal=True)
+    )
 
 
 @pytest.mark.parametrize("extra", [{"softcap": 5.0}, {"softmax_scale": -0.3}], ids=str)
@@ -105,7 +107,9 @@ def test_trailing_tokens_are_zero(device, require_kernel, lengths):
 def test_equals_fixed_length(device, require_kernel):
     require_kernel(device, torch.bfloat16, 64)
     q, k, v = (torch.randn(3, 50, 4, 64, device=device).bfloat16() for _ in range(3))
-    out = flash_attn_varlen_func(*(x.flatten(0, 1) for x in (q, k, v)), *bounds([50] * 3, [50] * 3, device), causal=True)
+    out = flash_attn_varlen_func(
+        *(x.flatten(0, 1) for x in (q, k, v)), *bounds([50] * 3, [50] * 3, device), causal=True
+    )
     torch.testing.assert_close(out.view_as(q), flash_attn_func(q, k, v, causal=True), atol=1e-6, rtol=1e-6)
 
 
@@ -120,12 +124,16 @@ def test_packed(device, require_kernel):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("leftpad, used", [(None, [60, 0, 12]), ([3, 0, 20], None), ([3, 5, 40], [60, 9, 40])], ids=str)
+@pytest.mark.parametrize(
+    "leftpad, used", [(None, [60, 0, 12]), ([3, 0, 20], None), ([3, 5, 40], [60, 9, 40])], ids=str
+)
 def test_seqused_and_leftpad(device, require_kernel, leftpad, used, causal):
     require_kernel(device, torch.bfloat16, 64)
     lengths = [20, 30, 40], [70, 33, 50]
     q, k, v = make(*lengths, 4, 2, 64, torch.bfloat16, device)
-    index = [None if x is None else torch.tensor(x, dtype=torch.int32, device=device) for x in (leftpad, used)]
+    index = [
+        None if x is None else torch.tensor(x, dtype=torch.int32, device=device) for x in (leftpad, used)
+    ]
     out, lse, _, _ = _flash_attn_varlen_forward(
         q, k, v, *bounds(*lengths, device), 0.0, 0.125, causal, leftpad_k=index[0], seqused_k=index[1]
     )
@@ -172,7 +180,9 @@ def test_packed_gradients():
     dout = torch.randn(90, 4, 16)
     (actual,) = torch.autograd.grad(flash_attn_varlen_qkvpacked_func(qkv, cu, 60, causal=True), qkv, dout)
     q, k, v = (x.detach().requires_grad_() for x in qkv.unbind(1))
-    expected = torch.autograd.grad(flash_attn_varlen_func(q, k, v, cu, cu, 60, 60, causal=True), (q, k, v), dout)
+    expected = torch.autograd.grad(
+        flash_attn_varlen_func(q, k, v, cu, cu, 60, 60, causal=True), (q, k, v), dout
+    )
     assert torch.equal(actual, torch.stack(expected, dim=1))
     kv = torch.stack((k, v), dim=1).detach().requires_grad_()
     dq, dkv = torch.autograd.grad(

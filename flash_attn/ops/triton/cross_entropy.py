@@ -1,8 +1,9 @@
 """Cross entropy over large vocabularies: no copy of the logits is kept, and the gradient may overwrite them.
 
 For a row x scaled by logit_scale, with lse = log(sum(exp(x))) and label y among V classes,
-loss = lse - (1 - label_smoothing) x_y - label_smoothing mean(x) + lse_square_scale lse^2. The last term is the z-loss
-(Chowdhery et al., "PaLM", section 5). Logits may be split over a process group by vocabulary (tensor parallelism).
+loss = lse - (1 - label_smoothing) x_y - label_smoothing mean(x) + lse_square_scale lse^2. The last term is
+the z-loss (Chowdhery et al., "PaLM", section 5). Logits may be split over a process group by vocabulary
+(tensor parallelism).
 """
 
 from __future__ import annotations

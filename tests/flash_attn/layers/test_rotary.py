@@ -41,7 +41,9 @@ def test_fixed_length(interleaved, rotary_dim, offsets, inplace):
     before = x.clone()
     out = apply_rotary_emb(x, cos, sin, interleaved, inplace, offsets)
     positions = torch.as_tensor(offsets).reshape(-1, 1) + torch.arange(7)
-    torch.testing.assert_close(out.double(), reference(before, angles[positions], interleaved), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        out.double(), reference(before, angles[positions], interleaved), atol=1e-5, rtol=1e-5
+    )
     assert (out.data_ptr() == x.data_ptr()) == inplace and torch.equal(x, out if inplace else before)
 
 
@@ -54,7 +56,9 @@ def test_varlen(offsets):
     out = apply_rotary_emb(x, cos, sin, seqlen_offsets=offsets, cu_seqlens=cu_seqlens, max_seqlen=7)
     starts = torch.as_tensor(offsets).expand(4).tolist()
     positions = torch.cat([torch.arange(n) + s for n, s in zip(lengths, starts, strict=True)])
-    torch.testing.assert_close(out[:12].double(), reference(x[:12], angles[positions], False), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        out[:12].double(), reference(x[:12], angles[positions], False), atol=1e-5, rtol=1e-5
+    )
     assert torch.equal(out[12:], x[12:])
 
 
@@ -129,7 +133,10 @@ def test_module(scale_base):
     scores = torch.einsum("bihd,bjhd->bhij", out[:, :, 0, :, :8], out[:, :, 1, :, :8])
     shifted = module(qkv.clone(), seqlen_offset=0, max_seqlen=8)
     torch.testing.assert_close(
-        scores, torch.einsum("bihd,bjhd->bhij", shifted[:, :, 0, :, :8], shifted[:, :, 1, :, :8]), atol=1e-4, rtol=1e-4
+        scores,
+        torch.einsum("bihd,bjhd->bhij", shifted[:, :, 0, :, :8], shifted[:, :, 1, :, :8]),
+        atol=1e-4,
+        rtol=1e-4,
     )
 
 

@@ -39,7 +39,12 @@ def test_losses_and_gradients(monkeypatch, smoothing, scale, z, inplace, blocks)
     weight = torch.randn(ROWS)
     (truth,) = torch.autograd.grad((expected * weight).sum(), logits)
     losses, z_losses = cross_entropy_loss(
-        logits, labels, label_smoothing=smoothing, logit_scale=scale, lse_square_scale=z, inplace_backward=inplace
+        logits,
+        labels,
+        label_smoothing=smoothing,
+        logit_scale=scale,
+        lse_square_scale=z,
+        inplace_backward=inplace,
     )
     assert losses.dtype == torch.float32 and not z_losses.requires_grad
     torch.testing.assert_close(losses.double(), expected, atol=1e-5, rtol=1e-5)
@@ -69,7 +74,9 @@ def test_module(reduction):
     logits, labels = make()
     expected = F.cross_entropy(logits, labels, reduction=reduction)
     torch.testing.assert_close(CrossEntropyLoss(reduction=reduction)(logits, labels), expected)
-    loss, z_loss = CrossEntropyLoss(reduction=reduction, lse_square_scale=0.1, return_z_loss=True)(logits, labels)
+    loss, z_loss = CrossEntropyLoss(reduction=reduction, lse_square_scale=0.1, return_z_loss=True)(
+        logits, labels
+    )
     torch.testing.assert_close(loss - z_loss, expected, atol=1e-4, rtol=1e-4)
 
 
@@ -79,9 +86,9 @@ def test_no_rows():
 
 
 def test_bad_input():
-    with pytest.raises(ValueError, match="^reduction must be one of"):
+    with pytest.raises(ValueError, match=r"^reduction must be one of"):
         CrossEntropyLoss(reduction="median")
-    with pytest.raises(ValueError, match="^logits must be"):
+    with pytest.raises(ValueError, match=r"^logits must be"):
         cross_entropy_loss(torch.zeros(3, 5), torch.zeros(4, dtype=torch.long))
 
 
