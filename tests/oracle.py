@@ -1,8 +1,8 @@
 """Attention by the formula, in any dtype: what every backend is measured against.
 
-It shares no code with the package. Dense, one mask written out, GQA by repeating heads. `attention` in fp64 is
-the truth; in the input's dtype it is the yardstick for rounding: a kernel may be off by twice its error, or three
-times for gradients, plus 1e-5.
+It shares no code with the package. Dense, one mask written out, GQA by repeating heads. `attention` in fp64
+is the truth; in the input's dtype it is the yardstick for rounding: a kernel may be off by twice its error,
+or three times for gradients, plus 1e-5.
 """
 
 from __future__ import annotations

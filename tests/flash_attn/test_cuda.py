@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from types import SimpleNamespace
 
@@ -205,6 +206,21 @@ def test_given_out(library, contiguous):
     out, *_ = run(q, k, v, out=given)
     params = library.calls[0][0]
     assert out is given and (params.out == given.data_ptr()) == contiguous
+
+
+@pytest.mark.parametrize("head_dim, step", [(59, 59), (64, 67), (64, 64)])
+@pytest.mark.parametrize("given", [False, True])
+def test_what_the_kernel_writes_comes_back(library, monkeypatch, head_dim, step, given):
+    def write(packed, stream):
+        params = library.unpack(packed)
+        ctypes.memset(params.out, 0x3F, 2 * params.batch * params.out_batch_stride)
+        return 0
+
+    monkeypatch.setattr(library, "forward", write)
+    q, k, v = make(head_dim=head_dim)
+    target = torch.zeros(2, 10, 4, step, dtype=BF16)[..., :head_dim] if given else None
+    out, *_ = run(q, k, v, out=target)
+    assert (out.view(torch.int16) == 0x3F3F).all() and (out is target) == given
 
 
 @pytest.mark.parametrize("shape", [{"batch": 0}, {"seqlen_q": 0}, {"seqlen_k": 0}], ids=str)

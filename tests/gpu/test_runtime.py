@@ -1,0 +1,180 @@
+"""What only a GPU can show: streams, graphs, devices, offsets beyond 32 bits, memory, and which kernel runs."""
+
+import os
+
+import pytest
+import torch
+from conftest import cuda_problem, kernels
+from oracle import Options, assert_within, attention
+
+from flash_attn import _abi, _library, flash_attn_func
+from flash_attn.flash_attn_interface import flash_attn_varlen_func
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(cuda_problem()), reason=str(cuda_problem()))]
+
+BF16 = torch.bfloat16
+
+
+def make(*shape: int, device: str = "cuda", dtype: torch.dtype = BF16) -> torch.Tensor:
+    return torch.randn(*shape, device=device, dtype=dtype)
+
+
+def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, options: Options) -> None:
+    assert_within(out, attention(q, k, v, options)[0], attention(q, k, v, options, q.dtype)[0])
+
+
+def test_runs_on_the_current_stream():
+    """The inputs are overwritten on a side stream just before the call, behind a long kernel."""
+    stream = torch.cuda.Stream()
+    q, k, v = (torch.zeros(2, 200, 4, 64, device="cuda", dtype=BF16) for _ in range(3))
+    values = [make(2, 200, 4, 64) for _ in range(3)]
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        for x, value in zip((q, k, v), values, strict=True):
+            x.copy_(value)
+        out = flash_attn_func(q, k, v, causal=True)
+    torch.cuda.synchronize()
+    check(*values, out, Options(causal=True))
+
+
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_graph_replay_reads_new_inputs(head_dim):
+    q, k, v = (make(2, 130, 4, head_dim) for _ in range(3))
+    flash_attn_func(q, k, v, causal=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = flash_attn_func(q, k, v, causal=True)
+    for _ in range(3):
+        for x in (q, k, v):
+            x.normal_()
+        out.fill_(float("nan"))
+        graph.replay()
+        check(q, k, v, out, Options(causal=True))
+
+
+def test_a_kernel_may_run_for_the_first_time_inside_a_capture():
+    q, k, v = (make(1, 40, 2, 96, dtype=torch.float16) for _ in range(3))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = flash_attn_func(q, k, v, window_size=(9, 3), softcap=11.0)
+    graph.replay()
+    check(q, k, v, out, Options(window_size=(9, 3), softcap=11.0))
+
+
+def test_each_graph_replay_draws_a_new_dropout_mask():
+    q, k, v = (make(2, 128, 4, 64) for _ in range(3))
+    flash_attn_func(q, k, v, dropout_p=0.5)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        _, _, probs = flash_attn_func(q, k, v, dropout_p=0.5, return_attn_probs=True)
+    masks = []
+    for _ in range(2):
+        graph.replay()
+        masks.append(probs.signbit())
+    assert not torch.equal(*masks)
+    assert all(abs(mask.float().mean() - 0.5) < 0.01 for mask in masks)
+
+
+@pytest.mark.parametrize("expanded", [False, True])
+def test_more_than_2_31_elements(expanded):
+    """The last batch entry lies beyond the reach of 32-bit offsets."""
+    batch, seqlen, heads, head_dim = 2100, 128, 64, 128
+    q = make(batch, seqlen, heads, head_dim)
+    k = make(1 if expanded else batch, seqlen, heads, head_dim).expand(batch, -1, -1, -1)
+    assert q.numel() > 2**31
+    out = flash_attn_func(q, k, k, causal=True)
+    for entry in (0, batch // 2, batch - 1):
+        at = slice(entry, entry + 1)
+        check(q[at], k[at], k[at], out[at], Options(causal=True))
+
+
+def test_varlen_rows_beyond_2_31_elements():
+    total, heads, head_dim = 300_000, 64, 128
+    q = make(total, heads, head_dim)
+    bounds = torch.tensor([0, 100, total - 200, total], device="cuda", dtype=torch.int32)
+    key_bounds = torch.tensor([0, 100, 228, 428], device="cuda", dtype=torch.int32)
+    assert q.numel() > 2**31
+    k = make(428, heads, head_dim)
+    out = flash_attn_varlen_func(q, k, k, bounds, key_bounds, total - 300, 200)
+    tail_q, tail_k = q[None, -200:], k[None, -200:]
+    check(tail_q, tail_k, tail_k, out[None, -200:], Options())
+
+
+def test_memory_is_the_output_and_the_lse():
+    q, k, v = (make(1, 16_384, 4, 128) for _ in range(3))
+    flash_attn_func(q, k, v)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = flash_attn_func(q, k, v, causal=True)
+    expected = out.numel() * 2 + 16_384 * 4 * 4
+    assert torch.cuda.max_memory_allocated() - before <= expected + 1024
+
+
+def test_outputs_are_written_in_full():
+    """The caching allocator hands out memory filled with NaN; every element must be overwritten."""
+    q, k, v = make(3, 333, 5, 96), make(3, 77, 5, 96), make(3, 77, 5, 96)
+    torch.full((64 << 20,), float("nan"), device="cuda")
+    out, lse, _ = flash_attn_func(q, k, v, causal=True, return_attn_probs=True)
+    assert not out.isnan().any() and not lse.isnan().any()
+
+
+def test_garbage_beyond_a_sequence_does_not_leak():
+    """NaN in rows that belong to no sequence, next to the last keys of one."""
+    k, v = make(300, 2, 64), make(300, 2, 64)
+    k[100:], v[100:] = float("nan"), float("nan")
+    q = make(70, 2, 64)
+    bounds = torch.tensor([0, 70], device="cuda", dtype=torch.int32)
+    key_bounds = torch.tensor([0, 100], device="cuda", dtype=torch.int32)
+    out = flash_attn_varlen_func(q, k, v, bounds, key_bounds, 70, 100, causal=True)
+    check(q[None], k[None, :100], v[None, :100], out[None], Options(causal=True))
+
+
+def test_nan_inputs_stay_visible():
+    q, k, v = (make(1, 64, 1, 64) for _ in range(3))
+    q[0, 5] = float("nan")
+    out = flash_attn_func(q, k, v)
+    assert out[0, 5].isnan().all() and not out[0, 6:].isnan().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, BF16])
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 192, 256])
+def test_repeats_are_bitwise_equal(head_dim, dtype):
+    q, k, v = make(2, 333, 4, head_dim, dtype=dtype), *(make(2, 517, 2, head_dim, dtype=dtype) for _ in range(2))
+    first = flash_attn_func(q, k, v, causal=True)
+    assert all(torch.equal(flash_attn_func(q, k, v, causal=True), first) for _ in range(50))
+
+
+@pytest.mark.parametrize("family", ["sm80", "sm86"])
+@pytest.mark.parametrize("window, mask", [((-1, -1), "full"), ((-1, 0), "causal"), ((8, 0), "windowed")])
+def test_the_forced_family_runs(family, window, mask):
+    library = _library.load()
+    if not any(key.startswith(f"forward_{family}_bf16_d128") for key in kernels()):
+        pytest.skip(f"no {family} kernels in this build")
+    fields = dict.fromkeys((name for name, _ in _abi.ForwardParams._fields_), 0)
+    fields |= {"dtype": _abi.Dtype.BF16, "head_dim": 104, "window_left": window[0], "window_right": window[1]}
+    fields["family"] = _abi.Family[family.upper()]
+    key = library.forward_kernel(_abi.FORWARD_PARAMS.pack(*fields.values()))
+    assert key == f"forward_{family}_bf16_d128_{mask}".encode()
+
+
+def test_the_largest_family_that_fits_is_chosen():
+    if os.environ.get("FLASH_ATTN_FORCE_FAMILY"):
+        pytest.skip("a family is forced")
+    capability = torch.cuda.get_device_capability()
+    families = {key.split("_")[1] for key in kernels() if "bf16_d64_full" in key}
+    if capability[0] != 9 or "sm80" not in families:
+        pytest.skip("written for Hopper with sm80 kernels")
+    fields = dict.fromkeys((name for name, _ in _abi.ForwardParams._fields_), 0)
+    fields |= {"dtype": _abi.Dtype.BF16, "head_dim": 64, "window_left": -1, "window_right": -1}
+    assert _library.load().forward_kernel(_abi.FORWARD_PARAMS.pack(*fields.values())) == b"forward_sm80_bf16_d64_full"
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_device_that_is_not_current():
+    q, k, v = (make(2, 100, 4, 64, device="cuda:1") for _ in range(3))
+    assert torch.cuda.current_device() == 0
+    out = flash_attn_func(q, k, v, causal=True)
+    assert out.device == q.device and torch.cuda.current_device() == 0
+    check(q, k, v, out, Options(causal=True))
