@@ -39,10 +39,9 @@ def measure(setting: Setting, dtype: torch.dtype, budget_seconds: float) -> repo
     """TFLOP/s of every provider that runs here; AssertionError if our result disagrees with FA2's."""
     calls = runnable(forward_calls(*tensors(setting, dtype), setting.causal))
     if TORCH_FA2 in calls:
-        with calls[TORCH_FA2].context():
-            expected = calls[TORCH_FA2].run()
-        torch.testing.assert_close(calls[OURS].run(), expected, rtol=AGREEMENT, atol=AGREEMENT)
-        del expected
+        ours, theirs = calls[OURS].result(), calls[TORCH_FA2].result()
+        torch.testing.assert_close(ours, theirs, rtol=AGREEMENT, atol=AGREEMENT)
+        del ours, theirs
     medians = device_medians(calls, budget_seconds)
     return report.Row(setting, {name: setting.tflops(ms) for name, ms in medians.items()})
 

@@ -27,6 +27,13 @@ class Call:
 
     run: Callable[[], Tensor]
     context: Callable[[], AbstractContextManager[None]] = field(default=nullcontext)
+    heads_first: bool = False
+
+    def result(self) -> Tensor:
+        """Launch once; return (batch, seqlen, num_heads, head_dim)."""
+        with self.context():
+            out = self.run()
+        return out.transpose(1, 2) if self.heads_first else out
 
 
 def ours(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Call:
@@ -37,16 +44,14 @@ def ours(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Call:
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, backend: SDPBackend | None = None) -> Call:
-    """torch's attention on transposed views of the same tensors, so that nobody pays for a copy.
-
-    The result of `run()` is transposed back: (batch, seqlen, num_heads, head_dim).
-    """
+    """torch's attention on transposed views of the same tensors, so that nobody pays for a copy."""
     qt, kt, vt = (x.transpose(1, 2) for x in (q, k, v))
 
     def run() -> Tensor:
-        return F.scaled_dot_product_attention(qt, kt, vt, is_causal=causal).transpose(1, 2)
+        return F.scaled_dot_product_attention(qt, kt, vt, is_causal=causal)
 
-    return Call(run) if backend is None else Call(run, lambda: sdpa_kernel(backend))
+    context = nullcontext if backend is None else lambda: sdpa_kernel(backend)
+    return Call(run, context, heads_first=True)
 
 
 def forward_calls(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> dict[str, Call]:

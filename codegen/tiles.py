@@ -45,8 +45,8 @@ class ForwardTile:
         return self.rows_per_warp * columns // 32 + REGISTER_OVERHEAD
 
 
-# family -> head dim -> mask class, or "default" -> tile. A "roomy" tile is taken instead on devices whose multiprocessors
-# have the shared memory for min_blocks of it, which the family's smallest ones have not.
+# family -> head dim -> mask class, or "default" -> tile. A "roomy" tile is taken instead on devices whose
+# multiprocessors have the shared memory for min_blocks of it, which the family's smallest ones have not.
 FORWARD_TILES: dict[str, dict[int, dict[str, ForwardTile]]] = {
     "sm80": {
         32: {"default": ForwardTile(128, 64, 4, 3)},
@@ -80,7 +80,7 @@ def forward_tile(family: str, head_dim: int, mask: str) -> ForwardTile:
 
 
 def roomy_tile(family: str, head_dim: int) -> ForwardTile | None:
-    """The checked tile for devices with more shared memory per multiprocessor than the family counts on, if any."""
+    """The checked tile for devices with more shared memory per SM than the family counts on, if any."""
     tile = FORWARD_TILES[family][head_dim].get("roomy")
     if tile is not None:
         check_forward_tile(tile, axes.FAMILIES[family], head_dim, "roomy", resident=False)
@@ -122,7 +122,9 @@ def _shape_problems(tile: ForwardTile, head_dim: int) -> list[str]:
             f" = {tile.block_n / tile.warps_per_row:g}, not a multiple of 16"
         )
     if tile.warps_per_row == 2 and head_dim % 128:
-        problems.append(f"columns of O per warp: head_dim / 2 = {head_dim} / 2 = {head_dim / 2:g}, not a multiple of 64")
+        problems.append(
+            f"columns of O per warp: head_dim / 2 = {head_dim} / 2 = {head_dim / 2:g}, not a multiple of 64"
+        )
     return problems
 
 

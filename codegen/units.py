@@ -8,7 +8,7 @@ from codegen.selection import Selection
 
 @dataclass(frozen=True)
 class Unit:
-    """One kernel: its place on the axes and its tile, or tiles where devices with more shared memory get their own."""
+    """One kernel: its place on the axes and its tile, and one for devices with more shared memory, if any."""
 
     direction: str
     family: str
@@ -40,7 +40,7 @@ class Unit:
 
     @property
     def configs(self) -> dict[str, tiles.ForwardTile]:
-        """The C++ types that describe the kernel's tiles, by the order in which the launcher considers them."""
+        """C++ types that describe the kernel's tiles, in the order in which the launcher considers them."""
         roomy = {f"{self.config}Roomy": self.roomy_tile} if self.roomy_tile else {}
         return {**roomy, self.config: self.tile}
 

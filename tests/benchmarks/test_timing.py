@@ -21,7 +21,7 @@ def test_every_provider_takes_every_position():
 def test_standard_attention_is_sdpa():
     q, k, v = (torch.randn(2, 7, 3, 16) for _ in range(3))
     for causal in (False, True):
-        expected = providers.sdpa(q, k, v, causal).run()
+        expected = providers.sdpa(q, k, v, causal).result()
         torch.testing.assert_close(providers.standard_attention(q, k, v, causal), expected)
 
 

@@ -1,8 +1,9 @@
 """A small set of calls that touches every kernel, for NVIDIA's compute-sanitizer.
 
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python tests/gpu/sanitizer.py [head_dim ...]
+    export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+    compute-sanitizer --tool memcheck python tests/gpu/sanitizer.py [head_dim ...]
 
-and the same with initcheck and racecheck. Inputs are made on the CPU, so that the tool sees them initialised by copies.
+and the same with initcheck and racecheck. Inputs are made on the CPU: copies initialise them for the tool.
 FLASH_ATTN_FORCE_FAMILY picks the kernel family.
 """
 
@@ -23,9 +24,14 @@ def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 
 def fixed_length(head_dim: int, dtype: torch.dtype) -> None:
-    """Odd lengths, more queries than keys, GQA, a head dim below the kernel's, with and without score modifiers."""
+    """Odd lengths, more queries than keys, GQA, a narrower head dim, with and without score modifiers."""
     slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625]).cuda()
-    modifiers = ({}, {"softcap": 20.0}, {"alibi_slopes": slopes}, {"dropout_p": 0.17, "return_attn_probs": True})
+    modifiers = (
+        {},
+        {"softcap": 20.0},
+        {"alibi_slopes": slopes},
+        {"dropout_p": 0.17, "return_attn_probs": True},
+    )
     for (seqlen_q, seqlen_k), (causal, window) in itertools.product(((131, 197), (70, 33)), WINDOWS.values()):
         q = random(2, seqlen_q, 4, head_dim - 8, dtype=dtype)
         k, v = (random(2, seqlen_k, 2, head_dim - 8, dtype=dtype) for _ in range(2))
@@ -40,11 +46,24 @@ def varlen(head_dim: int, dtype: torch.dtype) -> None:
     q = random(410, 2, head_dim, dtype=dtype)
     k, v = (random(300, 1, head_dim, dtype=dtype) for _ in range(2))
     for causal, window in WINDOWS.values():
-        flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, 137, 164, causal=causal, window_size=window)
+        flash_attn_varlen_func(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, 137, 164, causal=causal, window_size=window
+        )
     used = torch.tensor([5, 0, 100, 90], dtype=torch.int32).cuda()
     skipped = torch.tensor([1, 0, 3, 20], dtype=torch.int32).cuda()
     _flash_attn_varlen_forward(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, 137, 164, 0.0, head_dim**-0.5, True, leftpad_k=skipped, seqused_k=used
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        137,
+        164,
+        0.0,
+        head_dim**-0.5,
+        True,
+        leftpad_k=skipped,
+        seqused_k=used,
     )
 
 

@@ -1,4 +1,4 @@
-"""What only a GPU can show: streams, graphs, devices, offsets beyond 32 bits, memory, and which kernel runs."""
+"""What only a GPU can show: streams, graphs, devices, 64-bit offsets, memory, and which kernel runs."""
 
 import os
 
@@ -141,7 +141,10 @@ def test_nan_inputs_stay_visible():
 @pytest.mark.parametrize("dtype", [torch.float16, BF16])
 @pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 192, 256])
 def test_repeats_are_bitwise_equal(head_dim, dtype):
-    q, k, v = make(2, 333, 4, head_dim, dtype=dtype), *(make(2, 517, 2, head_dim, dtype=dtype) for _ in range(2))
+    q, k, v = (
+        make(2, 333, 4, head_dim, dtype=dtype),
+        *(make(2, 517, 2, head_dim, dtype=dtype) for _ in range(2)),
+    )
     first = flash_attn_func(q, k, v, causal=True)
     assert all(torch.equal(flash_attn_func(q, k, v, causal=True), first) for _ in range(50))
 
@@ -168,7 +171,10 @@ def test_the_largest_family_that_fits_is_chosen():
         pytest.skip("written for Hopper with sm80 kernels")
     fields = dict.fromkeys((name for name, _ in _abi.ForwardParams._fields_), 0)
     fields |= {"dtype": _abi.Dtype.BF16, "head_dim": 64, "window_left": -1, "window_right": -1}
-    assert _library.load().forward_kernel(_abi.FORWARD_PARAMS.pack(*fields.values())) == b"forward_sm80_bf16_d64_full"
+    assert (
+        _library.load().forward_kernel(_abi.FORWARD_PARAMS.pack(*fields.values()))
+        == b"forward_sm80_bf16_d64_full"
+    )
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
