@@ -1,4 +1,5 @@
-// A warp's accumulators of mma.sync and what is done to scores while they are there: masking and dropout.
+// A warp's accumulators of mma.sync and what is done to scores while they are there: modifiers, mask and
+// dropout.
 #pragma once
 
 #include <cmath>
@@ -6,17 +7,20 @@
 
 #include "common/dropout.cuh"
 #include "common/mask.cuh"
+#include "common/scores.cuh"
 
 namespace flash_attn {
 
-// Element [m][n] is the 16x8 tile in tile row m and tile column n; ptx/mma.cuh says which lane holds what of it.
+// Element [m][n] is the 16x8 tile in tile row m and tile column n; ptx/mma.cuh says which lane holds what of
+// it.
 template <int kTilesM, int kTilesN>
 using Accumulator = float[kTilesM][kTilesN][4];
 
-// Calls function(score, row, column) for every score of the block that this lane holds, with coordinates in the sequence.
+// Calls function(score, row, column) for every score of the block that this lane holds, with coordinates in
+// the sequence.
 template <int kTilesM, int kTilesN, class Function>
-__device__ __forceinline__ void for_each_score(Accumulator<kTilesM, kTilesN>& scores, int first_row, int first_column,
-                                               Function function) {
+__device__ __forceinline__ void for_each_score(Accumulator<kTilesM, kTilesN>& scores, int first_row,
+                                               int first_column, Function function) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int m = 0; m < kTilesM; ++m) {
@@ -34,9 +38,20 @@ __device__ __forceinline__ void for_each_score(Accumulator<kTilesM, kTilesN>& sc
   }
 }
 
+// Scale, softcap and ALiBi; `diagonal` is seqlen_k - seqlen_q.
+template <int kTilesM, int kTilesN>
+__device__ __forceinline__ void apply_modifiers(Accumulator<kTilesM, kTilesN>& scores,
+                                                const ScoreModifiers& modifiers, int diagonal, int first_row,
+                                                int first_column) {
+  for_each_score(scores, first_row, first_column, [&](float& score, int row, int column) {
+    score = modifiers.apply(score, row + diagonal - column);
+  });
+}
+
 template <Mask kMask, int kTilesM, int kTilesN>
-__device__ __forceinline__ void apply_mask(Accumulator<kTilesM, kTilesN>& scores, const AttentionMask<kMask>& mask,
-                                           int first_row, int first_column) {
+__device__ __forceinline__ void apply_mask(Accumulator<kTilesM, kTilesN>& scores,
+                                           const AttentionMask<kMask>& mask, int first_row,
+                                           int first_column) {
   for_each_score(scores, first_row, first_column, [&](float& score, int row, int column) {
     if (column >= mask.end_key(row) || column < mask.first_key(row)) score = -INFINITY;
   });
@@ -44,8 +59,8 @@ __device__ __forceinline__ void apply_mask(Accumulator<kTilesM, kTilesN>& scores
 
 // Zeroes the dropped probabilities; what is kept is rescaled once, with the output.
 template <int kTilesM, int kTilesN>
-__device__ __forceinline__ void apply_dropout(Accumulator<kTilesM, kTilesN>& probs, const Dropout& dropout, int first_row,
-                                              int first_column) {
+__device__ __forceinline__ void apply_dropout(Accumulator<kTilesM, kTilesN>& probs, const Dropout& dropout,
+                                              int first_row, int first_column) {
 #pragma unroll
   for (int m = 0; m < kTilesM; ++m) {
 #pragma unroll

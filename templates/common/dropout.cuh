@@ -1,8 +1,9 @@
-// Dropout by counter: the random bits of a score depend on its coordinates and the generator's state alone, never on tiles,
-// so that forward, backward and other implementations of Philox agree on the mask.
+// Dropout by counter: the random bits of a score depend on its coordinates and the generator's state alone,
+// never on tiles, so that forward, backward and other implementations of Philox agree on the mask.
 //
-// Philox4x32-7 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011). One call serves eight scores of an
-// aligned 16x16 block: those that one lane holds in the accumulators of two neighbouring mma.sync tiles.
+// Philox4x32-7 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011). One call serves eight
+// scores of an aligned 16x16 block: those that one lane holds in the accumulators of two neighbouring
+// mma.sync tiles.
 #pragma once
 
 #include <cstdint>
@@ -30,16 +31,19 @@ struct Dropout {
   uint32_t keep_below;  // a 16-bit number below this keeps its score
 
   __device__ __forceinline__ Dropout(const ForwardParams& params, int batch_head)
-      : batch_head(batch_head), keep_below(static_cast<uint32_t>((1.0f - params.dropout_p) * 65536.0f + 0.5f)) {
+      : batch_head(batch_head),
+        keep_below(static_cast<uint32_t>((1.0f - params.dropout_p) * 65536.0f + 0.5f)) {
     const uint64_t seed = params.rng_state[0];
     key = make_uint2(static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
     offset = static_cast<uint32_t>(params.rng_state[1]);
   }
 
-  // Random words of the eight scores that `lane` holds in the 16x16 block (row_block, col_block). The word of tile t and
-  // row half h is component 2 t + h: its low half belongs to the even column, its high half to the odd one.
+  // Random words of the eight scores that `lane` holds in the 16x16 block (row_block, col_block). The word of
+  // tile t and row half h is component 2 t + h: its low half belongs to the even column, its high half to the
+  // odd one.
   __device__ __forceinline__ uint4 words(int row_block, int col_block, int lane) const {
-    const uint4 counter = make_uint4(static_cast<uint32_t>(row_block) << 5 | lane, col_block, batch_head, offset);
+    const uint4 counter =
+        make_uint4(static_cast<uint32_t>(row_block) << 5 | lane, col_block, batch_head, offset);
     return philox_4x32_7(counter, key);
   }
 

@@ -1,7 +1,8 @@
-// S_dmask: softmax(scores) with the sign bit set where dropout has dropped the entry, padded with zeros to multiples of 128.
+// S_dmask: softmax(scores) with the sign bit set where dropout has dropped the entry, padded with zeros to
+// multiples of 128.
 //
-// For inspection and tests. It recomputes every score on its own from q, k and the LSE, so that the attention kernels need
-// not be able to write probabilities.
+// For inspection and tests. It recomputes every score on its own from q, k and the LSE, so that the attention
+// kernels need not be able to write probabilities.
 #include "common/dropout_probs.h"
 
 #include <atomic>
@@ -57,16 +58,18 @@ __device__ float signed_probability(const ForwardParams& params, int batch, int 
 }
 
 template <class Element>
-__global__ void __launch_bounds__(kThreads) dropout_probs_kernel(const __grid_constant__ DropoutProbsArguments arguments) {
+__global__ void __launch_bounds__(kThreads)
+    dropout_probs_kernel(const __grid_constant__ DropoutProbsArguments arguments) {
   const ForwardParams& params = arguments.params;
   const int64_t per_head = static_cast<int64_t>(arguments.rows) * arguments.columns;
   const int64_t total = per_head * params.batch * params.num_heads;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < total; i += static_cast<int64_t>(gridDim.x) * kThreads) {
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < total;
+       i += static_cast<int64_t>(gridDim.x) * kThreads) {
     const int64_t batch_head = i / per_head;
     const int row = static_cast<int>(i % per_head / arguments.columns);
     const int column = static_cast<int>(i % arguments.columns);
-    static_cast<Element*>(params.probs)[i] = static_cast<Element>(
-        signed_probability<Element>(params, batch_head / params.num_heads, batch_head % params.num_heads, row, column));
+    static_cast<Element*>(params.probs)[i] = static_cast<Element>(signed_probability<Element>(
+        params, batch_head / params.num_heads, batch_head % params.num_heads, row, column));
   }
 }
 
@@ -74,9 +77,11 @@ template <class Element>
 Status launch(const DropoutProbsArguments& arguments, cudaStream_t stream) {
   static std::atomic<uint64_t> prepared;
   const ForwardParams& params = arguments.params;
-  const int64_t elements = static_cast<int64_t>(arguments.rows) * arguments.columns * params.batch * params.num_heads;
+  const int64_t elements =
+      static_cast<int64_t>(arguments.rows) * arguments.columns * params.batch * params.num_heads;
   const int64_t blocks = std::min((elements + kThreads - 1) / kThreads, kMaxBlocks);
-  return launch_kernel(dropout_probs_kernel<Element>, "dropout_probs", blocks, kThreads, 0, stream, arguments, prepared);
+  return launch_kernel(dropout_probs_kernel<Element>, "dropout_probs", blocks, kThreads, 0, stream, arguments,
+                       prepared);
 }
 
 }  // namespace

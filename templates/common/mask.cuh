@@ -1,7 +1,8 @@
 // The one definition of which key a query sees, and what follows from it for blocks of keys.
 //
-// Query i of seqlen_q sees key j of seqlen_k iff  i + diagonal - window_left <= j <= i + diagonal + window_right  with
-// diagonal = seqlen_k - seqlen_q (aligned to the bottom right) and 0 <= j < seqlen_k. A negative window is unlimited.
+// Query i of seqlen_q sees key j of seqlen_k iff  i + diagonal - window_left <= j <= i + diagonal +
+// window_right  with diagonal = seqlen_k - seqlen_q (aligned to the bottom right) and 0 <= j < seqlen_k. A
+// negative window is unlimited.
 #pragma once
 
 #include <cstdint>
@@ -37,8 +38,8 @@ struct AttentionMask {
   }
 };
 
-// The blocks of kBlockN keys that the queries [first_row, last_row] see: [begin, end), of which [unmasked_begin,
-// unmasked_end) are visible to all of these queries in full.
+// The blocks of kBlockN keys that the queries [first_row, last_row] see: [begin, end), of which
+// [unmasked_begin, unmasked_end) are visible to all of these queries in full.
 template <Mask kMask, int kBlockN>
 struct KeyBlocks {
   int begin;

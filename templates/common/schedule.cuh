@@ -1,7 +1,8 @@
 // Which tile of queries a thread block works on.
 //
-// The grid is one-dimensional, so that batch x heads may exceed 65,535. Heads come in sections whose keys and values fit
-// into L2 together; inside a section the last, under a causal mask longest, tiles of all heads run first.
+// The grid is one-dimensional, so that batch x heads may exceed 65,535. Heads come in sections whose keys and
+// values fit into L2 together; inside a section the last, under a causal mask longest, tiles of all heads run
+// first.
 #pragma once
 
 #include <algorithm>
@@ -12,9 +13,9 @@
 namespace flash_attn {
 
 struct TileSchedule {
-  int tiles_m;             // tiles of queries per head
-  int batch_heads;         // batch entries x query heads
-  int section_heads;       // of these, how many form a section
+  int tiles_m;        // tiles of queries per head
+  int batch_heads;    // batch entries x query heads
+  int section_heads;  // of these, how many form a section
   int num_heads;
 
   struct Tile {

@@ -10,10 +10,10 @@
 namespace flash_attn {
 
 struct ScoreModifiers {
-  float scale_log2;      // applied when there is no softcap
-  float softcap_log2;    // softcap * log2(e); 0 without softcap
-  float softcap_inner;   // 2 * log2(e) * softmax_scale / softcap
-  float slope_log2;      // ALiBi slope * log2(e); 0 without ALiBi
+  float scale_log2;     // applied when there is no softcap
+  float softcap_log2;   // softcap * log2(e); 0 without softcap
+  float softcap_inner;  // 2 * log2(e) * softmax_scale / softcap
+  float slope_log2;     // ALiBi slope * log2(e); 0 without ALiBi
 
   __device__ ScoreModifiers(const ForwardParams& params, int batch, int head)
       : scale_log2(params.softmax_scale * kLog2E),
@@ -25,8 +25,8 @@ struct ScoreModifiers {
     }
   }
 
-  // `distance` is row + diagonal - column. tanh(x) = 1 - 2 / (exp(2x) + 1): tanh.approx would cost half the special-function
-  // work but its relative error of 2^-11 exceeds what rounding the inputs to fp16 costs.
+  // `distance` is row + diagonal - column. tanh(x) = 1 - 2 / (exp(2x) + 1): tanh.approx would cost half the
+  // special-function work but its relative error of 2^-11 exceeds what rounding the inputs to fp16 costs.
   __device__ __forceinline__ float apply(float score, int distance) const {
     float result = score * scale_log2;
     if (softcap_log2 > 0.0f) {

@@ -8,14 +8,15 @@
 namespace flash_attn {
 
 struct Sequence {
-  int q_row;           // row of the first query, in rows from the start of its tensor (varlen) or batch entry
-  int k_row;           // the same for keys and values
-  int q_batch;         // batch index to multiply batch strides with: 0 for varlen
+  int q_row;    // row of the first query, in rows from the start of its tensor (varlen) or batch entry
+  int k_row;    // the same for keys and values
+  int q_batch;  // batch index to multiply batch strides with: 0 for varlen
   int k_batch;
   int seqlen_q;
   int seqlen_k;
 
-  // Varlen launches one entry more than there are sequences: the rows past the last sequence, which see no key.
+  // Varlen launches one entry more than there are sequences: the rows past the last sequence, which see no
+  // key.
   __device__ Sequence(const ForwardParams& params, int batch) {
     if (params.cu_seqlens_q == nullptr) {
       q_row = 0;
@@ -45,30 +46,31 @@ struct Sequence {
 
   template <class Element>
   __device__ const Element* q_rows(const ForwardParams& params, int head, int row) const {
-    return static_cast<const Element*>(params.q) + q_batch * params.q_batch_stride + int64_t{q_row + row} * params.q_row_stride +
-           head * params.q_head_stride;
+    return static_cast<const Element*>(params.q) + q_batch * params.q_batch_stride +
+           int64_t{q_row + row} * params.q_row_stride + head * params.q_head_stride;
   }
 
   template <class Element>
   __device__ const Element* k_rows(const ForwardParams& params, int key_head) const {
-    return static_cast<const Element*>(params.k) + k_batch * params.k_batch_stride + k_row * params.k_row_stride +
-           key_head * params.k_head_stride;
+    return static_cast<const Element*>(params.k) + k_batch * params.k_batch_stride +
+           k_row * params.k_row_stride + key_head * params.k_head_stride;
   }
 
   template <class Element>
   __device__ const Element* v_rows(const ForwardParams& params, int key_head) const {
-    return static_cast<const Element*>(params.v) + k_batch * params.v_batch_stride + k_row * params.v_row_stride +
-           key_head * params.v_head_stride;
+    return static_cast<const Element*>(params.v) + k_batch * params.v_batch_stride +
+           k_row * params.v_row_stride + key_head * params.v_head_stride;
   }
 
   template <class Element>
   __device__ Element* out_rows(const ForwardParams& params, int head, int row) const {
-    return static_cast<Element*>(params.out) + q_batch * params.out_batch_stride + int64_t{q_row + row} * params.out_row_stride +
-           head * params.out_head_stride;
+    return static_cast<Element*>(params.out) + q_batch * params.out_batch_stride +
+           int64_t{q_row + row} * params.out_row_stride + head * params.out_head_stride;
   }
 
   __device__ float* lse_rows(const ForwardParams& params, int head, int row) const {
-    return params.softmax_lse + q_batch * params.lse_batch_stride + head * params.lse_head_stride + q_row + row;
+    return params.softmax_lse + q_batch * params.lse_batch_stride + head * params.lse_head_stride + q_row +
+           row;
   }
 };
 

@@ -1,8 +1,8 @@
 // A tile of 16-bit rows in shared memory, swizzled so that ldmatrix and 16-byte stores meet no bank conflict.
 //
-// Rows of kHeadDim elements lie one after the other in 16-byte chunks. Chunk c of row r is stored at chunk position
-// c ^ (r % 8) where a row is a multiple of 128 bytes, and at c ^ (r / 2 % 4) where it is an odd multiple of 64 bytes:
-// either way eight consecutive rows of one column of chunks cover all 32 banks.
+// Rows of kHeadDim elements lie one after the other in 16-byte chunks. Chunk c of row r is stored at chunk
+// position c ^ (r % 8) where a row is a multiple of 128 bytes, and at c ^ (r / 2 % 4) where it is an odd
+// multiple of 64 bytes: either way eight consecutive rows of one column of chunks cover all 32 banks.
 #pragma once
 
 #include <cstdint>
@@ -25,27 +25,32 @@ struct SharedTile {
 
   // Byte offset of `chunk` in `row`.
   __device__ static __forceinline__ uint32_t offset(int row, int chunk) {
-    return row * kRowBytes + (chunk / kSlabChunks) * kSlabBytes + (((chunk % kSlabChunks) ^ swizzle(row)) << 4);
+    return row * kRowBytes + (chunk / kSlabChunks) * kSlabBytes +
+           (((chunk % kSlabChunks) ^ swizzle(row)) << 4);
   }
 
-  // The byte offset `chunks` further along the row than `start`, where start = offset(row, 0 or 1) and `chunks` is even:
-  // an exclusive or with a constant instead of the whole address computation.
+  // The byte offset `chunks` further along the row than `start`, where start = offset(row, 0 or 1) and
+  // `chunks` is even: an exclusive or with a constant instead of the whole address computation.
   __device__ static __forceinline__ uint32_t advance(uint32_t start, int chunks) {
     return (start ^ ((chunks % kSlabChunks) << 4)) + (chunks / kSlabChunks) * kSlabBytes;
   }
 };
 
-// Copies tiles of `kRows` rows of a global matrix into a shared tile with cp.async, as `kThreads` threads. Rows from
-// `valid_rows` on and columns from `valid_cols` on are filled with zeros, so that no stray NaN meets the tensor cores.
+// Copies tiles of `kRows` rows of a global matrix into a shared tile with cp.async, as `kThreads` threads.
+// Rows from `valid_rows` on and columns from `valid_cols` on are filled with zeros, so that no stray NaN
+// meets the tensor cores.
 template <class Element, int kRows, int kHeadDim, int kThreads>
 class TileCopy {
  public:
   // `global` is the first element of the first tile.
   __device__ __forceinline__ TileCopy(uint32_t shared, const Element* global, int64_t row_stride)
-      : destination_(shared + Tile::offset(row(), chunk())), source_(global + row() * row_stride + chunk() * 8) {}
+      : destination_(shared + Tile::offset(row(), chunk())),
+        source_(global + row() * row_stride + chunk() * 8) {}
 
   // Moves the source on by this many tiles, which may be negative.
-  __device__ __forceinline__ void move(int tiles, int64_t row_stride) { source_ += tiles * kRows * row_stride; }
+  __device__ __forceinline__ void move(int tiles, int64_t row_stride) {
+    source_ += tiles * kRows * row_stride;
+  }
 
   __device__ __forceinline__ void issue(int64_t row_stride, int valid_rows, int valid_cols) const {
 #pragma unroll
@@ -53,7 +58,8 @@ class TileCopy {
       const bool row_valid = row() + pass * kRowsPerPass < valid_rows;
 #pragma unroll
       for (int slab = 0; slab < Tile::kSlabs; ++slab) {
-        const bool last = slab == Tile::kSlabs - 1;  // a matrix without it would take a kernel of a smaller head dim
+        const bool last =
+            slab == Tile::kSlabs - 1;  // a matrix without it would take a kernel of a smaller head dim
         const bool valid = row_valid && (!last || (slab * Tile::kSlabChunks + chunk()) * 8 < valid_cols);
         ptx::cp_async_16(destination_ + pass * kRowsPerPass * Tile::kRowBytes + slab * Tile::kSlabBytes,
                          source_ + pass * kRowsPerPass * row_stride + slab * Tile::kSlabChunks * 8, valid);

@@ -1,4 +1,5 @@
-// Online softmax in base 2 over the accumulator layout of mma.sync (FlashAttention-2, section 3.1; Milakov & Gimelshein 2018).
+// Online softmax in base 2 over the accumulator layout of mma.sync (FlashAttention-2, section 3.1; Milakov &
+// Gimelshein 2018).
 #pragma once
 
 #include <cmath>
@@ -16,8 +17,9 @@ template <int kTilesM>
 struct OnlineSoftmax {
   static constexpr int kRows = 2 * kTilesM;
 
-  // The running maximum may lag behind the true one by this much in log2 units, so that most blocks skip the rescaling of
-  // O and of the sums. Probabilities then reach 2^8 at most, which fp16 and bf16 hold with the same relative precision.
+  // The running maximum may lag behind the true one by this much in log2 units, so that most blocks skip the
+  // rescaling of O and of the sums. Probabilities then reach 2^8 at most, which fp16 and bf16 hold with the
+  // same relative precision.
   static constexpr float kMaxLag = 8.0f;
 
   float max[kRows];  // in units of the raw scores
@@ -33,7 +35,8 @@ struct OnlineSoftmax {
 
   // The rows' maxima over a block of scores.
   template <int kTilesN>
-  __device__ static __forceinline__ void block_max(float (&result)[kRows], const float (&scores)[kTilesM][kTilesN][4]) {
+  __device__ static __forceinline__ void block_max(float (&result)[kRows],
+                                                   const float (&scores)[kTilesM][kTilesN][4]) {
 #pragma unroll
     for (int row = 0; row < kRows; ++row) result[row] = row_max(scores[row / 2], row % 2);
   }
@@ -48,8 +51,8 @@ struct OnlineSoftmax {
 
   // Brings the running maximum up to date; `output` and the sums follow.
   template <int kOutputTiles>
-  __device__ __forceinline__ void rescale(const float (&block_max)[kRows], float (&output)[kTilesM][kOutputTiles][4],
-                                          float scale) {
+  __device__ __forceinline__ void rescale(const float (&block_max)[kRows],
+                                          float (&output)[kTilesM][kOutputTiles][4], float scale) {
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
       const float new_max = fmaxf(max[row], block_max[row]);
@@ -82,8 +85,8 @@ struct OnlineSoftmax {
     }
   }
 
-  // Completes the sums over the quad and, with `combine`, over other warps. Returns for each row 1 / sum, or 0 for a row that
-  // saw no key.
+  // Completes the sums over the quad and, with `combine`, over other warps. Returns for each row 1 / sum, or
+  // 0 for a row that saw no key.
   template <class Combine>
   __device__ __forceinline__ void finish(float (&inverse_sum)[kRows], Combine combine) {
 #pragma unroll

@@ -27,7 +27,8 @@ const FamilyInfo& family_info(Family family) {
   return kFamilies[i];  // the table ends with an uncounted entry
 }
 
-// The family with the largest tiles that the device was made for comes first; one made for larger devices comes last.
+// The family with the largest tiles that the device was made for comes first; one made for larger devices
+// comes last.
 int preference(Family family, const Device& device) {
   const int shared_bytes = family_info(family).shared_bytes;
   return shared_bytes <= device.shared_bytes ? shared_bytes : -shared_bytes;
@@ -60,18 +61,23 @@ const KernelEntry* find_forward_kernel(const ForwardParams& params, const Device
   bool built = false;
   for (int i = 0; i < kNumKernels; ++i) {
     const KernelEntry& kernel = kKernels[i];
-    if (kernel.direction != Direction::kForward || kernel.split || kernel.dtype != dtype || kernel.mask != mask ||
-        kernel.head_dim != head_dim || (forced != Family::kAuto && kernel.family != forced)) {
+    if (kernel.direction != Direction::kForward || kernel.split || kernel.dtype != dtype ||
+        kernel.mask != mask || kernel.head_dim != head_dim ||
+        (forced != Family::kAuto && kernel.family != forced)) {
       continue;
     }
     built = true;
-    if (!family_runs_on(kernel.family, device.capability) || kernel.shared_bytes > device.shared_bytes) continue;
-    if (best == nullptr || preference(kernel.family, device) > preference(best->family, device)) best = &kernel;
+    if (!family_runs_on(kernel.family, device.capability) || kernel.shared_bytes > device.shared_bytes)
+      continue;
+    if (best == nullptr || preference(kernel.family, device) > preference(best->family, device))
+      best = &kernel;
   }
   status = Status::kOk;
   if (best != nullptr) return best;
   status = built ? Status::kUnsupportedDevice : Status::kNotBuilt;
-  fail(status, "this build holds no forward kernel for %s, head dim %d, %s mask, family %s%s that runs on compute capability %d.%d",
+  fail(status,
+       "this build holds no forward kernel for %s, head dim %d, %s mask, family %s%s that runs on compute "
+       "capability %d.%d",
        dtype == Dtype::kBf16 ? "bf16" : "fp16", head_dim, mask_name(mask),
        forced == Family::kAuto ? "any" : family_info(forced).name, forced == Family::kAuto ? "" : " (forced)",
        device.capability / 10, device.capability % 10);

@@ -4,8 +4,8 @@
 namespace flash_attn {
 
 struct Device {
-  int capability;                        // 10 * major + minor
-  int shared_bytes;                      // that one thread block may have
+  int capability;    // 10 * major + minor
+  int shared_bytes;  // that one thread block may have
   int shared_bytes_per_multiprocessor;
 };
 

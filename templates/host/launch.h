@@ -12,7 +12,8 @@
 namespace flash_attn {
 
 // Allows `kernel` its dynamic shared memory on the current device, once per device and kernel.
-inline Status allow_shared_memory(const void* kernel, const char* name, int shared_bytes, std::atomic<uint64_t>& done) {
+inline Status allow_shared_memory(const void* kernel, const char* name, int shared_bytes,
+                                  std::atomic<uint64_t>& done) {
   int device = 0;
   Status status = check_cuda(cudaGetDevice(&device), "cudaGetDevice", name);
   if (status != Status::kOk) return status;
@@ -21,7 +22,8 @@ inline Status allow_shared_memory(const void* kernel, const char* name, int shar
   status = check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
                       "cudaFuncSetAttribute(MaxDynamicSharedMemorySize)", name);
   if (status != Status::kOk) return status;
-  status = check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
+  status = check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                           cudaSharedmemCarveoutMaxShared),
                       "cudaFuncSetAttribute(PreferredSharedMemoryCarveout)", name);
   if (status == Status::kOk) done.fetch_or(bit, std::memory_order_release);
   return status;
@@ -29,8 +31,9 @@ inline Status allow_shared_memory(const void* kernel, const char* name, int shar
 
 // `done` remembers the devices on which the kernel's attributes are set: one object per kernel.
 template <class Arguments>
-Status launch_kernel(void (*kernel)(Arguments), const char* name, int64_t blocks, int threads, int shared_bytes,
-                     cudaStream_t stream, const Arguments& arguments, std::atomic<uint64_t>& done) {
+Status launch_kernel(void (*kernel)(Arguments), const char* name, int64_t blocks, int threads,
+                     int shared_bytes, cudaStream_t stream, const Arguments& arguments,
+                     std::atomic<uint64_t>& done) {
   if (blocks == 0) return Status::kOk;
   if (blocks > std::numeric_limits<int32_t>::max()) {
     return fail(Status::kInvalidArgument, "%s would need %lld thread blocks; the limit is 2^31 - 1", name,
@@ -40,8 +43,8 @@ Status launch_kernel(void (*kernel)(Arguments), const char* name, int64_t blocks
   const Status status = allow_shared_memory(function, name, shared_bytes, done);
   if (status != Status::kOk) return status;
   void* kernel_arguments[] = {const_cast<Arguments*>(&arguments)};
-  return check_cuda(cudaLaunchKernel(function, dim3(static_cast<unsigned>(blocks)), dim3(threads), kernel_arguments,
-                                     shared_bytes, stream),
+  return check_cuda(cudaLaunchKernel(function, dim3(static_cast<unsigned>(blocks)), dim3(threads),
+                                     kernel_arguments, shared_bytes, stream),
                     "cudaLaunchKernel", name);
 }
 

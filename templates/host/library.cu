@@ -47,8 +47,8 @@ Status query_device(int index, Device& device) {
                  {cudaDevAttrMaxSharedMemoryPerBlockOptin, &device.shared_bytes},
                  {cudaDevAttrMaxSharedMemoryPerMultiprocessor, &device.shared_bytes_per_multiprocessor}};
   for (const auto& query : queries) {
-    const Status status =
-        check_cuda(cudaDeviceGetAttribute(query.value, query.attribute, index), "cudaDeviceGetAttribute", "the device");
+    const Status status = check_cuda(cudaDeviceGetAttribute(query.value, query.attribute, index),
+                                     "cudaDeviceGetAttribute", "the device");
     if (status != Status::kOk) return status;
   }
   device.capability = 10 * major + minor;
@@ -120,7 +120,9 @@ int64_t flash_attn_forward_params_size() { return sizeof(ForwardParams); }
 
 int32_t flash_attn_kernel_count() { return kNumKernels; }
 
-const char* flash_attn_kernel_key(int32_t index) { return index >= 0 && index < kNumKernels ? kKernels[index].key : nullptr; }
+const char* flash_attn_kernel_key(int32_t index) {
+  return index >= 0 && index < kNumKernels ? kKernels[index].key : nullptr;
+}
 
 const char* flash_attn_targets() {
   static const std::string text = [] {
@@ -131,7 +133,8 @@ const char* flash_attn_targets() {
       for (int j = 0; j < kNumFamilies; ++j) {
         if (kFamilies[j].family == target.family) family = kFamilies[j].name;
       }
-      result += (i > 0 ? "," : "") + std::string(family) + ":" + std::to_string(target.capability) + (target.ptx ? "+ptx" : "");
+      result += (i > 0 ? "," : "") + std::string(family) + ":" + std::to_string(target.capability) +
+                (target.ptx ? "+ptx" : "");
     }
     return result;
   }();

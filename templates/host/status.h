@@ -13,7 +13,8 @@ Status fail(Status status, const char* format, ...) __attribute__((format(printf
 // Turns a CUDA return code into a Status; `what` names the call and the kernel.
 inline Status check_cuda(cudaError_t code, const char* call, const char* kernel) {
   if (code == cudaSuccess) return Status::kOk;
-  return fail(Status::kCudaError, "%s failed for %s: %s (%s)", call, kernel, cudaGetErrorString(code), cudaGetErrorName(code));
+  return fail(Status::kCudaError, "%s failed for %s: %s (%s)", call, kernel, cudaGetErrorString(code),
+              cudaGetErrorName(code));
 }
 
 }  // namespace flash_attn

@@ -3,7 +3,8 @@
 
 namespace flash_attn::ptx {
 
-// Waits for `threads` threads at barrier `id` (1..15; 0 belongs to __syncthreads). Orders their shared memory accesses.
+// Waits for `threads` threads at barrier `id` (1..15; 0 belongs to __syncthreads). Orders their shared memory
+// accesses.
 __device__ __forceinline__ void barrier_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }

@@ -1,4 +1,5 @@
-// Compile-time description of one forward kernel of the sm80 family. The numbers come from the tile table in codegen.
+// Compile-time description of one forward kernel of the sm80 family. The numbers come from the tile table in
+// codegen.
 #pragma once
 
 #include "common/dtype.cuh"

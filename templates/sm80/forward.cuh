@@ -1,8 +1,11 @@
-// Forward attention for GPUs with mma.sync m16n8k16 and cp.async (Ampere and later); FlashAttention-2, algorithm 1.
+// Forward attention for GPUs with mma.sync m16n8k16 and cp.async (Ampere and later); FlashAttention-2,
+// algorithm 1.
 //
-// One thread block computes kBlockM rows of O for one head. Its warps split the rows; all of them read the same K and V.
+// One thread block computes kBlockM rows of O for one head. Its warps split the rows; all of them read the
+// same K and V.
 //
-// K and V have one buffer each; two thread blocks per multiprocessor hide each other's waits. Two barriers a block of keys:
+// K and V have one buffer each; two thread blocks per multiprocessor hide each other's waits. Two barriers a
+// block of keys:
 //
 //   barrier  what has arrived   what every warp has read, so that its buffer is refilled next
 //   first    K[n] (and Q)       V[n + 1]
@@ -37,113 +40,131 @@ struct ForwardArguments {
   TileSchedule schedule;
 };
 
-// Writes this warp's part of O through shared memory that held Q, so that the stores to global memory are 16 bytes wide.
+// What one thread block computes: the queries [first_row, first_row + rows) of one head of one sequence.
+struct QueryBlock {
+  const ForwardParams& params;
+  const Sequence& sequence;
+  int batch;
+  int head;
+  int first_row;
+  int rows;
+
+  template <class Element>
+  __device__ __forceinline__ const Element* query() const {
+    return sequence.q_rows<Element>(params, head, first_row);
+  }
+  template <class Element>
+  __device__ __forceinline__ Element* out() const {
+    return sequence.out_rows<Element>(params, head, first_row);
+  }
+  __device__ __forceinline__ float* lse() const { return sequence.lse_rows(params, head, first_row); }
+};
+
+// Queries that see no key: O = 0, LSE = +inf.
 template <class Config>
-__device__ __forceinline__ void store_output(const Accumulator<Config::kTilesM, Config::kTilesD>& output,
-                                             const float (&factor)[2 * Config::kTilesM], uint32_t shared,
-                                             const WarpPart<Config>& part, typename Config::Element* out,
-                                             int64_t row_stride, int valid_rows, int head_dim) {
+__device__ void store_empty(const QueryBlock& queries) {
+  const int chunks = queries.params.head_dim / 8;
+  auto* out = queries.out<typename Config::Element>();
+  for (int i = threadIdx.x; i < queries.rows * chunks; i += Config::kThreads) {
+    *reinterpret_cast<uint4*>(out + i / chunks * queries.params.out_row_stride + i % chunks * 8) =
+        make_uint4(0, 0, 0, 0);
+  }
+  for (int row = threadIdx.x; row < queries.rows; row += Config::kThreads) queries.lse()[row] = INFINITY;
+}
+
+// Writes this warp's part of O, each row times its `factor`, through the shared memory that held Q, so that
+// the stores to global memory are 16 bytes wide.
+template <class Config>
+__device__ __forceinline__ void store_output(const QueryBlock& queries, const WarpPart<Config>& part,
+                                             const Accumulator<Config::kTilesM, Config::kTilesD>& output,
+                                             const float (&factor)[2 * Config::kTilesM], uint32_t shared) {
   using Shared = SharedTile<Config::kHeadDim>;
   const int lane = threadIdx.x % 32;
 #pragma unroll
-  for (int m = 0; m < Config::kTilesM; ++m) {
+  for (int i = 0; i < 2 * Config::kTilesM; ++i) {
+    const int row = part.row + i / 2 * 16 + i % 2 * 8 + lane / 4;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = part.row + m * 16 + half * 8 + lane / 4;
-      const float scale = factor[2 * m + half];
-#pragma unroll
-      for (int n = 0; n < Config::kTilesD; ++n) {
-        const uint32_t value = pack<Config::kDtype>(output[m][n][2 * half] * scale, output[m][n][2 * half + 1] * scale);
-        ptx::store_shared(shared + Shared::offset(row, part.dim / 8 + n) + lane % 4 * 4, value);
-      }
+    for (int n = 0; n < Config::kTilesD; ++n) {
+      const float* o = output[i / 2][n] + 2 * (i % 2);
+      ptx::store_shared(shared + Shared::offset(row, part.dim / 8 + n) + lane % 4 * 4,
+                        pack<Config::kDtype>(o[0] * factor[i], o[1] * factor[i]));
     }
   }
   __syncwarp();
+  auto* out = queries.out<typename Config::Element>();
 #pragma unroll 4
   for (int i = lane; i < Config::kWarpRows * Config::kTilesD; i += 32) {
     const int row = part.row + i / Config::kTilesD, chunk = part.dim / 8 + i % Config::kTilesD;
-    if (row >= valid_rows || chunk * 8 >= head_dim) continue;
-    *reinterpret_cast<uint4*>(out + row * row_stride + chunk * 8) = ptx::load_shared_16(shared + Shared::offset(row, chunk));
+    if (row >= queries.rows || chunk * 8 >= queries.params.head_dim) continue;
+    *reinterpret_cast<uint4*>(out + row * queries.params.out_row_stride + chunk * 8) =
+        ptx::load_shared_16(shared + Shared::offset(row, chunk));
   }
 }
 
-// Rows that see no key: O = 0, LSE = +inf.
-template <class Config>
-__device__ void store_empty_rows(const ForwardParams& params, const Sequence& sequence, int head, int first_row, int rows) {
-  const int chunks = params.head_dim / 8;
-  auto* out = sequence.out_rows<typename Config::Element>(params, head, first_row);
-  for (int i = threadIdx.x; i < rows * chunks; i += Config::kThreads) {
-    *reinterpret_cast<uint4*>(out + i / chunks * params.out_row_stride + i % chunks * 8) = make_uint4(0, 0, 0, 0);
-  }
-  float* lse = sequence.lse_rows(params, head, first_row);
-  for (int row = threadIdx.x; row < rows; row += Config::kThreads) lse[row] = INFINITY;
-}
-
-// O += P V for a block of keys. A pair multiplies each warp's probabilities with its own half of the columns of V, then the
-// other's, which have arrived meanwhile.
+// O += P V for a block of keys. A pair multiplies each warp's probabilities with its own half of the columns
+// of V, then the other's, which have arrived meanwhile.
 template <class Config>
 __device__ __forceinline__ void accumulate_block(Accumulator<Config::kTilesM, Config::kTilesD>& output,
-                                                 const Accumulator<Config::kTilesM, Config::kTilesN>& scores,
-                                                 const FragmentAddresses<Config>& addresses, const WarpPart<Config>& part,
+                                                 const Accumulator<Config::kTilesM, Config::kTilesN>& probs,
+                                                 uint32_t value_address, const WarpPart<Config>& part,
                                                  const WarpPair<Config>& pair) {
   if constexpr (Config::kPairs) {
-    Probs<Config> probs;
-    round_probs<Config>(probs, scores);
-    pair.send(probs);
-    accumulate_output<Config>(output, probs, addresses.value);
-    pair.receive(probs);
+    Probs<Config> rounded;
+    round_probs<Config>(rounded, probs);
+    pair.send(rounded);
+    accumulate_output<Config>(output, rounded, value_address);
+    pair.receive(rounded);
     const int rows_to_other = Config::kWarpKeys - 2 * part.key;
-    accumulate_output<Config>(output, probs, addresses.value + rows_to_other * SharedTile<Config::kHeadDim>::kRowBytes);
+    accumulate_output<Config>(output, rounded,
+                              value_address + rows_to_other * SharedTile<Config::kHeadDim>::kRowBytes);
   } else {
-    accumulate_output<Config>(output, scores, addresses.value);
+    accumulate_output<Config>(output, probs, value_address);
   }
 }
 
 // The epilogue: completes the sums, writes LSE and the normalised O.
 template <class Config, bool kModifiers>
-__device__ __forceinline__ void finish(const ForwardParams& params, const Sequence& sequence, int head, int first_row,
-                                       int rows, const Accumulator<Config::kTilesM, Config::kTilesD>& output,
-                                       OnlineSoftmax<Config::kTilesM>& softmax, float scale_log2,
-                                       const WarpPart<Config>& part, const WarpPair<Config>& pair, uint32_t shared) {
+__device__ __forceinline__ void finish(const QueryBlock& queries, const WarpPart<Config>& part,
+                                       const WarpPair<Config>& pair, OnlineSoftmax<Config::kTilesM>& softmax,
+                                       const Accumulator<Config::kTilesM, Config::kTilesD>& output,
+                                       float scale_log2, uint32_t shared) {
   float factor[2 * Config::kTilesM];
   softmax.finish(factor, [&](float (&row_sum)[2 * Config::kTilesM]) {
     if constexpr (Config::kPairs) pair.combine_rows(row_sum, [](float a, float b) { return a + b; });
   });
-  float* lse = sequence.lse_rows(params, head, first_row);
+  float* lse = queries.lse();
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int i = 0; i < 2 * Config::kTilesM; ++i) {
     const int row = part.row + i / 2 * 16 + i % 2 * 8 + lane / 4;
-    if (lane % 4 == 0 && part.key == 0 && row < rows) lse[row] = softmax.log_sum_exp(i, scale_log2);
-    if constexpr (kModifiers) factor[i] /= 1.0f - params.dropout_p;
+    if (lane % 4 == 0 && part.key == 0 && row < queries.rows) lse[row] = softmax.log_sum_exp(i, scale_log2);
+    if constexpr (kModifiers) factor[i] /= 1.0f - queries.params.dropout_p;
   }
-  store_output<Config>(output, factor, shared, part, sequence.out_rows<typename Config::Element>(params, head, first_row),
-                       params.out_row_stride, rows, params.head_dim);
+  store_output<Config>(queries, part, output, factor, shared);
 }
 
-// What one thread block does: walk over the keys of its queries from the last block to the first.
+// The main loop: from the last block of keys to the first.
 template <class Config, bool kModifiers>
-__device__ __forceinline__ void forward_tile(const ForwardParams& params, const Sequence& sequence, int batch, int head,
-                                             int first_row, uint8_t* shared_memory) {
+__device__ __forceinline__ void attend(const QueryBlock& queries, uint8_t* shared_memory) {
   using Element = typename Config::Element;
   using CopyQuery = TileCopy<Element, Config::kBlockM, Config::kHeadDim, Config::kThreads>;
   using CopyKeys = TileCopy<Element, Config::kBlockN, Config::kHeadDim, Config::kThreads>;
+  const ForwardParams& params = queries.params;
+  const int seqlen_k = queries.sequence.seqlen_k;
 
-  const int rows = min(sequence.seqlen_q - first_row, Config::kBlockM);
-  const AttentionMask<Config::kMask> mask(params, sequence.seqlen_q, sequence.seqlen_k);
-  const KeyBlocks<Config::kMask, Config::kBlockN> blocks(mask, first_row, first_row + rows - 1);
-  if (blocks.begin >= blocks.end) {
-    store_empty_rows<Config>(params, sequence, head, first_row, rows);
-    return;
-  }
+  const AttentionMask<Config::kMask> mask(params, queries.sequence.seqlen_q, seqlen_k);
+  const KeyBlocks<Config::kMask, Config::kBlockN> blocks(mask, queries.first_row,
+                                                         queries.first_row + queries.rows - 1);
+  if (blocks.begin >= blocks.end) return store_empty<Config>(queries);
 
-  const int key_head = head / (params.num_heads / params.num_heads_k);
+  const int key_head = queries.head / (params.num_heads / params.num_heads_k);
   const uint32_t shared = ptx::shared_address(shared_memory);
   const uint32_t shared_k = shared + Config::kQueryBytes;
-  CopyKeys copy_k(shared_k, sequence.k_rows<Element>(params, key_head), params.k_row_stride);
-  CopyKeys copy_v(shared_k + Config::kKeyBytes, sequence.v_rows<Element>(params, key_head), params.v_row_stride);
+  CopyKeys copy_k(shared_k, queries.sequence.k_rows<Element>(params, key_head), params.k_row_stride);
+  CopyKeys copy_v(shared_k + Config::kKeyBytes, queries.sequence.v_rows<Element>(params, key_head),
+                  params.v_row_stride);
   const auto issue = [&](CopyKeys& copy, int64_t row_stride, int block) {
-    copy.issue(row_stride, sequence.seqlen_k - block * Config::kBlockN, params.head_dim);
+    copy.issue(row_stride, seqlen_k - block * Config::kBlockN, params.head_dim);
     copy.move(-1, row_stride);
     ptx::cp_async_commit();
   };
@@ -151,8 +172,8 @@ __device__ __forceinline__ void forward_tile(const ForwardParams& params, const 
   int block = blocks.end - 1;
   copy_k.move(block, params.k_row_stride);
   copy_v.move(block, params.v_row_stride);
-  CopyQuery(shared, sequence.q_rows<Element>(params, head, first_row), params.q_row_stride)
-      .issue(params.q_row_stride, rows, params.head_dim);
+  CopyQuery(shared, queries.query<Element>(), params.q_row_stride)
+      .issue(params.q_row_stride, queries.rows, params.head_dim);
   issue(copy_k, params.k_row_stride, block);
 
   const WarpPart<Config> part;
@@ -168,15 +189,15 @@ __device__ __forceinline__ void forward_tile(const ForwardParams& params, const 
     issue(copy_v, params.v_row_stride, block);
 
     Accumulator<Config::kTilesM, Config::kTilesN> scores;
-    const int row = first_row + part.row, key = block * Config::kBlockN + part.key;
+    const int row = queries.first_row + part.row, key = block * Config::kBlockN + part.key;
     compute_scores<Config>(scores, addresses.query, addresses.key);
     if constexpr (kModifiers) {
-      const ScoreModifiers modifiers(params, batch, head);
-      for_each_score(scores, row, key, [&](float& score, int i, int j) { score = modifiers.apply(score, i + mask.diagonal - j); });
+      apply_modifiers(scores, ScoreModifiers(params, queries.batch, queries.head), mask.diagonal, row, key);
     }
     if (blocks.needs_mask(block)) apply_mask(scores, mask, row, key);
 
-    // Pairs must agree whether maxima lag, which the second barrier tells them when it comes after the maxima.
+    // Pairs must agree whether maxima lag: they learn it from the second barrier, which then follows the
+    // maxima.
     const auto refill_keys = [&] {
       if (block > blocks.begin) issue(copy_k, params.k_row_stride, block - 1);
     };
@@ -200,11 +221,13 @@ __device__ __forceinline__ void forward_tile(const ForwardParams& params, const 
     }
     softmax.exponentiate(scores, scale_log2);
     if constexpr (kModifiers) {
-      if (params.dropout_p > 0.0f) apply_dropout(scores, Dropout(params, batch * params.num_heads + head), row, key);
+      if (params.dropout_p > 0.0f) {
+        apply_dropout(scores, Dropout(params, queries.batch * params.num_heads + queries.head), row, key);
+      }
     }
-    accumulate_block(output, scores, addresses, part, pair);
+    accumulate_block(output, scores, addresses.value, part, pair);
   }
-  finish<Config, kModifiers>(params, sequence, head, first_row, rows, output, softmax, scale_log2, part, pair, shared);
+  finish<Config, kModifiers>(queries, part, pair, softmax, output, scale_log2, shared);
 }
 
 template <class Config, bool kModifiers>
@@ -214,38 +237,43 @@ __global__ void __launch_bounds__(Config::kThreads, Config::Tile::kMinBlocks)
   const ForwardParams& params = arguments.params;
   const TileSchedule::Tile tile = arguments.schedule.tile(blockIdx.x);
   const Sequence sequence(params, tile.batch);
+  const auto queries = [&](int first_row) {
+    const int rows = min(sequence.seqlen_q - first_row, Config::kBlockM);
+    return QueryBlock{params, sequence, tile.batch, tile.head, first_row, rows};
+  };
   const int first_row = tile.m_block * Config::kBlockM;
   if (tile.batch == params.batch) {
-    // The rows past the last varlen sequence may be more than in the longest sequence.
-    for (int row = first_row; row < sequence.seqlen_q; row += arguments.schedule.tiles_m * Config::kBlockM) {
-      store_empty_rows<Config>(params, sequence, tile.head, row, min(sequence.seqlen_q - row, Config::kBlockM));
-    }
+    // The rows past the last varlen sequence may be more than the tiles of the longest sequence.
+    const int step = arguments.schedule.tiles_m * Config::kBlockM;
+    for (int row = first_row; row < sequence.seqlen_q; row += step) store_empty<Config>(queries(row));
   } else if (first_row < sequence.seqlen_q) {
-    forward_tile<Config, kModifiers>(params, sequence, tile.batch, tile.head, first_row, shared_memory);
+    attend<Config, kModifiers>(queries(first_row), shared_memory);
   }
 }
 
-// Plain softmax(scale Q K^T) V runs the kernel without score modifiers; a scale that is not positive needs them, because
-// the plain kernel takes the maximum before it scales.
+// Plain softmax(scale Q K^T) V runs the kernel without score modifiers; a scale that is not positive needs
+// them, because the plain kernel takes the maximum before it scales.
 inline bool needs_modifiers(const ForwardParams& params) {
   return params.alibi_slopes != nullptr || params.softcap > 0.0f || params.dropout_p > 0.0f ||
          !(params.softmax_scale > 0.0f);
 }
 
-// Runs the first configuration of which a multiprocessor of `device` holds as many thread blocks as it asks for; the last
-// one in any case.
+// Runs the first configuration of which a multiprocessor of `device` holds as many thread blocks as it asks
+// for; the last one in any case.
 template <class Config, class... Others>
-Status launch_forward(const ForwardParams& params, const Device& device, cudaStream_t stream, const char* name) {
+Status launch_forward(const ForwardParams& params, const Device& device, cudaStream_t stream,
+                      const char* name) {
   if constexpr (sizeof...(Others) > 0) {
     const int needed = Config::Tile::kMinBlocks * (Config::kSharedBytes + kReservedSharedBytes);
-    if (needed > device.shared_bytes_per_multiprocessor) return launch_forward<Others...>(params, device, stream, name);
+    if (needed > device.shared_bytes_per_multiprocessor)
+      return launch_forward<Others...>(params, device, stream, name);
   }
   const ForwardArguments arguments{params, make_schedule(params, Config::kBlockM, Config::kMask)};
   const bool modifiers = needs_modifiers(params);
   static std::atomic<uint64_t> prepared[2];
   return launch_kernel(modifiers ? forward_kernel<Config, true> : forward_kernel<Config, false>, name,
-                       arguments.schedule.num_tiles(), Config::kThreads, Config::kSharedBytes, stream, arguments,
-                       prepared[modifiers]);
+                       arguments.schedule.num_tiles(), Config::kThreads, Config::kSharedBytes, stream,
+                       arguments, prepared[modifiers]);
 }
 
 }  // namespace flash_attn::sm80

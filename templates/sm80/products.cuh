@@ -1,4 +1,5 @@
-// The two matrix products of the forward pass, S = Q K^T and O += P V, as one warp computes them with mma.sync.
+// The two matrix products of the forward pass, S = Q K^T and O += P V, as one warp computes them with
+// mma.sync.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +12,8 @@
 
 namespace flash_attn::sm80 {
 
-// Which part of the tile this warp computes: rows from `row`, keys from `key` of each block, columns of O from `dim`.
+// Which part of the tile this warp computes: rows from `row`, keys from `key` of each block, columns of O
+// from `dim`.
 template <class Config>
 struct WarpPart {
   int row;
@@ -26,8 +28,8 @@ struct WarpPart {
   }
 };
 
-// The shared addresses from which this lane reads fragments with ldmatrix. Lanes 8..15 address rows 8..15 for A operands and
-// for transposed B (V), columns 8..15 for B (K); lanes 16..31 the other way round.
+// The shared addresses from which this lane reads fragments with ldmatrix. Lanes 8..15 address rows 8..15 for
+// A operands and for transposed B (V), columns 8..15 for B (K); lanes 16..31 the other way round.
 template <class Config>
 struct FragmentAddresses {
   using Shared = SharedTile<Config::kHeadDim>;
@@ -79,14 +81,16 @@ __device__ __forceinline__ void compute_scores(Accumulator<Config::kTilesM, Conf
   }
 }
 
-// P rounded to 16 bits, as A operands of O += P V: element [m][k] holds rows of tile m and 16 keys from 16 k on.
+// P rounded to 16 bits, as A operands of O += P V: element [m][k] holds rows of tile m and 16 keys from 16 k
+// on.
 template <class Config>
 using Probs = uint32_t[Config::kTilesM][Config::kTilesN / 2][4];
 
 // Two neighbouring accumulator tiles, rounded, are one A operand: no exchange between lanes.
 template <class Config>
-__device__ __forceinline__ void get_operand(uint32_t (&a)[4], const Accumulator<Config::kTilesM, Config::kTilesN>& probs,
-                                            int m, int k) {
+__device__ __forceinline__ void get_operand(uint32_t (&a)[4],
+                                            const Accumulator<Config::kTilesM, Config::kTilesN>& probs, int m,
+                                            int k) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const float* p = probs[m][2 * k + i / 2] + 2 * (i % 2);
@@ -101,7 +105,8 @@ __device__ __forceinline__ void get_operand(uint32_t (&a)[4], const Probs<Config
 }
 
 template <class Config>
-__device__ __forceinline__ void round_probs(Probs<Config>& rounded, const Accumulator<Config::kTilesM, Config::kTilesN>& probs) {
+__device__ __forceinline__ void round_probs(Probs<Config>& rounded,
+                                            const Accumulator<Config::kTilesM, Config::kTilesN>& probs) {
 #pragma unroll
   for (int m = 0; m < Config::kTilesM; ++m) {
 #pragma unroll

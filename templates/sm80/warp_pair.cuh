@@ -1,8 +1,9 @@
 // Two warps that share rows of queries: each computes half of the columns of S and half of the columns of O.
 //
-// For wide heads one warp cannot hold 32 rows of O. With 16 rows per warp every fragment of K and V that ldmatrix reads
-// would feed half as many products, and shared memory would be the bottleneck. A pair keeps 32 rows, at the price of
-// exchanging row maxima and probabilities through shared memory: 2 bytes per score, against kHeadDim * 4 / 32 for K and V.
+// For wide heads one warp cannot hold 32 rows of O. With 16 rows per warp every fragment of K and V that
+// ldmatrix reads would feed half as many products, and shared memory would be the bottleneck. A pair keeps 32
+// rows, at the price of exchanging row maxima and probabilities through shared memory: 2 bytes per score,
+// against kHeadDim * 4 / 32 for K and V.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +19,8 @@ class WarpPair {
   using Probs = uint32_t[Config::kTilesM][Config::kTilesN / 2][4];
 
   __device__ __forceinline__ explicit WarpPair(uint8_t* shared)
-      : probs_(reinterpret_cast<uint4*>(shared) + threadIdx.x), rows_(reinterpret_cast<float*>(shared + Config::kProbsBytes) + threadIdx.x / 4) {}
+      : probs_(reinterpret_cast<uint4*>(shared) + threadIdx.x),
+        rows_(reinterpret_cast<float*>(shared + Config::kProbsBytes) + threadIdx.x / 4) {}
 
   // Combines a value per row with the other warp's by `function`.
   template <class Function>
@@ -29,7 +31,8 @@ class WarpPair {
     }
     sync();
 #pragma unroll
-    for (int row = 0; row < kRows; ++row) values[row] = function(values[row], rows_[row * Config::kThreads / 4 + to_other(8)]);
+    for (int row = 0; row < kRows; ++row)
+      values[row] = function(values[row], rows_[row * Config::kThreads / 4 + to_other(8)]);
   }
 
   __device__ __forceinline__ void send(const Probs& probs) const {
@@ -55,7 +58,9 @@ class WarpPair {
   static constexpr int kFragments = Config::kTilesM * kSteps;
 
   // Warps 2 i and 2 i + 1 are a pair.
-  __device__ static __forceinline__ int to_other(int per_warp) { return threadIdx.x / 32 % 2 == 0 ? per_warp : -per_warp; }
+  __device__ static __forceinline__ int to_other(int per_warp) {
+    return threadIdx.x / 32 % 2 == 0 ? per_warp : -per_warp;
+  }
   __device__ static __forceinline__ void sync() { ptx::barrier_sync(1 + threadIdx.x / 64, 64); }
 
   uint4* probs_;
