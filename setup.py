@@ -67,12 +67,14 @@ class BuildKernels(Command):
 
 
 class Build(build):
-    """setuptools' build into an empty folder, so that nothing removed survives, then the kernels."""
+    """setuptools' build without an earlier one's modules, which may be gone, then the kernels."""
 
     sub_commands: ClassVar = [*build.sub_commands, ("build_kernels", None)]
 
     def run(self) -> None:
-        shutil.rmtree(self.build_lib, ignore_errors=True)
+        earlier = Path(self.build_lib) / PACKAGE.name
+        if earlier.resolve() != PACKAGE.resolve():
+            shutil.rmtree(earlier, ignore_errors=True)
         super().run()
 
 

@@ -154,7 +154,7 @@ FORWARD_PARAMS = Struct(
         Field(
             "cu_seqlens_k",
             "const int32_t*",
-            "(batch + 1), or null: where each sequence starts in k, v",
+            "(batch + 1), null iff cu_seqlens_q: sequence starts in k, v",
         ),
         Field("seqused_k", "const int32_t*", "(batch), or null: keys used of each sequence"),
         Field("leftpad_k", "const int32_t*", "(batch), or null: leading keys skipped of each sequence"),

@@ -63,6 +63,10 @@ ARCHS = {
 }
 
 
+EMBEDDED = frozenset({72, 87})
+"""Capabilities of embedded GPUs, on which no cubin of their major version's other GPUs runs."""
+
+
 def built_families() -> list[Family]:
     """The families that have kernels."""
     return [family for family in FAMILIES.values() if family.directions]

@@ -12,7 +12,7 @@ from setuptools.build_meta import (
     prepare_metadata_for_build_wheel,
 )
 
-from codegen import selection, toolchain
+from codegen import CodegenError, selection, toolchain
 
 __all__ = [
     "build_editable",
@@ -38,6 +38,9 @@ def get_requires_for_build_editable(config_settings: dict[str, Any] | None = Non
 
 def compiler_requirements() -> list[str]:
     """The compiler wheels, if the selection has kernels and nvcc is neither in CUDA_HOME nor on PATH."""
-    if not selection.from_environment().targets or toolchain.find_nvcc():
-        return []
+    try:
+        if not selection.from_environment().targets or toolchain.find_nvcc():
+            return []
+    except CodegenError as error:
+        raise SystemExit(f"flash-attn: {error}") from None
     return toolchain.wheel_requirements()

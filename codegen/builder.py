@@ -1,11 +1,14 @@
 """Building a selection: render, compile with ninja, link, and put the library into the package."""
 
+import fcntl
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -36,6 +39,24 @@ def build(selection: Selection, build_dir: Path, out: Path, templates: Path = TE
     tools = toolchain.find_toolchain()
     toolchain.check_targets(tools, selection)
     units = list_units(selection)
+    with _locked(build_dir):
+        _compile(selection, units, tools, build_dir, templates)
+        install(build_dir / LIBRARY, out)
+    render.write_file(out / BUILD_INFO, json.dumps(_build_info(selection, units, tools), indent=1) + "\n")
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other processes that build in the same folder waiting."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _compile(
+    selection: Selection, units: list[Unit], tools: toolchain.Toolchain, build_dir: Path, templates: Path
+) -> None:
     generated = build_dir / "generated"
     render.write_tree(render.render_sources(selection), generated)
     sources = ninja.sources(selection, units, generated, templates)
@@ -44,8 +65,6 @@ def build(selection: Selection, build_dir: Path, out: Path, templates: Path = TE
     render.write_file(build_dir / "build.ninja", text)
     _remove_stale(build_dir / "objects", {source.name for source in sources})
     _run_ninja(build_dir)
-    install(build_dir / LIBRARY, out)
-    render.write_file(out / BUILD_INFO, json.dumps(_build_info(selection, units, tools), indent=1) + "\n")
 
 
 def install(library: Path, out: Path) -> None:

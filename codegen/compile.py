@@ -52,7 +52,12 @@ def run(
     start = time.monotonic()
     outputs = ["-Xptxas=-v", "-MD", "-MF", f"{object_file}.d", "-o", str(object_file)]
     done = subprocess.run(
-        [nvcc, *flags, *outputs], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+        [nvcc, *flags, *outputs],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        check=False,
     )
     seconds = time.monotonic() - start
     forbidden = FORBIDDEN.findall(done.stdout)

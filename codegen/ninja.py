@@ -1,6 +1,7 @@
 """The ninja file of a build: one edge per translation unit, one link."""
 
 import os
+import re
 import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -133,7 +134,14 @@ def jobs(environ: Mapping[str, str] | None = None, available: float | None = Non
             raise CodegenError(f"MAX_JOBS must be a positive number, not {asked!r}")
         return int(asked)
     available = available_memory() if available is None else available
-    return max(1, min(len(os.sched_getaffinity(0)), int(available // MEMORY_PER_JOB)))
+    return max(1, min(available_cores(), int(available // MEMORY_PER_JOB)))
+
+
+def available_cores() -> int:
+    """Cores that this process may use, by its affinity and the control group's quota."""
+    cores = len(os.sched_getaffinity(0))
+    quota, _, period = _read("/sys/fs/cgroup/cpu.max").partition(" ")
+    return min(cores, max(1, int(quota) // int(period))) if quota.isdigit() else cores
 
 
 def available_memory() -> float:
@@ -144,7 +152,8 @@ def available_memory() -> float:
             available = float(line.split()[1]) * 1024
     limit, used = _read("/sys/fs/cgroup/memory.max"), _read("/sys/fs/cgroup/memory.current")
     if limit.isdigit() and used.isdigit():
-        available = min(available, float(limit) - float(used))
+        caches = re.search(r"^inactive_file (\d+)", _read("/sys/fs/cgroup/memory.stat"), re.MULTILINE)
+        available = min(available, float(limit) - float(used) + (float(caches[1]) if caches else 0.0))
     return available
 
 

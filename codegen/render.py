@@ -10,7 +10,7 @@ from pathlib import Path
 import jinja2
 
 from codegen import TEMPLATES, abi, axes
-from codegen.selection import Selection
+from codegen.selection import Selection, all_targets
 from codegen.units import list_units
 
 
@@ -57,8 +57,11 @@ def render_sources(selection: Selection) -> dict[str, str]:
 
 
 def render_abi_module() -> str:
-    """Text of ``flash_attn/_abi.py``: enums, ctypes mirror, packers, function signatures."""
-    return _render("abi.py.j2", **_abi_variables())
+    """Text of ``flash_attn/_abi.py``: axes, enums, ctypes mirror, packers, function signatures."""
+    capabilities = tuple(sorted(target.capability for target in all_targets()))
+    return _render(
+        "abi.py.j2", head_dims=axes.HEAD_DIMS, capabilities=capabilities, **_abi_variables()
+    )
 
 
 def _abi_variables() -> dict[str, object]:
@@ -88,10 +91,10 @@ def write_tree(files: Mapping[str, str], folder: Path) -> list[str]:
 
 def write_file(path: Path, text: str) -> bool:
     """Write the text unless the file already holds it; returns whether it wrote."""
-    if path.is_file() and path.read_text() == text:
+    if path.is_file() and path.read_text(encoding="utf-8") == text:
         return False
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     return True
 
 
@@ -111,7 +114,7 @@ def diff_tree(files: Mapping[str, str], folder: Path) -> str:
 
 def diff_file(path: Path, text: str, name: str) -> str:
     """Unified diff from a file (absent = empty) to the text that it should hold, under the given name."""
-    present = path.read_text() if path.is_file() else ""
+    present = path.read_text(encoding="utf-8") if path.is_file() else ""
     lines = difflib.unified_diff(
         present.splitlines(keepends=True), text.splitlines(keepends=True), f"a/{name}", f"b/{name}"
     )

@@ -211,6 +211,8 @@ def _native_targets(capabilities: list[int]) -> tuple[tuple[Target, ...], tuple[
 
 def _compatible_arch(capability: int) -> axes.Arch | None:
     """The newest known architecture whose cubins run there: same major version, minor not above it."""
+    if capability in axes.EMBEDDED:
+        return axes.ARCHS.get(capability)
     known = [a for c, a in axes.ARCHS.items() if c // 10 == capability // 10 and c <= capability]
     return max(known, key=lambda arch: arch.capability, default=None)
 

@@ -36,7 +36,7 @@ class ForwardTile:
 
     @property
     def pair_bytes(self) -> int:
-        """Shared memory in which pairs of warps exchange P, two bytes an element, and two fp32 row maxima."""
+        """Shared memory in which pairs exchange P, two bytes an element, and an fp32 per row and warp."""
         return self.block_m * self.block_n * 2 + self.block_m * 2 * 4 if self.warps_per_row == 2 else 0
 
     def register_floor(self, head_dim: int) -> int:
@@ -121,6 +121,12 @@ def _shape_problems(tile: ForwardTile, head_dim: int) -> list[str]:
             f"keys per warp: block_n / warps_per_row = {tile.block_n} / {tile.warps_per_row}"
             f" = {tile.block_n / tile.warps_per_row:g}, not a multiple of 16"
         )
+    copied = tile.warps * 32 // (8 if head_dim % 64 == 0 else 4)
+    for name, rows in (("block_m", tile.block_m), ("block_n", tile.block_n)):
+        if rows % copied:
+            problems.append(
+                f"{name} = {rows}, not a multiple of the {copied} rows that {tile.warps} warps copy at once"
+            )
     if tile.warps_per_row == 2 and head_dim % 128:
         problems.append(
             f"columns of O per warp: head_dim / 2 = {head_dim} / 2 = {head_dim / 2:g}, not a multiple of 64"

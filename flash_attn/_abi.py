@@ -7,6 +7,12 @@ from enum import IntEnum
 LAYOUT_HASH = 0xB73138D9708A42CD
 """Must equal flash_attn_layout_hash() of the library."""
 
+HEAD_DIMS = (32, 64, 96, 128, 192, 256)
+"""Head dims that kernels can be built for."""
+
+CAPABILITIES = (80, 86, 89, 90, 100, 110, 120)
+"""Compute capabilities (90 for 9.0) that kernels can be built for by name."""
+
 
 class Dtype(IntEnum):
     """Element type of q, k, v and out."""
@@ -63,7 +69,7 @@ class ForwardParams(ctypes.Structure):
         ("out", ctypes.c_void_p),  # as q
         ("softmax_lse", ctypes.c_void_p),  # (batch, num_heads, seqlen_q), or (num_heads, total_q)
         ("cu_seqlens_q", ctypes.c_void_p),  # (batch + 1), or null: where each sequence starts in q
-        ("cu_seqlens_k", ctypes.c_void_p),  # (batch + 1), or null: where each sequence starts in k, v
+        ("cu_seqlens_k", ctypes.c_void_p),  # (batch + 1), null iff cu_seqlens_q: sequence starts in k, v
         ("seqused_k", ctypes.c_void_p),  # (batch), or null: keys used of each sequence
         ("leftpad_k", ctypes.c_void_p),  # (batch), or null: leading keys skipped of each sequence
         ("alibi_slopes", ctypes.c_void_p),  # (num_heads), or (batch, num_heads), or null

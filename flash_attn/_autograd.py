@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from flash_attn import _custom_ops as ops
 from flash_attn._layout import maybe_contiguous
@@ -52,6 +53,7 @@ class FlashAttention(torch.autograd.Function):
         return out, lse, probs
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dout: Tensor, *unused: Tensor) -> Gradients:
         q, k, v, out, lse, rng_state, slopes = ctx.saved_tensors
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
@@ -80,6 +82,7 @@ class VarlenFlashAttention(torch.autograd.Function):
         return out, lse, probs
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dout: Tensor, *unused: Tensor) -> Gradients:
         q, k, v, out, lse, rng_state, slopes, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)

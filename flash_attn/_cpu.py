@@ -51,8 +51,7 @@ class _Chunk:
             scores = tanh * scoring.softcap
         windowed = scoring.window_left >= 0 or scoring.window_right >= 0
         if windowed or self.slopes is not None:
-            distance = torch.arange(rows.start, rows.stop).unsqueeze(1) + self.offset
-            distance = distance - torch.arange(cols.start, cols.stop)
+            distance = _arange(rows, q).unsqueeze(1) + self.offset - _arange(cols, q)
             if self.slopes is not None:
                 scores = scores - self.slopes * distance.abs()
             if windowed:
@@ -76,6 +75,10 @@ class _Chunk:
             first = max(0, start + self.offset - left) if left >= 0 else 0
             last = min(seqlen_k, stop + self.offset + right) if right >= 0 else seqlen_k
             yield range(start, stop), range(first, max(first, last))
+
+
+def _arange(r: range, like: Tensor) -> Tensor:
+    return torch.arange(r.start, r.stop, device=like.device)
 
 
 def _slice(r: range) -> slice:
@@ -142,6 +145,9 @@ def attend(
     for part, chunk in _chunks(q, k, v, scoring, first_batch):
         for rows, cols in chunk.tiles():
             at, seen = _slice(rows), _slice(cols)
+            if probs is not None and rng_state is not None:
+                kept = chunk.keep(rng_state, rows, range(k.shape[1]))
+                probs[part, :, at, : k.shape[1]] = torch.where(kept, 0.0, -0.0).to(probs.dtype)
             if not cols:
                 out[part, at] = 0.0
                 lse[part, :, at] = inf
@@ -201,7 +207,7 @@ def _dropout_buffers(
     """Return (S_dmask, rng_state) as far as the call needs them."""
     if scoring.dropout_p == 0.0:
         return None, None
-    probs = torch.zeros(shape, dtype=q.dtype) if return_softmax else None
+    probs = torch.zeros(shape, dtype=q.dtype, device=q.device) if return_softmax else None
     return probs, new_rng_state(q.device, generator)
 
 
@@ -213,7 +219,7 @@ def forward(
     """Return (out, lse, S_dmask, rng_state) of q (b, sq, h, d), k and v (b, sk, hk, d)."""
     batch, seqlen_q, num_heads, _ = q.shape
     out = empty_out(q) if out is None else out
-    lse = torch.empty(batch, num_heads, seqlen_q, dtype=lse_dtype(q.dtype))
+    lse = torch.empty(batch, num_heads, seqlen_q, dtype=lse_dtype(q.dtype), device=q.device)
     shape = probs_shape(batch, num_heads, seqlen_q, k.shape[1])
     probs, rng_state = _dropout_buffers(q, shape, scoring, return_softmax, generator)
     attend(q, k, v, out, lse, scoring, 0, rng_state, probs)
@@ -226,7 +232,7 @@ def backward(
     dv: Tensor, scoring: Scoring, rng_state: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """Write dq, dk, dv; return softmax_d (b, h, sq rounded up to 128), zero past sq."""
-    softmax_d = torch.zeros(softmax_d_shape(q), dtype=lse_dtype(q.dtype))
+    softmax_d = torch.zeros(softmax_d_shape(q), dtype=lse_dtype(q.dtype), device=q.device)
     d_rows = softmax_d[:, :, : q.shape[1]]
     attend_backward(dout, q, k, v, out, lse, dq, dk, dv, d_rows, scoring, 0, rng_state)
     return softmax_d
@@ -250,7 +256,7 @@ def varlen_forward(
     batch, num_heads = len(q_bounds) - 1, q.shape[1]
     out = empty_out(q) if out is None else out
     out.zero_()
-    lse = torch.full((num_heads, q.shape[0]), inf, dtype=lse_dtype(q.dtype))
+    lse = torch.full((num_heads, q.shape[0]), inf, dtype=lse_dtype(q.dtype), device=q.device)
     shape = probs_shape(batch, num_heads, max_seqlen_q, max_seqlen_k)
     probs, rng_state = _dropout_buffers(q, shape, scoring, return_softmax, generator)
     for b in range(batch):
@@ -275,7 +281,8 @@ def varlen_backward(
     """Write dq, dk, dv, zero outside the sequences; return softmax_d (h, total_q + 128 b)."""
     q_bounds, k_bounds = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     batch = len(q_bounds) - 1
-    softmax_d = torch.zeros(varlen_softmax_d_shape(q, batch), dtype=lse_dtype(q.dtype))
+    shape = varlen_softmax_d_shape(q, batch)
+    softmax_d = torch.zeros(shape, dtype=lse_dtype(q.dtype), device=q.device)
     for gradient in (dq, dk, dv):
         gradient.zero_()
     for b in range(batch):

@@ -39,9 +39,9 @@ class Cache(NamedTuple):
 
     def append(self, b: int, k: Tensor, v: Tensor) -> None:
         """Write k, v (s_new, hk, d) behind what sequence `b` holds."""
-        positions = torch.arange(k.shape[0]) + self.length(b)
+        positions = torch.arange(k.shape[0], device=k.device) + self.length(b)
         if self.block_table is None:
-            where = (torch.tensor(self.row(b)), positions)
+            where = (torch.full_like(positions, self.row(b)), positions)
         else:
             page_size = self.k.shape[1]
             where = (self.block_table[b].long()[positions // page_size], positions % page_size)
@@ -77,15 +77,15 @@ def forward_kvcache(
     """Return (out, lse (b, h, sq)) of q (b, sq, h, d) over the cache, k and v (b, s_new, hk, d) appended."""
     batch, seqlen_q, num_heads, _ = q.shape
     out = empty_out(q) if out is None else out
-    lse = torch.empty(batch, num_heads, seqlen_q, dtype=lse_dtype(q.dtype))
+    lse = torch.empty(batch, num_heads, seqlen_q, dtype=lse_dtype(q.dtype), device=q.device)
     moving = scoring.window_left >= 0 or scoring.window_right >= 0
     for b in range(batch):
         length, row_q = cache.length(b), q[b]
         if rotary is not None:
-            row_q = rotary(row_q, length + torch.arange(seqlen_q) * moving)
+            row_q = rotary(row_q, length + torch.arange(seqlen_q, device=q.device) * moving)
         if k is not None and v is not None:
-            row_k = k[b] if rotary is None else rotary(k[b], length + torch.arange(k.shape[1]))
-            cache.append(b, row_k, v[b])
+            positions = length + torch.arange(k.shape[1], device=k.device)
+            cache.append(b, k[b] if rotary is None else rotary(k[b], positions), v[b])
             length += k.shape[1]
         keys, values = cache.read(b, length)
         attend(row_q[None], keys, values, out[b : b + 1], lse[b : b + 1], scoring, b)

@@ -52,11 +52,12 @@ def _prepare(device: int) -> _library.Library:
 
 
 def _fail(status: int, q: Tensor, library: _library.Library) -> NoReturn:
-    """Raise what a nonzero status means; a kernel that is not built comes with the command that builds it."""
+    """Raise what a nonzero status means; a kernel that is missing comes with the command that builds it."""
     text = (library.last_error() or b"").decode() or f"status {status}"
-    if status == _abi.Status.NOT_BUILT:
-        capability = "".join(map(str, torch.cuda.get_device_capability(q.get_device())))
-        command = _library.build_command(capability, q.shape[-1], DTYPE_NAMES[q.dtype])
+    if status in (_abi.Status.NOT_BUILT, _abi.Status.UNSUPPORTED_DEVICE):
+        major, minor = torch.cuda.get_device_capability(q.get_device())
+        arch = _library.arch_of(10 * major + minor, library.family)
+        command = _library.build_command(arch, q.shape[-1], DTYPE_NAMES[q.dtype])
         text = f"{text}; build it with `{command}`"
     raise RuntimeError(f"flash_attn: {text}")
 

@@ -128,7 +128,7 @@ def kernels_that_run(device: int) -> list[str]:
     """Keys of the forward kernels that calls on this CUDA device run, over dtypes, head dims and masks."""
     library = _library.load()
     keys = []
-    for dtype, head_dim, mask in product(_abi.Dtype, _library.HEAD_DIMS, MASK_WINDOWS):
+    for dtype, head_dim, mask in product(_abi.Dtype, _abi.HEAD_DIMS, MASK_WINDOWS):
         window_left, window_right = MASK_WINDOWS[mask]
         params = _abi.ForwardParams(
             head_dim=head_dim,

@@ -18,8 +18,8 @@ from flash_attn import _abi
 
 LIBRARY_NAME = "libflash_attn.so"
 FORCE_FAMILY = "FLASH_ATTN_FORCE_FAMILY"
-HEAD_DIMS = (32, 64, 96, 128, 192, 256)
-REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
+NATIVE = "native"
+REBUILD = "pip install --force-reinstall --no-deps ."
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,14 +41,24 @@ def library_path() -> Path:
     return Path(__file__).with_name(LIBRARY_NAME)
 
 
-def build_command(capability: str = "native", head_dim: int | None = None, dtype: str | None = None) -> str:
-    """Return the command that builds kernels for a compute capability ("90"), head dim, dtype ("bf16")."""
-    variables = [f"FLASH_ATTN_ARCHS={capability}"]
+def arch_of(capability: int, family: int = 0) -> str:
+    """Return what FLASH_ATTN_ARCHS calls a GPU of this compute capability (90 for 9.0), in a forced family.
+
+    That is "90", "sm86:90", or "native" for a capability that the build has no name for.
+    """
+    if capability not in _abi.CAPABILITIES:
+        return NATIVE
+    return f"{_abi.Family(family).name.lower()}:{capability}" if family else str(capability)
+
+
+def build_command(arch: str = NATIVE, head_dim: int | None = None, dtype: str | None = None) -> str:
+    """Return the command that builds kernels for an item of FLASH_ATTN_ARCHS, head dim, dtype ("bf16")."""
+    variables = [f"FLASH_ATTN_ARCHS={arch}"]
     if head_dim is not None:
-        variables.append(f"FLASH_ATTN_HEAD_DIMS={next(d for d in HEAD_DIMS if d >= head_dim)}")
+        variables.append(f"FLASH_ATTN_HEAD_DIMS={next(d for d in _abi.HEAD_DIMS if d >= head_dim)}")
     if dtype is not None:
         variables.append(f"FLASH_ATTN_DTYPES={dtype}")
-    return " ".join((*variables, "pip install --no-build-isolation ."))
+    return " ".join((*variables, "pip install ."))
 
 
 def forced_family() -> int:

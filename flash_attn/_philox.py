@@ -7,6 +7,8 @@ tensor core's layout.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -26,7 +28,8 @@ def new_rng_state(device: torch.device, generator: torch.Generator | None = None
 
 def keep_threshold(dropout_p: float) -> int:
     """Return the bound below which an element's 16 random bits keep it, rounded in fp32 as the kernels do."""
-    return int((1.0 - torch.tensor(dropout_p, dtype=torch.float32)) * 65536.0 + 0.5)
+    p = torch.tensor(dropout_p, dtype=torch.float32, device="cpu")
+    return int((1.0 - p) * 65536.0 + 0.5)
 
 
 def philox(counter: Words, key: tuple[int, int]) -> Words:
@@ -52,13 +55,14 @@ def keep_mask(rng_state: Tensor, dropout_p: float, heads: range, rows: range, co
     sequence.
     """
     seed, offset = rng_state.tolist()
-    row_tiles = torch.arange(rows.start // TILE, -(-rows.stop // TILE))
-    col_tiles = torch.arange(cols.start // TILE, -(-cols.stop // TILE))
+    arange = partial(torch.arange, device=rng_state.device)
+    row_tiles = arange(rows.start // TILE, -(-rows.stop // TILE))
+    col_tiles = arange(cols.start // TILE, -(-cols.stop // TILE))
     # Axes: head, row tile, row % 8, column tile, pair of columns; the words add the halves of the tile.
-    lane = torch.arange(8).view(8, 1, 1) * 4 + torch.arange(4)
+    lane = arange(8).view(8, 1, 1) * 4 + arange(4)
     c0 = (row_tiles.view(-1, 1, 1, 1) << 5) | lane
     c1 = col_tiles.view(-1, 1)
-    c2 = torch.arange(heads.start, heads.stop).view(-1, 1, 1, 1, 1)
+    c2 = arange(heads.start, heads.stop).view(-1, 1, 1, 1, 1)
     c0, c1, c2 = torch.broadcast_tensors(c0, c1, c2)
     words = philox((c0, c1, c2, torch.full_like(c0, offset & _WORD)), (seed & _WORD, (seed >> 32) & _WORD))
     threshold = keep_threshold(dropout_p)

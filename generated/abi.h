@@ -55,7 +55,7 @@ struct ForwardParams {
   void* out;  // as q
   float* softmax_lse;  // (batch, num_heads, seqlen_q), or (num_heads, total_q)
   const int32_t* cu_seqlens_q;  // (batch + 1), or null: where each sequence starts in q
-  const int32_t* cu_seqlens_k;  // (batch + 1), or null: where each sequence starts in k, v
+  const int32_t* cu_seqlens_k;  // (batch + 1), null iff cu_seqlens_q: sequence starts in k, v
   const int32_t* seqused_k;  // (batch), or null: keys used of each sequence
   const int32_t* leftpad_k;  // (batch), or null: leading keys skipped of each sequence
   const float* alibi_slopes;  // (num_heads), or (batch, num_heads), or null

@@ -7,8 +7,6 @@ from functools import cache
 
 import pytest
 
-KERNEL_HEAD_DIMS = (32, 64, 96, 128, 192, 256)
-
 
 @cache
 def kernels() -> tuple[str, ...]:
@@ -41,12 +39,14 @@ def require_kernel() -> Callable[..., None]:
     """Skip the test where a trimmed build has no forward kernel for a CUDA device, dtype and head dim."""
     import torch
 
+    from flash_attn import _abi
+
     names = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 
     def require(device: str, dtype: torch.dtype, head_dim: int) -> None:
         if device != "cuda":
             return
-        suffix = f"_{names[dtype]}_d{next(d for d in KERNEL_HEAD_DIMS if d >= head_dim)}_"
+        suffix = f"_{names[dtype]}_d{next(d for d in _abi.HEAD_DIMS if d >= head_dim)}_"
         if not any(key.startswith("forward") and suffix in key for key in kernels()):
             pytest.skip(f"this build has no kernel forward*{suffix}*")
 

@@ -79,13 +79,21 @@ def _gather(cos: Tensor, sin: Tensor, seqlen: int, offsets: Offsets) -> tuple[Te
         return cos[offsets : offsets + seqlen], sin[offsets : offsets + seqlen]
     positions = offsets.long().unsqueeze(-1) + torch.arange(seqlen, device=offsets.device)
     _check_positions(positions, cos.shape[0], offsets.device.type == "cpu")
-    return cos[positions], sin[positions]
+    return _rows(cos, sin, positions, (positions >= 0) & (positions < cos.shape[0]))
+
+
+def _rows(cos: Tensor, sin: Tensor, positions: Tensor, rotates: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the tables' rows at `positions`, the identity (cos 1, sin 0) where not `rotates`."""
+    if cos.shape[0] == 0 and positions.numel():
+        raise ValueError(f"cos must have at least one row, got {tuple(cos.shape)}")
+    at, rotates = torch.where(rotates, positions, 0), rotates.unsqueeze(-1)
+    return torch.where(rotates, cos[at], 1.0), torch.where(rotates, sin[at], 0.0)
 
 
 def _gather_varlen(
     cos: Tensor, sin: Tensor, total: int, offsets: Offsets, cu_seqlens: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return cos, sin (total, n) for packed sequences; tokens past the last one get the identity."""
+    """Return cos, sin (total, n) for packed sequences; tokens past the last get the identity."""
     tokens = torch.arange(total, device=cu_seqlens.device)
     bounds = cu_seqlens.long()
     sequence = torch.searchsorted(bounds[1:].contiguous(), tokens, right=True)
@@ -94,8 +102,21 @@ def _gather_varlen(
     start = bounds[sequence] if isinstance(offsets, int) else bounds[sequence] - offsets.long()[sequence]
     positions = torch.where(inside, tokens - start + (offsets if isinstance(offsets, int) else 0), 0)
     _check_positions(positions, cos.shape[0], cu_seqlens.device.type == "cpu")
-    inside = inside.unsqueeze(-1)
-    return torch.where(inside, cos[positions], 1.0), torch.where(inside, sin[positions], 0.0)
+    return _rows(cos, sin, positions, inside & (positions >= 0) & (positions < cos.shape[0]))
+
+
+def gather_tables(
+    x: Tensor, cos: Tensor, sin: Tensor, offsets: Offsets, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return the rows of the tables that belong to the tokens of x, as `rotate` takes them.
+
+    Positions past the tables are an error where they are known (on CPU); elsewhere their tokens are left as
+    they are.
+    """
+    _check_tables(cos, sin, x.shape[-1])
+    if cu_seqlens is None:
+        return _gather(cos, sin, x.shape[1], offsets)
+    return _gather_varlen(cos, sin, x.shape[0], offsets, cu_seqlens)
 
 
 class _ApplyRotary(torch.autograd.Function):
@@ -131,13 +152,10 @@ def apply_rotary_emb(
         cu_seqlens: int32 (b + 1), bounds of packed sequences; tokens past the last are left as they are.
         max_seqlen: longest packed sequence; accepted for compatibility.
     Raises:
-        ValueError: tables that do not fit x, or (known on CPU) positions past their end.
+        ValueError: tables that do not fit x, or (known on CPU) positions past their end. On CUDA tokens past
+            the end are left as they are.
     """
-    _check_tables(cos, sin, x.shape[-1])
-    if cu_seqlens is None:
-        cos, sin = _gather(cos, sin, x.shape[1], seqlen_offsets)
-    else:
-        cos, sin = _gather_varlen(cos, sin, x.shape[0], seqlen_offsets, cu_seqlens)
+    cos, sin = gather_tables(x, cos, sin, seqlen_offsets, cu_seqlens)
     return _ApplyRotary.apply(x, cos, sin, interleaved, inplace)
 
 
@@ -255,17 +273,17 @@ class RotaryEmbedding(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.dim, self.base, self.interleaved, self.scale_base = dim, float(base), interleaved, scale_base
-        self.register_buffer("inv_freq", self._inv_freq(device), persistent=False)
+        self.register_buffer("inv_freq", self._exact_frequencies(device), persistent=False)
         even = torch.arange(0, dim, 2, device=device, dtype=torch.float32)
         scale = None if scale_base is None else (even + 0.4 * dim) / (1.4 * dim)
         self.register_buffer("scale", scale, persistent=False)
-        self._seqlen_cached = 0
+        self._seq_len_cached = 0
         self._cos_cached: Tensor | None = None
         self._sin_cached: Tensor | None = None
         self._cos_k_cached: Tensor | None = None
         self._sin_k_cached: Tensor | None = None
 
-    def _inv_freq(self, device: torch.device | str | None = None) -> Tensor:
+    def _exact_frequencies(self, device: torch.device | str | None) -> Tensor:
         return self.base ** -(torch.arange(0, self.dim, 2, device=device, dtype=torch.float32) / self.dim)
 
     def _update_cos_sin_cache(self, seqlen: int, device: torch.device | None = None,
@@ -273,11 +291,13 @@ class RotaryEmbedding(nn.Module):
         """Compute the tables for positions 0 .. seqlen where the cached ones do not serve."""
         cached = self._cos_cached
         usable = cached is not None and cached.device == device and cached.dtype == dtype
-        if usable and seqlen <= self._seqlen_cached and not (self.training and cached.is_inference()):
+        if usable and seqlen <= self._seq_len_cached and not (self.training and cached.is_inference()):
             return
-        self._seqlen_cached = seqlen
+        self._seq_len_cached = seqlen
         positions = torch.arange(seqlen, device=device, dtype=torch.float32)
-        angles = torch.outer(positions, self._inv_freq(device))
+        exact = self.inv_freq.dtype == torch.float32
+        frequencies = self.inv_freq.to(device) if exact else self._exact_frequencies(device)
+        angles = torch.outer(positions, frequencies)
         cos, sin = angles.cos(), angles.sin()
         if self.scale is None:
             self._cos_cached, self._sin_cached = cos.to(dtype), sin.to(dtype)

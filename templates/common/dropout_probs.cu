@@ -5,6 +5,7 @@
 // kernels need not be able to write probabilities.
 #include "common/dropout_probs.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 

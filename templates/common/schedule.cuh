@@ -1,8 +1,8 @@
 // Which tile of queries a thread block works on.
 //
-// The grid is one-dimensional, so that batch x heads may exceed 65,535. Heads come in sections whose keys and
-// values fit into L2 together; inside a section the last, under a causal mask longest, tiles of all heads run
-// first.
+// The grid is one-dimensional, so that batch x heads may exceed 65,535. Under a causal mask heads come in
+// sections whose keys and values fit into L2 together, and inside a section the last, longest, tiles of all
+// heads run first, so that short ones fill the end. Otherwise heads run one after the other.
 #pragma once
 
 #include <algorithm>
@@ -13,9 +13,9 @@
 namespace flash_attn {
 
 struct TileSchedule {
-  int tiles_m;        // tiles of queries per head
-  int batch_heads;    // batch entries x query heads
-  int section_heads;  // of these, how many form a section
+  int64_t tiles_m;        // tiles of queries per head
+  int64_t batch_heads;    // batch entries x query heads
+  int64_t section_heads;  // of these, how many form a section
   int num_heads;
 
   struct Tile {
@@ -24,25 +24,29 @@ struct TileSchedule {
     int head;
   };
 
+  // Every product below is at most num_tiles(), which a launch holds under 2^31.
   __device__ Tile tile(int index) const {
-    const int section = index / (section_heads * tiles_m);
-    const int in_section = index - section * section_heads * tiles_m;
-    const int first = section * section_heads;
-    const int heads = min(section_heads, batch_heads - first);
+    const int section_tiles = static_cast<int>(section_heads * tiles_m);
+    const int section = index / section_tiles;
+    const int in_section = index - section * section_tiles;
+    const int first = section * static_cast<int>(section_heads);
+    const int heads = min(static_cast<int>(section_heads), static_cast<int>(batch_heads) - first);
     const int batch_head = first + in_section % heads;
-    return {tiles_m - 1 - in_section / heads, batch_head / num_heads, batch_head % num_heads};
+    return {static_cast<int>(tiles_m) - 1 - in_section / heads, batch_head / num_heads,
+            batch_head % num_heads};
   }
 
-  __host__ int64_t num_tiles() const { return static_cast<int64_t>(tiles_m) * batch_heads; }
+  int64_t num_tiles() const { return tiles_m * batch_heads; }
 };
 
-// Bytes of keys and values that a section may hold: half of the smallest L2 of interest (A100: 40 MB).
+// Bytes of keys and values that a section may hold. An A100 has 40 MB of L2 in two halves that each cache
+// what their side reads.
 constexpr int64_t kSectionBytes = int64_t{16} << 20;
 
-inline __host__ TileSchedule make_schedule(const ForwardParams& params, int block_m, Mask mask) {
-  const int batches = params.batch + (params.cu_seqlens_q != nullptr ? 1 : 0);
+inline TileSchedule make_schedule(const ForwardParams& params, int block_m, Mask mask) {
+  const int64_t batches = int64_t{params.batch} + (params.cu_seqlens_q != nullptr ? 1 : 0);
   TileSchedule schedule{};
-  schedule.tiles_m = (params.seqlen_q + block_m - 1) / block_m;
+  schedule.tiles_m = (int64_t{params.seqlen_q} + block_m - 1) / block_m;
   schedule.num_heads = params.num_heads;
   schedule.batch_heads = batches * params.num_heads;
   schedule.section_heads = 1;
@@ -50,7 +54,7 @@ inline __host__ TileSchedule make_schedule(const ForwardParams& params, int bloc
     const int64_t head_bytes = std::max<int64_t>(int64_t{4} * params.seqlen_k * params.head_dim, 1);
     const int64_t group = params.num_heads / params.num_heads_k;
     const int64_t heads = std::max<int64_t>(kSectionBytes / head_bytes, 1) * group;
-    schedule.section_heads = static_cast<int>(std::min<int64_t>(heads, schedule.batch_heads));
+    schedule.section_heads = std::min(heads, schedule.batch_heads);
   }
   return schedule;
 }

@@ -37,12 +37,17 @@ struct Sequence {
       k_row = params.cu_seqlens_k[batch];
       seqlen_k = params.cu_seqlens_k[batch + 1] - k_row;
     }
-    if (params.seqused_k != nullptr) seqlen_k = params.seqused_k[batch];
+    // Lengths on the device cannot be checked before the launch: one that exceeds the sequence is cut down to
+    // it.
+    if (params.seqused_k != nullptr) seqlen_k = clamp(params.seqused_k[batch], seqlen_k);
     if (params.leftpad_k != nullptr) {
-      k_row += params.leftpad_k[batch];
-      seqlen_k = max(seqlen_k - params.leftpad_k[batch], 0);
+      const int skipped = clamp(params.leftpad_k[batch], seqlen_k);
+      k_row += skipped;
+      seqlen_k -= skipped;
     }
   }
+
+  __device__ static int clamp(int length, int limit) { return min(max(length, 0), limit); }
 
   template <class Element>
   __device__ const Element* q_rows(const ForwardParams& params, int head, int row) const {

@@ -29,8 +29,9 @@ struct SharedTile {
            (((chunk % kSlabChunks) ^ swizzle(row)) << 4);
   }
 
-  // The byte offset `chunks` further along the row than `start`, where start = offset(row, 0 or 1) and
-  // `chunks` is even: an exclusive or with a constant instead of the whole address computation.
+  // The address `chunks` further along the row than `start`: an exclusive or with a constant instead of the
+  // whole computation. `chunks` must be even, `start` in the first two chunks of a slab of a tile aligned to
+  // kSlabBytes.
   __device__ static __forceinline__ uint32_t advance(uint32_t start, int chunks) {
     return (start ^ ((chunks % kSlabChunks) << 4)) + (chunks / kSlabChunks) * kSlabBytes;
   }
@@ -71,6 +72,7 @@ class TileCopy {
   using Tile = SharedTile<kHeadDim>;
   static constexpr int kRowsPerPass = kThreads / Tile::kSlabChunks;
   static_assert(kRows % kRowsPerPass == 0, "every thread copies the same number of chunks");
+  static_assert(kRowsPerPass % 8 == 0, "a thread's rows must share one swizzle");
 
   __device__ static __forceinline__ int chunk() { return threadIdx.x % Tile::kSlabChunks; }
   __device__ static __forceinline__ int row() { return threadIdx.x / Tile::kSlabChunks; }

@@ -1,7 +1,7 @@
 // The choice of a kernel: the best family that the device can run and that this library holds.
 #include "host/dispatch.h"
 
-#include <cstring>
+#include <cstdio>
 
 #include "host/status.h"
 
@@ -27,8 +27,7 @@ const FamilyInfo& family_info(Family family) {
   return kFamilies[i];  // the table ends with an uncounted entry
 }
 
-// The family with the largest tiles that the device was made for comes first; one made for larger devices
-// comes last.
+// First the family made for the most shared memory that this device still has; last those made for more.
 int preference(Family family, const Device& device) {
   const int shared_bytes = family_info(family).shared_bytes;
   return shared_bytes <= device.shared_bytes ? shared_bytes : -shared_bytes;
@@ -50,38 +49,45 @@ const char* mask_name(Mask mask) {
   return mask == Mask::kFull ? "full" : mask == Mask::kCausal ? "causal" : "windowed";
 }
 
+bool matches(const KernelEntry& kernel, const ForwardParams& params) {
+  const Family forced = static_cast<Family>(params.family);
+  return kernel.direction == Direction::kForward && !kernel.split &&
+         kernel.dtype == static_cast<Dtype>(params.dtype) && kernel.mask == mask_class(params) &&
+         kernel.head_dim == kernel_head_dim(params.head_dim) &&
+         (forced == Family::kAuto || kernel.family == forced);
+}
+
+Status fail_without_kernel(Status status, const ForwardParams& params, const Device& device) {
+  char family[32] = "";
+  if (params.family != 0) std::snprintf(family, sizeof(family), ", family sm%d (forced)", params.family);
+  return fail(
+      status,
+      "this build holds no forward kernel for %s, head dim %d, %s mask%s that runs on compute capability "
+      "%d.%d with %d bytes of shared memory; it was compiled for %s",
+      static_cast<Dtype>(params.dtype) == Dtype::kBf16 ? "bf16" : "fp16", params.head_dim,
+      mask_name(mask_class(params)), family, device.capability / 10, device.capability % 10,
+      device.shared_bytes, flash_attn_targets());
+}
+
 }  // namespace
 
 const KernelEntry* find_forward_kernel(const ForwardParams& params, const Device& device, Status& status) {
-  const Dtype dtype = static_cast<Dtype>(params.dtype);
-  const Family forced = static_cast<Family>(params.family);
-  const Mask mask = mask_class(params);
-  const int head_dim = kernel_head_dim(params.head_dim);
   const KernelEntry* best = nullptr;
-  bool built = false;
+  bool too_large = false;
   for (int i = 0; i < kNumKernels; ++i) {
     const KernelEntry& kernel = kKernels[i];
-    if (kernel.direction != Direction::kForward || kernel.split || kernel.dtype != dtype ||
-        kernel.mask != mask || kernel.head_dim != head_dim ||
-        (forced != Family::kAuto && kernel.family != forced)) {
-      continue;
-    }
-    built = true;
-    if (!family_runs_on(kernel.family, device.capability) || kernel.shared_bytes > device.shared_bytes)
-      continue;
-    if (best == nullptr || preference(kernel.family, device) > preference(best->family, device))
+    if (!matches(kernel, params) || !family_runs_on(kernel.family, device.capability)) continue;
+    if (kernel.shared_bytes > device.shared_bytes) {
+      too_large = true;
+    } else if (best == nullptr || preference(kernel.family, device) > preference(best->family, device)) {
       best = &kernel;
+    }
   }
   status = Status::kOk;
-  if (best != nullptr) return best;
-  status = built ? Status::kUnsupportedDevice : Status::kNotBuilt;
-  fail(status,
-       "this build holds no forward kernel for %s, head dim %d, %s mask, family %s%s that runs on compute "
-       "capability %d.%d",
-       dtype == Dtype::kBf16 ? "bf16" : "fp16", head_dim, mask_name(mask),
-       forced == Family::kAuto ? "any" : family_info(forced).name, forced == Family::kAuto ? "" : " (forced)",
-       device.capability / 10, device.capability % 10);
-  return nullptr;
+  if (best == nullptr) {
+    status = fail_without_kernel(too_large ? Status::kUnsupportedDevice : Status::kNotBuilt, params, device);
+  }
+  return best;
 }
 
 }  // namespace flash_attn

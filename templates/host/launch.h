@@ -14,6 +14,7 @@ namespace flash_attn {
 // Allows `kernel` its dynamic shared memory on the current device, once per device and kernel.
 inline Status allow_shared_memory(const void* kernel, const char* name, int shared_bytes,
                                   std::atomic<uint64_t>& done) {
+  if (shared_bytes == 0) return Status::kOk;
   int device = 0;
   Status status = check_cuda(cudaGetDevice(&device), "cudaGetDevice", name);
   if (status != Status::kOk) return status;
@@ -35,7 +36,7 @@ Status launch_kernel(void (*kernel)(Arguments), const char* name, int64_t blocks
                      int shared_bytes, cudaStream_t stream, const Arguments& arguments,
                      std::atomic<uint64_t>& done) {
   if (blocks == 0) return Status::kOk;
-  if (blocks > std::numeric_limits<int32_t>::max()) {
+  if (blocks < 0 || blocks > std::numeric_limits<int32_t>::max()) {
     return fail(Status::kInvalidArgument, "%s would need %lld thread blocks; the limit is 2^31 - 1", name,
                 static_cast<long long>(blocks));
   }

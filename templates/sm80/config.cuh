@@ -38,7 +38,7 @@ struct ForwardConfig {
   static_assert(kWarpRows % 16 == 0 && kWarpKeys % 16 == 0, "mma.sync works on 16x16 blocks");
   static_assert(!kPairs || kWarpDims % 64 == 0, "each warp of a pair starts at a whole slab of V");
 
-  // Shared memory: Q (later O) | K | V | with pairs of warps: probabilities | row maxima.
+  // Shared memory: Q (later O) | K | V | with pairs of warps: probabilities | a value per row and warp.
   static constexpr int kQueryBytes = kBlockM * kHeadDim * 2;
   static constexpr int kKeyBytes = kBlockN * kHeadDim * 2;
   static constexpr int kProbsBytes = kPairs ? kBlockM * kBlockN * 2 : 0;

@@ -143,6 +143,36 @@ __device__ __forceinline__ void finish(const QueryBlock& queries, const WarpPart
   store_output<Config>(queries, part, output, factor, shared);
 }
 
+// One step of the online softmax: `scores` become probabilities. The second barrier, with `refill_keys`
+// behind it, comes as early as it may. Pairs of warps must agree whether maxima lag and learn it from that
+// barrier, which then follows the maxima.
+template <class Config, class RefillKeys>
+__device__ __forceinline__ void update_softmax(OnlineSoftmax<Config::kTilesM>& softmax,
+                                               Accumulator<Config::kTilesM, Config::kTilesN>& scores,
+                                               Accumulator<Config::kTilesM, Config::kTilesD>& output,
+                                               float scale_log2, const WarpPair<Config>& pair,
+                                               RefillKeys refill_keys) {
+  ptx::cp_async_wait<0>();
+  if constexpr (!Config::kPairs) {
+    __syncthreads();
+    refill_keys();
+  }
+  float block_max[2 * Config::kTilesM];
+  softmax.block_max(block_max, scores);
+  bool lags = softmax.lags(block_max, scale_log2);
+  if constexpr (Config::kPairs) {
+    lags = __syncthreads_or(lags);
+    refill_keys();
+  } else {
+    lags = __any_sync(0xffffffff, lags);
+  }
+  if (lags) {
+    if constexpr (Config::kPairs) pair.combine_rows(block_max, fmaxf);
+    softmax.rescale(block_max, output, scale_log2);
+  }
+  softmax.exponentiate(scores, scale_log2);
+}
+
 // The main loop: from the last block of keys to the first.
 template <class Config, bool kModifiers>
 __device__ __forceinline__ void attend(const QueryBlock& queries, uint8_t* shared_memory) {
@@ -196,30 +226,9 @@ __device__ __forceinline__ void attend(const QueryBlock& queries, uint8_t* share
     }
     if (blocks.needs_mask(block)) apply_mask(scores, mask, row, key);
 
-    // Pairs must agree whether maxima lag: they learn it from the second barrier, which then follows the
-    // maxima.
-    const auto refill_keys = [&] {
+    update_softmax<Config>(softmax, scores, output, scale_log2, pair, [&] {
       if (block > blocks.begin) issue(copy_k, params.k_row_stride, block - 1);
-    };
-    ptx::cp_async_wait<0>();
-    if constexpr (!Config::kPairs) {
-      __syncthreads();
-      refill_keys();
-    }
-    float block_max[2 * Config::kTilesM];
-    softmax.block_max(block_max, scores);
-    bool lags = softmax.lags(block_max, scale_log2);
-    if constexpr (Config::kPairs) {
-      lags = __syncthreads_or(lags);
-      refill_keys();
-    } else {
-      lags = __any_sync(0xffffffff, lags);
-    }
-    if (lags) {
-      if constexpr (Config::kPairs) pair.combine_rows(block_max, fmaxf);
-      softmax.rescale(block_max, output, scale_log2);
-    }
-    softmax.exponentiate(scores, scale_log2);
+    });
     if constexpr (kModifiers) {
       if (params.dropout_p > 0.0f) {
         apply_dropout(scores, Dropout(params, queries.batch * params.num_heads + queries.head), row, key);
@@ -244,8 +253,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::Tile::kMinBlocks)
   const int first_row = tile.m_block * Config::kBlockM;
   if (tile.batch == params.batch) {
     // The rows past the last varlen sequence may be more than the tiles of the longest sequence.
-    const int step = arguments.schedule.tiles_m * Config::kBlockM;
-    for (int row = first_row; row < sequence.seqlen_q; row += step) store_empty<Config>(queries(row));
+    const int64_t step = arguments.schedule.tiles_m * Config::kBlockM;
+    for (int64_t row = first_row; row < sequence.seqlen_q; row += step) store_empty<Config>(queries(row));
   } else if (first_row < sequence.seqlen_q) {
     attend<Config, kModifiers>(queries(first_row), shared_memory);
   }

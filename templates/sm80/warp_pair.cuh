@@ -2,13 +2,14 @@
 //
 // For wide heads one warp cannot hold 32 rows of O. With 16 rows per warp every fragment of K and V that
 // ldmatrix reads would feed half as many products, and shared memory would be the bottleneck. A pair keeps 32
-// rows, at the price of exchanging row maxima and probabilities through shared memory: 2 bytes per score,
-// against kHeadDim * 4 / 32 for K and V.
+// rows, at the price of exchanging probabilities, and where maxima lag those: 2 bytes written and 2 read for
+// each score, against kHeadDim * 4 / 32 bytes of K and V.
 #pragma once
 
 #include <cstdint>
 
 #include "ptx/barrier.cuh"
+#include "sm80/products.cuh"
 
 namespace flash_attn::sm80 {
 
@@ -16,7 +17,6 @@ template <class Config>
 class WarpPair {
  public:
   static constexpr int kRows = 2 * Config::kTilesM;
-  using Probs = uint32_t[Config::kTilesM][Config::kTilesN / 2][4];
 
   __device__ __forceinline__ explicit WarpPair(uint8_t* shared)
       : probs_(reinterpret_cast<uint4*>(shared) + threadIdx.x),
@@ -35,7 +35,7 @@ class WarpPair {
       values[row] = function(values[row], rows_[row * Config::kThreads / 4 + to_other(8)]);
   }
 
-  __device__ __forceinline__ void send(const Probs& probs) const {
+  __device__ __forceinline__ void send(const Probs<Config>& probs) const {
 #pragma unroll
     for (int i = 0; i < kFragments; ++i) {
       const uint32_t* p = probs[i / kSteps][i % kSteps];
@@ -43,7 +43,7 @@ class WarpPair {
     }
   }
 
-  __device__ __forceinline__ void receive(Probs& probs) const {
+  __device__ __forceinline__ void receive(Probs<Config>& probs) const {
     sync();
 #pragma unroll
     for (int i = 0; i < kFragments; ++i) {

@@ -4,28 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from codegen import toolchain
+from codegen import TEMPLATES, toolchain
 
 HERE = Path(__file__).parent
-
-DISPATCH = """\
-#pragma once
-#include <cuda_runtime.h>
-#include "abi.h"
-namespace flash_attn {
-struct KernelEntry {
-  const char* key; Family family; Direction direction; Dtype dtype; int head_dim; Mask mask; bool split;
-  int shared_bytes;
-  Status (*launch)(const ForwardParams&, cudaStream_t);
-};
-struct FamilyTarget { Family family; int capability; bool ptx; };
-struct FamilyInfo { Family family; const char* name; int smem; };
-extern const KernelEntry kKernels[];
-extern const FamilyTarget kTargets[];
-extern const FamilyInfo kFamilies[];
-extern const int kNumKernels, kNumTargets, kNumFamilies, kHeadDims[], kNumHeadDims;
-}
-"""
 
 FORWARD = """\
 #pragma once
@@ -39,7 +20,8 @@ template <Dtype, int head_dim, Mask, class Tile> struct ForwardConfig {
   static constexpr int kDim = head_dim, kSharedBytes = Tile::bytes(head_dim);
 };
 template <class Config> __global__ void kernel(float* out) { *out = kScale * Config::kDim; }
-template <class Config> Status launch_forward(const ForwardParams& params, cudaStream_t stream, const char*) {
+template <class Config>
+Status launch_forward(const ForwardParams& params, const Device&, cudaStream_t stream, const char*) {
   kernel<Config><<<1, 1, 0, stream>>>(static_cast<float*>(params.out));
   return Status::kOk;
 }
@@ -81,7 +63,8 @@ def small_templates(tmp_path):
     """A tree of CUDA sources that compiles in a second per file and needs no kernel of the project."""
     folder = tmp_path / "templates"
     files = {
-        "host/dispatch.h": DISPATCH,
+        "host/device.h": (TEMPLATES / "host/device.h").read_text(),
+        "host/dispatch.h": (TEMPLATES / "host/dispatch.h").read_text(),
         "host/library.cu": LIBRARY,
         "sm80/forward.cuh": FORWARD,
         "common/scale.cuh": "#pragma once\nconstexpr float kScale = 2.0f;\n",

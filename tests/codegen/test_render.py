@@ -1,5 +1,4 @@
 import os
-import time
 from pathlib import Path
 
 import jinja2
@@ -49,13 +48,6 @@ def test_diff_is_unified_and_names_missing_and_stale_files(tmp_path):
         assert line in diff.splitlines()
     assert "--- a/" in diff and "+++ b/" in diff and "@@" in diff
     assert "same.h" not in diff
-
-
-def test_regenerating_is_fast():
-    start = time.process_time()
-    render.render_sources(selection.full_selection())
-    render.render_abi_module()
-    assert time.process_time() - start < 1
 
 
 def test_a_name_that_a_template_does_not_get_is_an_error():

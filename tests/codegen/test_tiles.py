@@ -71,6 +71,7 @@ def test_register_limit_follows_residency():
         (ForwardTile(64, 48, 4, 1, 2), "48 / 2 = 24, not a multiple of 16"),
         (ForwardTile(64, 64, 4, 1, 3), "warps_per_row = 3"),
         (ForwardTile(64, 64, 4, 1, 2), "64 / 2 = 32, not a multiple of 64"),
+        (ForwardTile(128, 16, 8, 1), "block_n = 16, not a multiple of the 32 rows that 8 warps copy at once"),
     ],
 )
 def test_wrong_shapes(tile, words):

@@ -6,7 +6,12 @@ import pytest
 import torch
 from oracle import Options, assert_within, attention, gradients
 
-from flash_attn import flash_attn_func, flash_attn_kvpacked_func, flash_attn_qkvpacked_func
+from flash_attn import (
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+)
 from flash_attn.flash_attn_interface import _flash_attn_backward, _flash_attn_forward
 
 MASKS = {
@@ -146,3 +151,16 @@ def test_backward_takes_the_lse_of_a_merged_result():
         torch.testing.assert_close(dk, whole[1][:, part])
         torch.testing.assert_close(dv, whole[2][:, part])
     torch.testing.assert_close(dq_sum, whole[0])
+
+
+@pytest.mark.parametrize("varlen", [False, True])
+def test_a_second_derivative_is_an_error(varlen):
+    q, k, v = make(1, 9, 12, 2, 2, 16, torch.float64)
+    if varlen:
+        bounds = [torch.tensor([0, n], dtype=torch.int32) for n in (9, 12)]
+        out = flash_attn_varlen_func(q[0], k[0], v[0], *bounds, 9, 12)
+    else:
+        out = flash_attn_func(q, k, v)
+    (dq,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        dq.square().sum().backward()

@@ -269,20 +269,19 @@ def test_forced_family(monkeypatch):
     assert recorder.calls[0][0].family == 86
 
 
-def test_missing_kernel_comes_with_its_build_command(monkeypatch):
-    install(monkeypatch, Recorder(status=_abi.Status.NOT_BUILT))
+@pytest.mark.parametrize("status", [_abi.Status.NOT_BUILT, _abi.Status.UNSUPPORTED_DEVICE])
+@pytest.mark.parametrize("family, arch", [(0, "90"), (86, "sm86:90")])
+def test_missing_kernel_comes_with_its_build_command(monkeypatch, status, family, arch):
+    install(monkeypatch, Recorder(status, family))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     with pytest.raises(RuntimeError) as caught:
         run(*make(head_dim=100))
-    selection = "FLASH_ATTN_ARCHS=90 FLASH_ATTN_HEAD_DIMS=128 FLASH_ATTN_DTYPES=bf16"
-    command = f"{selection} pip install --no-build-isolation ."
+    command = f"FLASH_ATTN_ARCHS={arch} FLASH_ATTN_HEAD_DIMS=128 FLASH_ATTN_DTYPES=bf16 pip install ."
     assert "forward_sm90_bf16_d64_full is not built" in str(caught.value)
     assert f"`{command}`" in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "status", [_abi.Status.UNSUPPORTED_DEVICE, _abi.Status.CUDA_ERROR, _abi.Status.INVALID_ARGUMENT]
-)
+@pytest.mark.parametrize("status", [_abi.Status.CUDA_ERROR, _abi.Status.INVALID_ARGUMENT])
 def test_other_errors_carry_the_library_text(monkeypatch, status):
     install(monkeypatch, Recorder(status=status))
     with pytest.raises(RuntimeError, match=r"is not built$"):

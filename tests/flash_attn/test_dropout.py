@@ -58,6 +58,17 @@ def tensors(batch, seqlen_q, seqlen_k, device, dtype=BF16, head_dim=64):
     return q, k, v
 
 
+def assert_s_dmask(s_dmask, probs, keep):
+    """Assert the rounded probabilities, the sign of every dropped entry, masked ones too, and zeros beyond."""
+    rows, cols = probs.shape[-2:]
+    actual = s_dmask[..., :rows, :cols]
+    assert s_dmask.dtype == BF16
+    assert ((actual.abs().double() - probs).abs() <= 2**-8 * probs + 1e-5).all()
+    assert torch.equal(torch.signbit(actual), ~keep)
+    for beyond in (s_dmask[..., rows:, :], s_dmask[..., cols:]):
+        assert not beyond.any() and not torch.signbit(beyond).any()
+
+
 @pytest.mark.parametrize("options", [Options(), Options(causal=True), Options(window_size=(20, 10))], ids=str)
 @pytest.mark.parametrize("lengths", [(37, 61), (61, 37), (1, 20)], ids=str)
 def test_forward_under_the_mask(device, require_kernel, options, lengths):
@@ -72,12 +83,8 @@ def test_forward_under_the_mask(device, require_kernel, options, lengths):
     assert_within(out, truth, yardstick)
 
     probs, _ = probabilities(q, k, options, torch.float64)
-    actual = s_dmask[:, :, : lengths[0], : lengths[1]]
-    assert s_dmask.shape == (2, 4, 128, 128) and s_dmask.dtype == BF16
-    assert (actual.abs().double() - probs).abs().max() < 2**-8
-    seen = probs > 1e-6
-    assert torch.equal(torch.signbit(actual)[seen], ~keep[seen])
-    assert not s_dmask[:, :, lengths[0] :].any() and not s_dmask[..., lengths[1] :].any()
+    assert s_dmask.shape == (2, 4, 128, 128)
+    assert_s_dmask(s_dmask, probs, keep)
 
 
 def test_varlen_forward_under_the_mask(device, require_kernel):
@@ -96,6 +103,10 @@ def test_varlen_forward_under_the_mask(device, require_kernel):
     yardstick, _ = varlen_attention(q, k, v, *lengths, options, BF16)
     assert_within(out, truth, yardstick)
     assert s_dmask.shape == (3, 4, 128, 128)
+    sequences = zip(q.split(lengths[0]), k.split(lengths[1]), strict=True)
+    for b, (q_rows, k_rows) in enumerate(sequences):
+        probs, _ = probabilities(q_rows[None], k_rows[None], Options(causal=True), torch.float64)
+        assert_s_dmask(s_dmask[b : b + 1], probs, keep[b : b + 1, :, : len(q_rows), : len(k_rows)])
 
 
 @pytest.mark.parametrize("dropout_p", [0.1, 0.5])

@@ -306,6 +306,34 @@ def test_modes_and_subclasses_see_the_op():
     assert flash_attn.flash_attn_func(*(x.to("meta") for x in (q, k, v))).is_meta
 
 
+def test_the_default_device_does_not_matter():
+    """Models are built under `with torch.device("meta")`."""
+    q, k, v = (x.requires_grad_() for x in make(10, 12))
+    packed = [x.detach().flatten(0, 1).requires_grad_() for x in (q, k, v)]
+    bounds = torch.tensor([0, 10, 20]).int(), torch.tensor([0, 12, 24]).int()
+    new, tables = torch.randn(2, 2, *k.shape[2:]).to(k.dtype), torch.rand(40, 8).to(k.dtype)
+
+    def run():
+        torch.manual_seed(3)
+        slopes = {"alibi_slopes": slope, "window_size": (4, 2)}
+        fixed = flash_attn.flash_attn_func(q, k, v, dropout_p=0.3, return_attn_probs=True, **slopes)
+        varlen = flash_attn.flash_attn_varlen_func(
+            *packed, *bounds, 10, 12, 0.3, return_attn_probs=True, **slopes
+        )
+        caches = [x.detach().clone() for x in (k, v)]
+        cached = flash_attn.flash_attn_with_kvcache(
+            q.detach(), *caches, new, new, tables, tables, 5, causal=True, return_softmax_lse=True
+        )
+        grads = [torch.autograd.grad(fixed[0].sum(), (q, k, v)), torch.autograd.grad(varlen[0].sum(), packed)]
+        return [*fixed, *varlen, *cached, *caches, *grads[0], *grads[1]]
+
+    slope = torch.rand(q.shape[2])
+    expected = run()
+    with torch.device("meta"):
+        actual = run()
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
 def test_activation_checkpointing_repeats_the_mask():
     from torch.utils.checkpoint import checkpoint
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from codegen.selection import from_environment
 from flash_attn import _abi, _library
 
 
@@ -105,11 +106,22 @@ def test_unknown_family(monkeypatch):
 
 
 def test_build_command():
-    assert _library.build_command() == "FLASH_ATTN_ARCHS=native pip install --no-build-isolation ."
+    assert _library.build_command() == "FLASH_ATTN_ARCHS=native pip install ."
     command = _library.build_command("90", 65, "fp16")
     assert command.startswith(
         "FLASH_ATTN_ARCHS=90 FLASH_ATTN_HEAD_DIMS=96 FLASH_ATTN_DTYPES=fp16 pip install"
     )
+
+
+@pytest.mark.parametrize("capability", [70, 75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121])
+@pytest.mark.parametrize("family", [_abi.Family.AUTO, _abi.Family.SM80, _abi.Family.SM86])
+def test_the_build_knows_what_the_command_asks_for(capability, family):
+    arch = _library.arch_of(capability, family)
+    chosen = from_environment({"FLASH_ATTN_ARCHS": arch}, detect=lambda: [capability])
+    if arch != "native":
+        forced = f"{family.name.lower()}:" if family else ""
+        assert arch == f"{forced}{capability}"
+        assert [target.capability for target in chosen.targets] == [capability]
 
 
 @pytest.mark.skipif(not _library.library_path().exists(), reason="no library is built")

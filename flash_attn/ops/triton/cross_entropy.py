@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 LOGITS_AT_ONCE = 2**22
 
@@ -68,15 +69,18 @@ class _CrossEntropy(torch.autograd.Function):
         ignored = labels == ignore_index
         total = shard.num_classes * shard.world
         lse_parts, picked_parts = [], []
+        lse_given = precomputed_lse is not None and smoothing == 0.0 and logit_scale == 1.0
         for rows in _row_blocks(logits):
             x = _widened(logits[rows], logit_scale)
-            lse_parts.append(x.logsumexp(-1))
+            if not lse_given:
+                lse_parts.append(x.logsumexp(-1))
             picked = x.gather(1, index[rows, None]).squeeze(1) * here[rows] * (1.0 - smoothing)
             picked_parts.append(picked + x.sum(-1) * (smoothing / total) if smoothing else picked)
         empty = _widened(logits.new_empty(0), 1.0)
-        lse = torch.cat(lse_parts) if lse_parts else empty
-        if precomputed_lse is not None and smoothing == 0.0 and logit_scale == 1.0:
-            lse = precomputed_lse.to(lse.dtype)
+        if lse_given:
+            lse = precomputed_lse.to(empty.dtype)
+        else:
+            lse = torch.cat(lse_parts) if lse_parts else empty
         lse = shard.logsumexp(lse)
         picked = shard.sum(torch.cat(picked_parts) if picked_parts else empty)
         z_losses = (lse_square_scale * lse.square()).masked_fill(ignored, 0.0)
@@ -88,6 +92,7 @@ class _CrossEntropy(torch.autograd.Function):
         return losses, z_losses
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dlosses: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
         logits, labels, lse = ctx.saved_tensors
         index, here = ctx.shard.locate(labels, ctx.ignore_index)

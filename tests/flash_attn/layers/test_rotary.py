@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from flash_attn.layers import rotary
 from flash_attn.layers.rotary import (
     RotaryEmbedding,
     apply_rotary_emb,
@@ -60,6 +61,20 @@ def test_varlen(offsets):
         out[:12].double(), reference(x[:12], angles[positions], False), atol=1e-5, rtol=1e-5
     )
     assert torch.equal(out[12:], x[12:])
+
+
+@pytest.mark.parametrize("offsets", [torch.tensor([3, -1]), torch.tensor([0, 2**40])], ids=str)
+@pytest.mark.parametrize("packed", [False, True])
+def test_unknown_positions_past_the_tables_do_not_rotate(monkeypatch, offsets, packed):
+    """On CUDA positions are not read; the tables must not be read past their end either."""
+    monkeypatch.setattr(rotary, "_check_positions", lambda *arguments: None)
+    x, (angles, cos, sin) = torch.randn(2, 7, 3, 16), tables(6, 8)
+    sequences = {"cu_seqlens": torch.tensor([0, 7, 14], dtype=torch.int32)} if packed else {}
+    out = apply_rotary_emb(x.flatten(0, 1) if packed else x, cos, sin, seqlen_offsets=offsets, **sequences)
+    positions = offsets[:, None] + torch.arange(7)
+    inside = (positions >= 0) & (positions < 6)
+    expected = reference(x, torch.where(inside[..., None], angles[positions.clamp(0, 5)], 0.0), False)
+    torch.testing.assert_close(out.view_as(x).double(), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_aliases_agree():
@@ -138,6 +153,20 @@ def test_module(scale_base):
         atol=1e-4,
         rtol=1e-4,
     )
+
+
+def test_module_uses_its_frequencies():
+    """Models rescale `inv_freq`; rounded to half precision it would be too coarse."""
+    module, qkv = RotaryEmbedding(8), torch.randn(1, 900, 3, 1, 8)
+    original = module(qkv.clone())
+    module.inv_freq /= 4
+    scaled = module(qkv.clone(), seqlen_offset=torch.zeros(1, dtype=torch.int64), max_seqlen=901)
+    angles = torch.outer(torch.arange(900), 10000.0 ** (-torch.arange(0, 8, 2) / 8) / 4)
+    expected = reference(qkv[:, :, 0], angles, False).float()
+    torch.testing.assert_close(scaled[:, :, 0], expected, atol=1e-4, rtol=1e-4)
+    module = RotaryEmbedding(8).bfloat16()
+    assert torch.equal(module(qkv.clone()), original)
+    assert module._seq_len_cached == 900
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,24 @@ def test_bf16():
     assert logits.grad.dtype == torch.bfloat16
 
 
+def test_a_second_derivative_is_an_error():
+    logits, labels = make()
+    losses, _ = cross_entropy_loss(logits, labels)
+    (gradient,) = torch.autograd.grad(losses.square().sum(), logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        gradient.square().sum().backward()
+
+
+def test_precomputed_lse_is_not_computed_again():
+    logits, labels = make()
+    lse = logits.detach().logsumexp(-1)
+    expected, _ = cross_entropy_loss(logits, labels)
+    assert torch.allclose(cross_entropy_loss(logits, labels, lse + 1.0)[0], (expected + 1.0) * (labels != -100))
+    with torch.profiler.profile() as profile:
+        cross_entropy_loss(logits, labels, lse)
+    assert not any("logsumexp" in event.name for event in profile.events())
+
+
 def test_precomputed_lse():
     logits, labels = make()
     lse = logits.detach().logsumexp(-1)

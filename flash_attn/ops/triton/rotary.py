@@ -1,0 +1,22 @@
+"""Rotary embedding under the name of flash-attn's own kernel, without autograd of its own."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from flash_attn.layers.rotary import Offsets, gather_tables, rotate, rotate_
+
+
+def apply_rotary(
+    x: Tensor, cos: Tensor, sin: Tensor, seqlen_offsets: Offsets = 0, cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None, interleaved: bool = False, inplace: bool = False, conjugate: bool = False,
+) -> Tensor:  # fmt: skip
+    """Rotate the first rotary_dim elements of each head of x, or rotate them back with `conjugate`.
+
+    Shapes and other arguments as in `flash_attn.layers.rotary.apply_rotary_emb`.
+
+    Raises:
+        ValueError: as there.
+    """
+    tables = gather_tables(x, cos, sin, seqlen_offsets, cu_seqlens)
+    return (rotate_ if inplace else rotate)(x, *tables, interleaved, conjugate)
