@@ -11,11 +11,12 @@ from torch.autograd.function import once_differentiable
 from flash_attn import _custom_ops as ops
 from flash_attn._layout import maybe_contiguous
 from flash_attn._operations import refuse_gradient
+from flash_attn._validation import QKV, Labels
 
 Gradients = tuple[Tensor | None, ...]
 
 
-def gradient_needed(q: Tensor, k: Tensor, v: Tensor) -> bool:
+def gradient_needed(q: Tensor, k: Tensor, v: Tensor, labels: Labels = QKV) -> bool:
     """Return whether autograd must record the call. Arguments that are no tensors are left to the checks.
 
     Raises:
@@ -27,7 +28,7 @@ def gradient_needed(q: Tensor, k: Tensor, v: Tensor) -> bool:
         return False
     if not needed:
         return False
-    refuse_gradient(("q", q), ("k", k), ("v", v))
+    refuse_gradient(*zip(labels, (q, k, v), strict=True))
     return True
 
 

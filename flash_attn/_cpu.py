@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flash_attn._layout import empty_out, lse_dtype, probs_shape, softmax_d_shape, varlen_softmax_d_shape
 from flash_attn._philox import keep_mask, new_rng_state
-from flash_attn._validation import Scoring
+from flash_attn._validation import Scoring, Shapes
 
 SCORES_AT_ONCE = 2**21
 Outputs = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
@@ -213,14 +213,14 @@ def _dropout_buffers(
 
 @torch.no_grad()
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, scoring: Scoring, return_softmax: bool,
-    generator: torch.Generator | None,
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, shapes: Shapes, scoring: Scoring,
+    return_softmax: bool, generator: torch.Generator | None,
 ) -> Outputs:  # fmt: skip
     """Return (out, lse, S_dmask, rng_state) of q (b, sq, h, d), k and v (b, sk, hk, d)."""
-    batch, seqlen_q, num_heads, _ = q.shape
+    (batch, seqlen_q, num_heads, _), (_, seqlen_k, _, _) = shapes
     out = empty_out(q) if out is None else out
     lse = torch.empty(batch, num_heads, seqlen_q, dtype=lse_dtype(q.dtype), device=q.device)
-    shape = probs_shape(batch, num_heads, seqlen_q, k.shape[1])
+    shape = probs_shape(batch, num_heads, seqlen_q, seqlen_k)
     probs, rng_state = _dropout_buffers(q, shape, scoring, return_softmax, generator)
     attend(q, k, v, out, lse, scoring, 0, rng_state, probs)
     return out, lse, probs, rng_state
@@ -246,17 +246,17 @@ def gather_pages(pages: Tensor, blocks: Tensor, length: int) -> Tensor:
 
 @torch.no_grad()
 def varlen_forward(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, scoring: Scoring, cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int, leftpad_k: Tensor | None,
-    seqused_k: Tensor | None, return_softmax: bool, generator: torch.Generator | None,
-    block_table: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, shapes: Shapes, scoring: Scoring,
+    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
+    leftpad_k: Tensor | None, seqused_k: Tensor | None, return_softmax: bool,
+    generator: torch.Generator | None, block_table: Tensor | None,
 ) -> Outputs:  # fmt: skip
     """Return (out, lse (h, total_q), S_dmask, rng_state), by sequence; other rows are 0 with LSE +inf."""
     q_bounds, k_bounds = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    batch, num_heads = len(q_bounds) - 1, q.shape[1]
+    batch, (total_q, num_heads, _) = len(q_bounds) - 1, shapes[0]
     out = empty_out(q) if out is None else out
     out.zero_()
-    lse = torch.full((num_heads, q.shape[0]), inf, dtype=lse_dtype(q.dtype), device=q.device)
+    lse = torch.full((num_heads, total_q), inf, dtype=lse_dtype(q.dtype), device=q.device)
     shape = probs_shape(batch, num_heads, max_seqlen_q, max_seqlen_k)
     probs, rng_state = _dropout_buffers(q, shape, scoring, return_softmax, generator)
     for b in range(batch):

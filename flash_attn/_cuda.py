@@ -18,15 +18,18 @@ from torch.nn.functional import pad
 from flash_attn import _abi, _library
 from flash_attn._layout import empty_out, probs_shape, round_multiple
 from flash_attn._philox import new_rng_state
-from flash_attn._validation import Scoring
+from flash_attn._validation import Scoring, Shapes
 
 Outputs = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+Sizes = tuple[int, int, int, int, int, int]
 
 DTYPES = {torch.float16: int(_abi.Dtype.FP16), torch.bfloat16: int(_abi.Dtype.BF16)}
 DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 OLDEST_CAPABILITY = (7, 5)
 PROBS_AT = _abi.ForwardParams.probs.offset
 FIXED_LENGTH = (0, 0, 0, 0)
+PACKED: tuple[int, ...] = (0,)
+NOT_PACKED: tuple[int, ...] = ()
 
 _pack = _abi.FORWARD_PARAMS.pack
 _libraries: dict[int, _library.Library] = {}
@@ -62,45 +65,49 @@ def _fail(status: int, q: Tensor, library: _library.Library) -> NoReturn:
     raise RuntimeError(f"flash_attn: {text}")
 
 
-def aligned(x: Tensor) -> Tensor:
-    """Return x (b, s, h, d) as kernels read it, copied only where it has not got that layout.
+def _readable(x: Tensor) -> bool:
+    """Return whether kernels can read x (.., h, d), or write it, where it is.
 
     They need a contiguous last dimension, rows that are a multiple of 8 elements, a base aligned to 16 bytes
-    and strides that are multiples of 8 elements. Shorter rows get zeros appended.
+    and strides that are multiples of 8 elements.
     """
+    *strides, last = x.stride()
+    return last == 1 and x.data_ptr() % 16 == 0 and not any(n % 8 for n in (x.shape[-1], *strides))
+
+
+def aligned(x: Tensor) -> Tensor:
+    """Return x (.., h, d) as kernels read it, copied only where it must be; short rows get zeros appended."""
+    if _readable(x):
+        return x
     padding = -x.shape[-1] % 8
-    if padding:
-        return pad(x, (0, padding))
-    batch, row, head, last = x.stride()
-    if last != 1 or (batch | row | head) & 7 or x.data_ptr() & 15:
-        return x.clone(memory_format=torch.contiguous_format)
-    return x
+    return pad(x, (0, padding)) if padding else x.clone(memory_format=torch.contiguous_format)
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scoring: Scoring,
-    shape: tuple[int, int, int, int], lse_strides: tuple[int, int], sequences: Sequence[int],
-    return_softmax: bool, generator: torch.Generator | None,
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scoring: Scoring, sizes: Sizes, head_dim: int,
+    lse_strides: tuple[int, int], sequences: Sequence[int], return_softmax: bool,
+    generator: torch.Generator | None,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    """Write out (b, sq, h, d) and lse with one kernel; return (S_dmask, rng_state).
+    """Write out and lse with one kernel; return (S_dmask, rng_state).
 
-    Packed sequences are one batch entry here. `shape` is (batch, seqlen_q, seqlen_k, total_q), `sequences`
-    the addresses of cu_seqlens_q, cu_seqlens_k, seqused_k and leftpad_k, 0 for none.
+    Tensors are (b, s, h, head_dim), or (total, h, head_dim) of packed sequences. `sizes` is (batch, seqlen_q,
+    seqlen_k, total_q, num_heads, num_heads_k), `sequences` the addresses of cu_seqlens_q, cu_seqlens_k,
+    seqused_k and leftpad_k, 0 for none.
     """
-    q_batch, q_row, q_head, q_last = q.stride()
-    k_batch, k_row, k_head, k_last = k.stride()
-    v_batch, v_row, v_head, v_last = v.stride()
-    o_batch, o_row, o_head, o_last = out.stride()
+    batch_stride = PACKED if sequences[0] else NOT_PACKED
+    q_batch, q_row, q_head, q_last = batch_stride + q.stride()
+    k_batch, k_row, k_head, k_last = batch_stride + k.stride()
+    v_batch, v_row, v_head, v_last = batch_stride + v.stride()
+    o_batch, o_row, o_head, o_last = batch_stride + out.stride()
     q_at, k_at, v_at, o_at = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()
-    _, _, num_heads, head_dim = q.shape
     k_v_strides = k_batch | k_row | k_head | v_batch | v_row | v_head
     elements = head_dim | q_batch | q_row | q_head | k_v_strides | o_batch | o_row | o_head
     addresses = q_at | k_at | v_at | o_at
     if elements & 7 or addresses & 15 or not q_last == k_last == v_last == o_last == 1:
         return _attend_copies(
-            q, k, v, out, lse, scoring, shape, lse_strides, sequences, return_softmax, generator
+            q, k, v, out, lse, scoring, sizes, head_dim, lse_strides, sequences, return_softmax, generator
         )  # fmt: skip
-    batch, seqlen_q, seqlen_k, total_q = shape
+    batch, seqlen_q, seqlen_k, total_q, num_heads, num_heads_k = sizes
     softmax_scale, softcap, window_left, window_right, dropout_p, slopes = scoring
     slopes_at = slopes_stride = rng_at = 0
     probs = rng_state = None
@@ -112,7 +119,7 @@ def _attend(
         rng_at = rng_state.data_ptr()
         if return_softmax:
             size = probs_shape(batch, num_heads, seqlen_q, seqlen_k)
-            probs = torch.zeros(size, dtype=q.dtype, device=q.device)
+            probs = torch.empty(size, dtype=q.dtype, device=q.device)
     if not (batch and seqlen_q and seqlen_k and num_heads):
         out.zero_()
         lse.fill_(inf)
@@ -123,7 +130,7 @@ def _attend(
         q_at, k_at, v_at, o_at, lse.data_ptr(), *sequences, slopes_at, rng_at, 0,
         q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, o_batch, o_row, o_head,
         *lse_strides, slopes_stride, total_q,
-        batch, num_heads, k.shape[2], seqlen_q, seqlen_k, head_dim, window_left, window_right,
+        batch, num_heads, num_heads_k, seqlen_q, seqlen_k, head_dim, window_left, window_right,
         DTYPES[q.dtype], device, library.family, softmax_scale, softcap, dropout_p,
     )  # fmt: skip
     stream = _raw_stream(device)
@@ -137,14 +144,16 @@ def _attend(
 
 
 def _attend_copies(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, *arguments: Any
-) -> tuple[Tensor | None, Tensor | None]:
-    """`_attend` for tensors that the kernels cannot read, or write, where they are."""
-    target = torch.empty(
-        *out.shape[:-1], round_multiple(out.shape[-1], 8), dtype=out.dtype, device=out.device
-    )  # fmt: skip
-    result = _attend(aligned(q), aligned(k), aligned(v), target, *arguments)
-    out.copy_(target[..., : out.shape[-1]])
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scoring: Scoring, sizes: Sizes, head_dim: int,
+    *arguments: Any,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """`_attend` with copies of those tensors that the kernels cannot read, or write, where they are."""
+    target, padded = out, round_multiple(head_dim, 8)
+    if not _readable(out):
+        target = torch.empty(*out.shape[:-1], padded, dtype=out.dtype, device=out.device)
+    result = _attend(aligned(q), aligned(k), aligned(v), target, lse, scoring, sizes, padded, *arguments)
+    if target is not out:
+        out.copy_(target[..., :head_dim])
     return result
 
 
@@ -154,46 +163,46 @@ def _empty_lse(shape: tuple[int, ...], strides: tuple[int, ...], q: Tensor) -> T
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, scoring: Scoring, return_softmax: bool,
-    generator: torch.Generator | None,
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, shapes: Shapes, scoring: Scoring,
+    return_softmax: bool, generator: torch.Generator | None,
 ) -> Outputs:  # fmt: skip
     """Return (out, lse (b, h, sq), S_dmask, rng_state) of q (b, sq, h, d), k and v (b, sk, hk, d).
 
     Raises:
         RuntimeError: the GPU is too old, the kernel is not built, or CUDA reports an error.
     """
-    batch, seqlen_q, num_heads, _ = q.shape
+    (batch, seqlen_q, num_heads, head_dim), (_, seqlen_k, num_heads_k, _) = shapes
     if out is None:
         out = empty_out(q)
     lse_strides = num_heads * seqlen_q, seqlen_q
     lse = _empty_lse((batch, num_heads, seqlen_q), (*lse_strides, 1), q)
-    shape = batch, seqlen_q, k.shape[1], batch * seqlen_q
+    sizes = batch, seqlen_q, seqlen_k, batch * seqlen_q, num_heads, num_heads_k
     probs, rng_state = _attend(
-        q, k, v, out, lse, scoring, shape, lse_strides, FIXED_LENGTH, return_softmax, generator
+        q, k, v, out, lse, scoring, sizes, head_dim, lse_strides, FIXED_LENGTH, return_softmax, generator
     )  # fmt: skip
     return out, lse, probs, rng_state
 
 
 def varlen_forward(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, scoring: Scoring, cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int, leftpad_k: Tensor | None,
-    seqused_k: Tensor | None, return_softmax: bool, generator: torch.Generator | None,
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, shapes: Shapes, scoring: Scoring,
+    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
+    leftpad_k: Tensor | None, seqused_k: Tensor | None, return_softmax: bool,
+    generator: torch.Generator | None,
 ) -> Outputs:  # fmt: skip
     """Return (out, lse (h, total_q), S_dmask, rng_state) of q (total_q, h, d), k and v (total_k, hk, d).
 
     Raises:
         RuntimeError: as in `forward`.
     """
-    total_q, num_heads, _ = q.shape
+    (total_q, num_heads, head_dim), (_, num_heads_k, _) = shapes
     if out is None:
         out = empty_out(q)
     lse = _empty_lse((num_heads, total_q), (total_q, 1), q)
     given = cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k
     indices = [None if x is None else x.contiguous() for x in given]
     at = [0 if x is None else x.data_ptr() for x in indices]
-    shape = cu_seqlens_q.shape[0] - 1, max_seqlen_q, max_seqlen_k, total_q
+    sizes = cu_seqlens_q.numel() - 1, max_seqlen_q, max_seqlen_k, total_q, num_heads, num_heads_k
     probs, rng_state = _attend(
-        q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), out.unsqueeze(0), lse, scoring, shape, (0, total_q),
-        at, return_softmax, generator,
+        q, k, v, out, lse, scoring, sizes, head_dim, (0, total_q), at, return_softmax, generator
     )  # fmt: skip
     return out, lse, probs, rng_state

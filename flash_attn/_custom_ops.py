@@ -51,11 +51,11 @@ _SCHEMAS = {
 
 
 def _filled(out: Tensor, lse: Tensor, probs: Tensor | None, rng_state: Tensor | None) -> Outputs:
-    """Replace what a call has not made by tensors, for callers that expect four."""
+    """Replace what a call has not made by tensors of any content, for callers that expect four."""
     if probs is None:
         probs = torch.empty(0, dtype=out.dtype, device=out.device)
     if rng_state is None:
-        rng_state = torch.zeros(2, dtype=torch.int64, device=out.device)
+        rng_state = torch.empty(2, dtype=torch.int64, device=out.device)
     return out, lse, probs, rng_state
 
 

@@ -111,7 +111,10 @@ def forward_kvcache(
     window_left: int, window_right: int, softcap: float, rotary_interleaved: bool, num_splits: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return (out, lse (b, h, sq)); k and v are rotated and appended to the cache in place. No gradients."""
-    (batch, seqlen_q, _, _), _ = check.check_qkv(q, k_cache, v_cache, 4, 4, ("q", "k_cache", "v_cache"))
+    q_shape, _ = check.check_qkv(q, k_cache, v_cache, 4, 4, ("q", "k_cache", "v_cache"))
+    if q.is_meta:
+        raise NotImplementedError("flash_attn_with_kvcache is not implemented for meta tensors")
+    batch, seqlen_q, _, head_dim = q_shape
     lengths = _as_lengths(cache_seqlens, q)
     cache = Cache(k_cache, v_cache, lengths, cache_batch_idx, cache_leftpad, block_table)
     _check_cache(q, cache)
@@ -119,8 +122,8 @@ def forward_kvcache(
     if not 0 <= check.as_int(num_splits, "num_splits") <= MAX_SPLITS:
         check.fail(ValueError, "num_splits", f"in [0, {MAX_SPLITS}]", num_splits)
     scoring = check.check_scoring(
-        q, batch, seqlen_q, cache.capacity, 0.0, softmax_scale, causal, window_left, window_right, softcap,
-        alibi_slopes,
+        q, head_dim, batch, seqlen_q, cache.capacity, 0.0, softmax_scale, causal, window_left, window_right,
+        softcap, alibi_slopes,
     )  # fmt: skip
     last = None
     if q.device.type == "cpu":

@@ -21,7 +21,7 @@ def maybe_contiguous(x: Tensor | None) -> Tensor | None:
 def empty_out(q: Tensor) -> Tensor:
     """Allocate the output for `q` (..., d): laid out as q is, but the last dimension contiguous."""
     out = torch.empty_like(q)
-    return out if out.stride(-1) == 1 else torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    return out if out.stride()[-1] == 1 else torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
 
 def lse_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -47,20 +47,21 @@ def forward(
 
     The last two are None without dropout, S_dmask also without `return_softmax`.
     """
-    (batch, seqlen_q, _, _), (k_batch, seqlen_k, _, _) = check.check_qkv(q, k, v, 4, 4)
+    shapes = check.check_qkv(q, k, v, 4, 4)
+    (batch, seqlen_q, _, head_dim), (k_batch, seqlen_k, _, _) = shapes
     if k_batch != batch:
         check.check_batch(k, batch)
     scoring = check.check_scoring(
-        q, batch, seqlen_q, seqlen_k, dropout_p, softmax_scale, causal, window_left, window_right, softcap,
-        alibi_slopes,
+        q, head_dim, batch, seqlen_q, seqlen_k, dropout_p, softmax_scale, causal, window_left, window_right,
+        softcap, alibi_slopes,
     )  # fmt: skip
     _check_out(out, q)
     backend = _cuda if q.is_cuda else _cpu
-    return backend.forward(q, k, v, out, scoring, return_softmax, generator)
+    return backend.forward(q, k, v, out, shapes, scoring, return_softmax, generator)
 
 
 def _check_varlen(
-    q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
+    q: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
     total_k: int | None,
 ) -> tuple[int, int, int]:  # fmt: skip
     """Check the sequences of packed q and k; return (b, max_seqlen_q, max_seqlen_k). Paged: no `total_k`."""
@@ -68,7 +69,7 @@ def _check_varlen(
     check.check_cu_seqlens(cu_seqlens_k, "cu_seqlens_k", q, batch)
     max_seqlen_q = check.check_max_seqlen(max_seqlen_q, "max_seqlen_q")
     max_seqlen_k = check.check_max_seqlen(max_seqlen_k, "max_seqlen_k")
-    if q.device.type == "cpu":
+    if q.is_cpu:
         check.check_lengths(cu_seqlens_q, "cu_seqlens_q", q.shape[0], max_seqlen_q, "max_seqlen_q")
         check.check_lengths(cu_seqlens_k, "cu_seqlens_k", total_k, max_seqlen_k, "max_seqlen_k")
     return batch, max_seqlen_q, max_seqlen_k
@@ -113,24 +114,24 @@ def varlen_forward(
     k and v are (total_k, hk, d), or with `block_table` (b, max_blocks) pages (num_blocks, page_size, hk, d).
     """
     paged = block_table is not None
-    check.check_qkv(q, k, v, 3, 4 if paged else 3)
-    total_k = None if paged else k.shape[0]
+    shapes = check.check_qkv(q, k, v, 3, 4 if paged else 3)
+    total_k = None if paged else shapes[1][0]
     batch, max_seqlen_q, max_seqlen_k = _check_varlen(
-        q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, total_k
+        q, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, total_k
     )  # fmt: skip
     if paged or leftpad_k is not None or seqused_k is not None:
         _check_key_bounds(q, cu_seqlens_k, block_table, leftpad_k, seqused_k, k, batch)
     scoring = check.check_scoring(
-        q, batch, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, window_left, window_right,
-        softcap, alibi_slopes,
+        q, shapes[0][2], batch, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, window_left,
+        window_right, softcap, alibi_slopes,
     )  # fmt: skip
     _check_out(out, q)
     if paged and q.is_cuda:
         not_on_cuda("block_table")
     backend, pages = (_cuda, ()) if q.is_cuda else (_cpu, (block_table,))
     return backend.varlen_forward(
-        q, k, v, out, scoring, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, leftpad_k, seqused_k,
-        return_softmax, generator, *pages,
+        q, k, v, out, shapes, scoring, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, leftpad_k,
+        seqused_k, return_softmax, generator, *pages,
     )  # fmt: skip
 
 
@@ -149,11 +150,11 @@ def backward(
     rng_state: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return (dq, dk, dv, softmax_d), written into the given buffers if there are some."""
-    (batch, seqlen_q, num_heads, _), _ = check.check_qkv(q, k, v, 4, 4)
+    (batch, seqlen_q, num_heads, head_dim), (_, seqlen_k, _, _) = check.check_qkv(q, k, v, 4, 4)
     check.check_batch(k, batch)
     scoring = check.check_scoring(
-        q, batch, seqlen_q, k.shape[1], dropout_p, softmax_scale, causal, window_left, window_right, softcap,
-        alibi_slopes,
+        q, head_dim, batch, seqlen_q, seqlen_k, dropout_p, softmax_scale, causal, window_left, window_right,
+        softcap, alibi_slopes,
     )  # fmt: skip
     check.check_like(dout, "dout", q, "q")
     check.check_like(out, "out", q, "q")
@@ -173,13 +174,13 @@ def varlen_backward(
     window_right: int, softcap: float, alibi_slopes: Tensor | None, rng_state: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return (dq, dk, dv, softmax_d), written into the given buffers if any; zero past the sequences."""
-    (total_q, num_heads, _), _ = check.check_qkv(q, k, v, 3, 3)
+    (total_q, num_heads, head_dim), (total_k, _, _) = check.check_qkv(q, k, v, 3, 3)
     batch, max_seqlen_q, max_seqlen_k = _check_varlen(
-        q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, k.shape[0]
+        q, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, total_k
     )  # fmt: skip
     scoring = check.check_scoring(
-        q, batch, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, window_left, window_right,
-        softcap, alibi_slopes,
+        q, head_dim, batch, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, window_left,
+        window_right, softcap, alibi_slopes,
     )  # fmt: skip
     check.check_like(dout, "dout", q, "q")
     check.check_like(out, "out", q, "q")

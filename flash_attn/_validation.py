@@ -7,7 +7,6 @@ device tensors are checked on CPU only, where reading them costs no synchronisat
 
 from __future__ import annotations
 
-import math
 import operator
 from itertools import pairwise
 from typing import Any, NamedTuple, NoReturn
@@ -16,7 +15,11 @@ import torch
 from torch import Tensor
 
 MAX_HEAD_DIM = 256
+MAX_SEQLEN = 2**31 - 128  # int32, also when rounded up to 128
 PAGE_MULTIPLE = 16
+FP32_MAX = (2.0 - 2.0**-23) * 2.0**127
+FP32_TINY = 2.0**-126
+MAX_DROPOUT_P = 1.0 - 2.0**-24  # the last fp32 number below 1
 CUDA_DTYPES = frozenset({torch.float16, torch.bfloat16})
 CPU_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 Labels = tuple[str, str, str]
@@ -64,39 +67,51 @@ def _check_dtype(q: Tensor, name: str) -> None:
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor, rank_q: int, rank_k: int, labels: Labels = QKV) -> Shapes:
-    """Check types, dtypes, devices, ranks, heads and head dim of q, k, v; return the shapes of q and k."""
-    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
-        for x, name in zip((q, k, v), labels, strict=True):
-            _check_tensor(x, name)
-    dtype = q.dtype
-    if dtype not in CUDA_DTYPES or not q.is_cuda:
-        _check_dtype(q, labels[0])
-    if k.dtype != dtype or v.dtype != dtype:
-        wrong = 1 if k.dtype != dtype else 2
-        fail(TypeError, labels[wrong], f"of {labels[0]}'s dtype ({dtype})", (k, v)[wrong - 1].dtype)
-    device = q.device
-    if k.device != device or v.device != device:
-        _check_same_device(k, labels[1], q, labels[0])
-        _check_same_device(v, labels[2], q, labels[0])
-    q_shape, k_shape = q.shape, k.shape
-    if len(q_shape) != rank_q or len(k_shape) != rank_k or v.shape != k_shape:
-        _fail_shapes(q, k, v, rank_q, rank_k, labels)
-    head_dim, num_heads_k = q_shape[-1], k_shape[-2]
+    """Check types, dtypes, devices, ranks, heads and head dim of q, k, v; return the shapes of q and k.
+
+    What is right on CUDA passes at one glance; anything else is looked at in detail.
+    """
+    if isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor):
+        dtype, device, q_shape, k_shape = q.dtype, q.device, q.shape, k.shape
+        if (
+            dtype in CUDA_DTYPES and k.dtype is dtype and v.dtype is dtype
+            and (q.is_cuda or q.is_cpu) and k.device == device and v.device == device
+            and len(q_shape) == rank_q and len(k_shape) == rank_k and v.shape == k_shape
+            and 0 < q_shape[-1] <= MAX_HEAD_DIM and q_shape[-1] == k_shape[-1]
+            and k_shape[-2] and not q_shape[-2] % k_shape[-2]
+        ):  # fmt: skip
+            return q_shape, k_shape
+    _check_kind(q, k, v, labels)
+    _check_shapes(q, k, v, rank_q, rank_k, labels)
+    return q.shape, k.shape
+
+
+def _check_kind(q: Tensor, k: Tensor, v: Tensor, labels: Labels) -> None:
+    for x, name in zip((q, k, v), labels, strict=True):
+        _check_tensor(x, name)
+    _check_dtype(q, labels[0])
+    for x, name in ((k, labels[1]), (v, labels[2])):
+        if x.dtype != q.dtype:
+            fail(TypeError, name, f"of {labels[0]}'s dtype ({q.dtype})", x.dtype)
+    for x, name in ((k, labels[1]), (v, labels[2])):
+        _check_same_device(x, name, q, labels[0])
+
+
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor, rank_q: int, rank_k: int, labels: Labels) -> None:
+    for x, name, rank in ((q, labels[0], rank_q), (k, labels[1], rank_k), (v, labels[2], rank_k)):
+        if len(x.shape) != rank:
+            fail(ValueError, name, f"a tensor of {rank} dimensions", f"shape {tuple(x.shape)}")
+    if v.shape != k.shape:
+        fail(ValueError, labels[2], f"of {labels[1]}'s shape {tuple(k.shape)}", tuple(v.shape))
+    num_heads, head_dim = q.shape[-2:]
+    num_heads_k = k.shape[-2]
     if not 0 < head_dim <= MAX_HEAD_DIM:
         fail(ValueError, labels[0], f"of head dim 1 to {MAX_HEAD_DIM}", head_dim)
-    if k_shape[-1] != head_dim:
-        fail(ValueError, labels[1], f"of {labels[0]}'s head dim ({head_dim})", k_shape[-1])
-    if num_heads_k == 0 or q_shape[-2] % num_heads_k:
-        allowed = f"of a number of heads that divides {labels[0]}'s ({q_shape[-2]})"
+    if k.shape[-1] != head_dim:
+        fail(ValueError, labels[1], f"of {labels[0]}'s head dim ({head_dim})", k.shape[-1])
+    if num_heads_k == 0 or num_heads % num_heads_k:
+        allowed = f"of a number of heads that divides {labels[0]}'s ({num_heads})"
         fail(ValueError, labels[1], allowed, num_heads_k)
-    return q_shape, k_shape
-
-
-def _fail_shapes(q: Tensor, k: Tensor, v: Tensor, rank_q: int, rank_k: int, labels: Labels) -> NoReturn:
-    for x, name, rank in ((q, labels[0], rank_q), (k, labels[1], rank_k), (v, labels[2], rank_k)):
-        if x.dim() != rank:
-            fail(ValueError, name, f"a tensor of {rank} dimensions", f"shape {tuple(x.shape)}")
-    fail(ValueError, labels[2], f"of {labels[1]}'s shape {tuple(k.shape)}", tuple(v.shape))
 
 
 def check_batch(k: Tensor, batch: int, name: str = "k", q_name: str = "q") -> None:
@@ -105,17 +120,21 @@ def check_batch(k: Tensor, batch: int, name: str = "k", q_name: str = "q") -> No
         fail(ValueError, name, f"of {q_name}'s batch size ({batch})", k.shape[0])
 
 
-def check_packed(x: Tensor, name: str, rank: int, count: int, q: Tensor | None = None) -> None:
-    """Check a packed tensor (..., `count`, heads, d), alone or against q, under the caller's names."""
+def unpack(x: Tensor, name: str, rank: int, count: int) -> tuple[Tensor, ...]:
+    """Return the `count` parts (..., heads, d) of a packed tensor (..., count, heads, d) of that rank."""
     _check_tensor(x, name)
     if x.dim() != rank or x.shape[-3] != count:
         fail(ValueError, name, f"{rank}-dimensional with {count} in the last but two", tuple(x.shape))
+    return x.unbind(rank - 3)
+
+
+def check_parts(x: Tensor, name: str, q: Tensor | None = None) -> None:
+    """Check the parts of a packed tensor, alone or against q, under the packed tensor's name."""
     part = x.select(-3, 0)
-    if q is None:
-        check_qkv(part, part, part, rank - 1, rank - 1, (name, name, name))
-        return
-    check_qkv(q, part, part, rank - 1, rank - 1, ("q", name, name))
-    if rank == 5:
+    labels = ("q" if q is not None else name, name, name)
+    q = part if q is None else q
+    check_qkv(q, part, part, part.dim(), part.dim(), labels)
+    if part.dim() == 4:
         check_batch(part, q.shape[0], name)
 
 
@@ -128,15 +147,15 @@ def as_int(x: Any, name: str) -> int:
 
 
 def as_float(x: Any, name: str) -> float:
-    """Return `x` (any real number, or 0-d tensor) as a finite float."""
+    """Return `x` (any real number, or 0-d tensor) as a float that is finite in fp32."""
     if isinstance(x, (str, bytes)):
         fail(TypeError, name, "a number", repr(x))
     try:
         value = float(x)
     except (TypeError, ValueError, RuntimeError):
         fail(TypeError, name, "a number", f"{type(x).__name__} {x!r}")
-    if not math.isfinite(value):
-        fail(ValueError, name, "finite", value)
+    if not abs(value) <= FP32_MAX:
+        fail(ValueError, name, "finite in fp32", value)
     return value
 
 
@@ -165,24 +184,25 @@ def normalise_window(causal: bool, left: int, right: int, seqlen_q: int, seqlen_
 
 
 def check_scoring(
-    q: Tensor, batch: int, seqlen_q: int, seqlen_k: int, dropout_p: float, softmax_scale: float | None,
-    causal: bool, window_left: int, window_right: int, softcap: float, alibi_slopes: Tensor | None,
+    q: Tensor, head_dim: int, batch: int, seqlen_q: int, seqlen_k: int, dropout_p: float,
+    softmax_scale: float | None, causal: bool, window_left: int, window_right: int, softcap: float,
+    alibi_slopes: Tensor | None,
 ) -> Scoring:  # fmt: skip
-    """Check and normalise what turns q (.., h, d) and k into probabilities."""
+    """Check and normalise what turns q (.., h, head_dim) and k into probabilities."""
     if softmax_scale is None:
-        softmax_scale = q.shape[-1] ** -0.5
+        softmax_scale = head_dim**-0.5
     else:
         softmax_scale = as_float(softmax_scale, "softmax_scale")
     if type(dropout_p) is not float:
         dropout_p = as_float(dropout_p, "dropout_p")
-    if not 0.0 <= dropout_p < 1.0:
-        fail(ValueError, "dropout_p", "in [0, 1)", dropout_p)
+    if not 0.0 <= dropout_p <= MAX_DROPOUT_P:
+        fail(ValueError, "dropout_p", "in [0, 1), in fp32 too", dropout_p)
     if type(softcap) is not float:
         softcap = as_float(softcap, "softcap")
-    if softcap != 0.0 and not (0.0 < softcap < math.inf and dropout_p == 0.0):
+    if softcap != 0.0 and not (FP32_TINY <= softcap <= FP32_MAX and dropout_p == 0.0):
         if softcap > 0.0 and dropout_p > 0.0:
             fail(ValueError, "softcap", "0 where dropout_p > 0", f"{softcap} with dropout_p {dropout_p}")
-        fail(ValueError, "softcap", "finite and not negative", softcap)
+        fail(ValueError, "softcap", f"0, or from {FP32_TINY:g} to {FP32_MAX:g} (normal in fp32)", softcap)
     if type(window_left) is not int:
         window_left = as_int(window_left, "window_size[0]")
     if type(window_right) is not int:
@@ -222,10 +242,12 @@ def check_index(x: Tensor, name: str, q: Tensor, shape: tuple[int, ...]) -> None
 
 def check_cu_seqlens(cu_seqlens: Tensor, name: str, q: Tensor, batch: int | None = None) -> int:
     """Check cumulative sequence lengths, int32 (b + 1,); return b."""
+    if isinstance(cu_seqlens, Tensor) and cu_seqlens.dtype is torch.int32 and cu_seqlens.dim() == 1:
+        found = cu_seqlens.numel() - 1
+        if found >= 0 and (batch is None or found == batch) and cu_seqlens.device == q.device:
+            return found
     check_index(cu_seqlens, name, q, (-1 if batch is None else batch + 1,))
-    if cu_seqlens.shape[0] == 0:
-        fail(ValueError, name, "of length b + 1", "an empty tensor")
-    return cu_seqlens.shape[0] - 1
+    fail(ValueError, name, "of length b + 1", "an empty tensor")
 
 
 def check_lengths(cu_seqlens: Tensor, name: str, total: int | None, max_seqlen: int, max_name: str) -> None:
@@ -243,10 +265,10 @@ def check_lengths(cu_seqlens: Tensor, name: str, total: int | None, max_seqlen: 
 
 
 def check_max_seqlen(x: Any, name: str) -> int:
-    """Return a maximal sequence length as an int >= 0."""
+    """Return a maximal sequence length as an int that fits int32."""
     value = x if type(x) is int else as_int(x, name)
-    if value < 0:
-        fail(ValueError, name, "at least 0", value)
+    if not 0 <= value <= MAX_SEQLEN:
+        fail(ValueError, name, f"in [0, {MAX_SEQLEN}]", value)
     return value
 
 

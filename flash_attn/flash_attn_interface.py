@@ -52,6 +52,7 @@ __all__ = [
 
 Window = tuple[int, int]
 Result = Tensor | tuple[Tensor, Tensor, Tensor]
+REFUSALS = (TypeError, ValueError, NotImplementedError)
 
 
 def _get_block_size_n(device: torch.device, head_dim: int, is_dropout: bool, is_causal: bool) -> int:
@@ -70,6 +71,12 @@ def _window(window_size: Window) -> tuple[int, int]:
     if type(left) is int and type(right) is int:
         return left, right
     return check.as_int(left, "window_size[0]"), check.as_int(right, "window_size[1]")
+
+
+def _check_packed(x: Tensor, name: str, q: Tensor | None = None) -> None:
+    """After a call with the parts of a packed tensor was refused: name that tensor if it is at fault."""
+    gradient_needed(x if q is None else q, x, x, (name if q is None else "q", name, name))
+    check.check_parts(x, name, q)
 
 
 def flash_attn_func(
@@ -142,12 +149,16 @@ def flash_attn_qkvpacked_func(
     return_attn_probs: bool = False,
 ) -> Result:
     """`flash_attn_func` of q, k, v packed in one tensor qkv (b, s, 3, h, d), uncopied."""
-    check.check_packed(qkv, "qkv", 5, 3)
-    q, k, v = qkv.unbind(2)
-    return flash_attn_func(
-        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
-        return_attn_probs,
-    )  # fmt: skip
+    q, k, v = check.unpack(qkv, "qkv", 5, 3)
+    try:
+        return flash_attn_func(
+            q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
+            return_attn_probs,
+        )  # fmt: skip
+    except REFUSALS as error:
+        refusal = error
+    _check_packed(qkv, "qkv")
+    raise refusal
 
 
 def flash_attn_kvpacked_func(
@@ -163,12 +174,16 @@ def flash_attn_kvpacked_func(
     return_attn_probs: bool = False,
 ) -> Result:
     """`flash_attn_func` of q (b, sq, h, d) and k, v packed in one tensor kv (b, sk, 2, hk, d), uncopied."""
-    check.check_packed(kv, "kv", 5, 2, q)
-    k, v = kv.unbind(2)
-    return flash_attn_func(
-        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
-        return_attn_probs,
-    )  # fmt: skip
+    k, v = check.unpack(kv, "kv", 5, 2)
+    try:
+        return flash_attn_func(
+            q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
+            return_attn_probs,
+        )  # fmt: skip
+    except REFUSALS as error:
+        refusal = error
+    _check_packed(kv, "kv", q)
+    raise refusal
 
 
 def flash_attn_varlen_func(
@@ -200,7 +215,8 @@ def flash_attn_varlen_func(
         k, v: (total_k, hk, d), or with `block_table` pages (num_blocks, page_size, hk, d), page_size a
             multiple of 16.
         cu_seqlens_q, cu_seqlens_k: int32 (b + 1,), cumulative sequence lengths, on q's device.
-        max_seqlen_q, max_seqlen_k: the longest sequence, or more.
+        max_seqlen_q, max_seqlen_k: at least the longest sequence: rows past them are not computed. Checked on
+            CPU only.
         block_table: int32 (b, max_blocks), the pages of each sequence's keys; forward only.
 
     Returns:
@@ -241,16 +257,20 @@ def flash_attn_varlen_qkvpacked_func(
     return_attn_probs: bool = False,
 ) -> Result:
     """`flash_attn_varlen_func` of q, k, v packed in qkv (total, 3, h, d), cu_seqlens int32 (b + 1,)."""
-    check.check_packed(qkv, "qkv", 4, 3)
+    q, k, v = check.unpack(qkv, "qkv", 4, 3)
+    try:
+        return flash_attn_varlen_func(
+            q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale, causal,
+            window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
+        )  # fmt: skip
+    except REFUSALS as error:
+        refusal = error
+    _check_packed(qkv, "qkv")
     check.check_cu_seqlens(cu_seqlens, "cu_seqlens", qkv)
     max_seqlen = check.check_max_seqlen(max_seqlen, "max_seqlen")
-    if qkv.device.type == "cpu":
+    if qkv.is_cpu:
         check.check_lengths(cu_seqlens, "cu_seqlens", qkv.shape[0], max_seqlen, "max_seqlen")
-    q, k, v = qkv.unbind(1)
-    return flash_attn_varlen_func(
-        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale, causal,
-        window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
-    )  # fmt: skip
+    raise refusal
 
 
 def flash_attn_varlen_kvpacked_func(
@@ -270,12 +290,16 @@ def flash_attn_varlen_kvpacked_func(
     return_attn_probs: bool = False,
 ) -> Result:
     """`flash_attn_varlen_func` of q (total_q, h, d) and k, v packed in one tensor kv (total_k, 2, hk, d)."""
-    check.check_packed(kv, "kv", 4, 2, q)
-    k, v = kv.unbind(1)
-    return flash_attn_varlen_func(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
-        window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
-    )  # fmt: skip
+    k, v = check.unpack(kv, "kv", 4, 2)
+    try:
+        return flash_attn_varlen_func(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
+            window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
+        )  # fmt: skip
+    except REFUSALS as error:
+        refusal = error
+    _check_packed(kv, "kv", q)
+    raise refusal
 
 
 def flash_attn_with_kvcache(
@@ -329,7 +353,7 @@ def flash_attn_with_kvcache(
 
     Raises:
         TypeError, ValueError, RuntimeError: as in `flash_attn_func`.
-        NotImplementedError: CUDA tensors, for now.
+        NotImplementedError: CUDA tensors, for now; meta tensors.
     """
     window_left, window_right = _window(window_size)
     out, lse = _kvcache.forward_kvcache(

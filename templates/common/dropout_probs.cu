@@ -81,8 +81,8 @@ Status launch(const DropoutProbsArguments& arguments, cudaStream_t stream) {
   const int64_t elements =
       static_cast<int64_t>(arguments.rows) * arguments.columns * params.batch * params.num_heads;
   const int64_t blocks = std::min((elements + kThreads - 1) / kThreads, kMaxBlocks);
-  return launch_kernel(dropout_probs_kernel<Element>, "dropout_probs", blocks, kThreads, 0, stream, arguments,
-                       prepared);
+  return launch_kernel(dropout_probs_kernel<Element>, "dropout_probs", params.device, blocks, kThreads, 0,
+                       stream, arguments, prepared);
 }
 
 }  // namespace

@@ -49,13 +49,25 @@ const char* mask_name(Mask mask) {
   return mask == Mask::kFull ? "full" : mask == Mask::kCausal ? "causal" : "windowed";
 }
 
-bool matches(const KernelEntry& kernel, const ForwardParams& params) {
-  const Family forced = static_cast<Family>(params.family);
-  return kernel.direction == Direction::kForward && !kernel.split &&
-         kernel.dtype == static_cast<Dtype>(params.dtype) && kernel.mask == mask_class(params) &&
-         kernel.head_dim == kernel_head_dim(params.head_dim) &&
-         (forced == Family::kAuto || kernel.family == forced);
-}
+// What a call asks for, in the table's terms.
+struct Wanted {
+  Dtype dtype;
+  int head_dim;
+  Mask mask;
+  Family family;  // kAuto: any
+
+  explicit Wanted(const ForwardParams& params)
+      : dtype(static_cast<Dtype>(params.dtype)),
+        head_dim(kernel_head_dim(params.head_dim)),
+        mask(mask_class(params)),
+        family(static_cast<Family>(params.family)) {}
+
+  bool matches(const KernelEntry& kernel) const {
+    return kernel.head_dim == head_dim && kernel.mask == mask && kernel.dtype == dtype &&
+           kernel.direction == Direction::kForward && !kernel.split &&
+           (family == Family::kAuto || kernel.family == family);
+  }
+};
 
 Status fail_without_kernel(Status status, const ForwardParams& params, const Device& device) {
   char family[32] = "";
@@ -72,11 +84,12 @@ Status fail_without_kernel(Status status, const ForwardParams& params, const Dev
 }  // namespace
 
 const KernelEntry* find_forward_kernel(const ForwardParams& params, const Device& device, Status& status) {
+  const Wanted wanted(params);
   const KernelEntry* best = nullptr;
   bool too_large = false;
   for (int i = 0; i < kNumKernels; ++i) {
     const KernelEntry& kernel = kKernels[i];
-    if (!matches(kernel, params) || !family_runs_on(kernel.family, device.capability)) continue;
+    if (!wanted.matches(kernel) || !family_runs_on(kernel.family, device.capability)) continue;
     if (kernel.shared_bytes > device.shared_bytes) {
       too_large = true;
     } else if (best == nullptr || preference(kernel.family, device) > preference(best->family, device)) {

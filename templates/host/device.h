@@ -4,6 +4,7 @@
 namespace flash_attn {
 
 struct Device {
+  int index;
   int capability;    // 10 * major + minor
   int shared_bytes;  // that one thread block may have
   int shared_bytes_per_multiprocessor;

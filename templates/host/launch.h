@@ -11,17 +11,14 @@
 
 namespace flash_attn {
 
-// Allows `kernel` its dynamic shared memory on the current device, once per device and kernel.
-inline Status allow_shared_memory(const void* kernel, const char* name, int shared_bytes,
+// Allows `kernel` its dynamic shared memory on `device`, the current one, once per device and kernel.
+inline Status allow_shared_memory(const void* kernel, const char* name, int device, int shared_bytes,
                                   std::atomic<uint64_t>& done) {
-  if (shared_bytes == 0) return Status::kOk;
-  int device = 0;
-  Status status = check_cuda(cudaGetDevice(&device), "cudaGetDevice", name);
-  if (status != Status::kOk) return status;
   const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
-  if (done.load(std::memory_order_acquire) & bit) return Status::kOk;
-  status = check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
-                      "cudaFuncSetAttribute(MaxDynamicSharedMemorySize)", name);
+  if (shared_bytes == 0 || (done.load(std::memory_order_acquire) & bit)) return Status::kOk;
+  Status status =
+      check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
+                 "cudaFuncSetAttribute(MaxDynamicSharedMemorySize)", name);
   if (status != Status::kOk) return status;
   status = check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                                            cudaSharedmemCarveoutMaxShared),
@@ -30,9 +27,10 @@ inline Status allow_shared_memory(const void* kernel, const char* name, int shar
   return status;
 }
 
-// `done` remembers the devices on which the kernel's attributes are set: one object per kernel.
+// Launches on `device`, which must be current. `done` remembers the devices on which the kernel's attributes
+// are set: one object per kernel.
 template <class Arguments>
-Status launch_kernel(void (*kernel)(Arguments), const char* name, int64_t blocks, int threads,
+Status launch_kernel(void (*kernel)(Arguments), const char* name, int device, int64_t blocks, int threads,
                      int shared_bytes, cudaStream_t stream, const Arguments& arguments,
                      std::atomic<uint64_t>& done) {
   if (blocks == 0) return Status::kOk;
@@ -41,7 +39,7 @@ Status launch_kernel(void (*kernel)(Arguments), const char* name, int64_t blocks
                 static_cast<long long>(blocks));
   }
   const void* function = reinterpret_cast<const void*>(kernel);
-  const Status status = allow_shared_memory(function, name, shared_bytes, done);
+  const Status status = allow_shared_memory(function, name, device, shared_bytes, done);
   if (status != Status::kOk) return status;
   void* kernel_arguments[] = {const_cast<Arguments*>(&arguments)};
   return check_cuda(cudaLaunchKernel(function, dim3(static_cast<unsigned>(blocks)), dim3(threads),

@@ -51,6 +51,7 @@ Status query_device(int index, Device& device) {
                                      "cudaDeviceGetAttribute", "the device");
     if (status != Status::kOk) return status;
   }
+  device.index = index;
   device.capability = 10 * major + minor;
   return Status::kOk;
 }

@@ -281,8 +281,8 @@ Status launch_forward(const ForwardParams& params, const Device& device, cudaStr
   const bool modifiers = needs_modifiers(params);
   static std::atomic<uint64_t> prepared[2];
   return launch_kernel(modifiers ? forward_kernel<Config, true> : forward_kernel<Config, false>, name,
-                       arguments.schedule.num_tiles(), Config::kThreads, Config::kSharedBytes, stream,
-                       arguments, prepared[modifiers]);
+                       device.index, arguments.schedule.num_tiles(), Config::kThreads, Config::kSharedBytes,
+                       stream, arguments, prepared[modifiers]);
 }
 
 }  // namespace flash_attn::sm80
