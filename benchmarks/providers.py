@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -63,8 +64,14 @@ def forward_calls(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> dict[str, Ca
     }
 
 
+@cache
+def _report_dropped(name: str, why: str) -> None:
+    print(f"{name} is left out: {why}", flush=True)
+
+
 def runnable(calls: dict[str, Call]) -> dict[str, Call]:
-    """The calls that torch can run here: a backend that this GPU or this build of torch lacks is left out.
+    """The calls that torch can run here: a backend that this GPU or this build of torch lacks is left out,
+    and why is printed once.
 
     A failure of ours is a failure of the benchmark, so it is not caught.
     """
@@ -73,9 +80,10 @@ def runnable(calls: dict[str, Call]) -> dict[str, Call]:
         try:
             with call.context():
                 call.run()
-        except RuntimeError:
+        except RuntimeError as error:
             if name == OURS:
                 raise
+            _report_dropped(name, str(error).strip().partition("\n")[0])
         else:
             kept[name] = call
     return kept

@@ -59,9 +59,7 @@ def render_sources(selection: Selection) -> dict[str, str]:
 def render_abi_module() -> str:
     """Text of ``flash_attn/_abi.py``: axes, enums, ctypes mirror, packers, function signatures."""
     capabilities = tuple(sorted(target.capability for target in all_targets()))
-    return _render(
-        "abi.py.j2", head_dims=axes.HEAD_DIMS, capabilities=capabilities, **_abi_variables()
-    )
+    return _render("abi.py.j2", head_dims=axes.HEAD_DIMS, capabilities=capabilities, **_abi_variables())
 
 
 def _abi_variables() -> dict[str, object]:

@@ -233,20 +233,24 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype) -> Tens
     return torch.stack(heads, dim=1)[None]
 
 
-def median_milliseconds(run: Callable[[], object], device: torch.device) -> float:
-    """Median time of one call over `BATCHES` batches, each awaited, after one that warms up."""
+def median_milliseconds(runs: dict[str, Callable[[], object]], device: torch.device) -> dict[str, float]:
+    """Median time of one call of each, over `BATCHES` batches after one that warms up.
+
+    They take turns, a batch each, so that clocks and temperature are the same for all.
+    """
     on_gpu = device.type == "cuda"
     wait: Callable[[], None] = torch.cuda.synchronize if on_gpu else lambda: None
     calls = 10 if on_gpu else 1
-    times = []
+    times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(BATCHES + 1):
-        wait()
-        start = time.perf_counter()
-        for _ in range(calls):
-            run()
-        wait()
-        times.append((time.perf_counter() - start) / calls * 1e3)
-    return median(times[1:])
+        for name, run in runs.items():
+            wait()
+            start = time.perf_counter()
+            for _ in range(calls):
+                run()
+            wait()
+            times[name].append((time.perf_counter() - start) / calls * 1e3)
+    return {name: median(samples[1:]) for name, samples in times.items()}
 
 
 def attend(
@@ -272,7 +276,8 @@ def attend(
         return F.scaled_dot_product_attention(qt, kt, vt, is_causal=True).transpose(1, 2)
 
     allowed = 2 * worst_error(dense_attention(q, k, v, dtype)) + 1e-5
-    error = worst_error(ours())
+    errors = {"flash_attn": worst_error(ours()), "torch_sdpa": worst_error(sdpa())}
+    times = median_milliseconds({"flash_attn": ours, "torch_sdpa": sdpa}, device)
     return {
         "device": str(device),
         "dtype": dtype_name,
@@ -281,7 +286,6 @@ def attend(
         "head_dim": head_dim,
         "text": prose.splitlines()[0],
         "allowed": allowed,
-        "right": error <= allowed,
-        "flash_attn": {"error": error, "milliseconds": median_milliseconds(ours, device)},
-        "torch_sdpa": {"error": worst_error(sdpa()), "milliseconds": median_milliseconds(sdpa, device)},
+        "right": errors["flash_attn"] <= allowed,
+        **{name: {"error": errors[name], "milliseconds": times[name]} for name in errors},
     }

@@ -189,10 +189,7 @@ def check_scoring(
     alibi_slopes: Tensor | None,
 ) -> Scoring:  # fmt: skip
     """Check and normalise what turns q (.., h, head_dim) and k into probabilities."""
-    if softmax_scale is None:
-        softmax_scale = head_dim**-0.5
-    else:
-        softmax_scale = as_float(softmax_scale, "softmax_scale")
+    scale = head_dim**-0.5 if softmax_scale is None else as_float(softmax_scale, "softmax_scale")
     if type(dropout_p) is not float:
         dropout_p = as_float(dropout_p, "dropout_p")
     if not 0.0 <= dropout_p <= MAX_DROPOUT_P:
@@ -213,7 +210,7 @@ def check_scoring(
         window_left = window_right = -1
     if alibi_slopes is not None:
         check_alibi(alibi_slopes, q, batch)
-    return Scoring(softmax_scale, softcap, window_left, window_right, dropout_p, alibi_slopes)
+    return Scoring(scale, softcap, window_left, window_right, dropout_p, alibi_slopes)
 
 
 def check_alibi(slopes: Tensor, q: Tensor, batch: int) -> None:

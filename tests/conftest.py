@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    import torch
 
 
 @cache
@@ -34,21 +38,24 @@ def device(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture
-def require_kernel() -> Callable[..., None]:
-    """Skip the test where a trimmed build has no forward kernel for a CUDA device, dtype and head dim."""
+def has_kernel(dtype: torch.dtype, head_dim: int) -> bool:
+    """Return whether this build, which may be trimmed, has forward kernels for a dtype and head dim."""
     import torch
 
     from flash_attn import _abi
 
-    names = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+    name = {torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
+    suffix = f"_{name}_d{next(d for d in _abi.HEAD_DIMS if d >= head_dim)}_"
+    return any(key.startswith("forward") and suffix in key for key in kernels())
+
+
+@pytest.fixture
+def require_kernel() -> Callable[..., None]:
+    """Skip the test where there is no forward kernel for a CUDA device, dtype and head dim."""
 
     def require(device: str, dtype: torch.dtype, head_dim: int) -> None:
-        if device != "cuda":
-            return
-        suffix = f"_{names[dtype]}_d{next(d for d in _abi.HEAD_DIMS if d >= head_dim)}_"
-        if not any(key.startswith("forward") and suffix in key for key in kernels()):
-            pytest.skip(f"this build has no kernel forward*{suffix}*")
+        if device == "cuda" and not has_kernel(dtype, head_dim):
+            pytest.skip(f"this build has no forward kernel for {dtype}, head dim {head_dim}")
 
     return require
 

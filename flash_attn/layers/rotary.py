@@ -267,6 +267,9 @@ class RotaryEmbedding(nn.Module):
         device: of the tables.
     """
 
+    inv_freq: Tensor
+    scale: Tensor | None
+
     def __init__(
         self, dim: int, base: float = 10000.0, interleaved: bool = False, scale_base: float | None = None,
         device: torch.device | str | None = None,
@@ -290,16 +293,18 @@ class RotaryEmbedding(nn.Module):
                               dtype: torch.dtype | None = None) -> None:  # fmt: skip
         """Compute the tables for positions 0 .. seqlen where the cached ones do not serve."""
         cached = self._cos_cached
-        usable = cached is not None and cached.device == device and cached.dtype == dtype
-        if usable and seqlen <= self._seq_len_cached and not (self.training and cached.is_inference()):
+        if (
+            cached is not None and cached.device == device and cached.dtype == dtype
+            and seqlen <= self._seq_len_cached and not (self.training and cached.is_inference())
+        ):  # fmt: skip
             return
         self._seq_len_cached = seqlen
         positions = torch.arange(seqlen, device=device, dtype=torch.float32)
-        exact = self.inv_freq.dtype == torch.float32
-        frequencies = self.inv_freq.to(device) if exact else self._exact_frequencies(device)
+        usable = self.inv_freq.dtype == torch.float32 and not self.inv_freq.is_meta
+        frequencies = self.inv_freq.to(device) if usable else self._exact_frequencies(device)
         angles = torch.outer(positions, frequencies)
         cos, sin = angles.cos(), angles.sin()
-        if self.scale is None:
+        if self.scale is None or self.scale_base is None:
             self._cos_cached, self._sin_cached = cos.to(dtype), sin.to(dtype)
             return
         power = (positions - seqlen // 2) / self.scale_base
@@ -326,6 +331,7 @@ class RotaryEmbedding(nn.Module):
             max_seqlen = seqlen + largest
         self._update_cos_sin_cache(max_seqlen, device=qkv.device, dtype=qkv.dtype)
         cos, sin, cos_k, sin_k = self._cos_cached, self._sin_cached, self._cos_k_cached, self._sin_k_cached
+        assert cos is not None and sin is not None
         if kv is None:
             return apply_rotary_emb_qkv_(
                 qkv, cos, sin, cos_k, sin_k, self.interleaved, seqlen_offset, num_heads_q

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks import providers, timing
+from benchmarks import forward, providers, timing
 from benchmarks.__main__ import main, parser
 
 
@@ -25,14 +25,31 @@ def test_standard_attention_is_sdpa():
         torch.testing.assert_close(providers.standard_attention(q, k, v, causal), expected)
 
 
-def test_a_peer_that_fails_is_left_out_and_our_failure_is_not():
+def test_a_peer_that_fails_is_left_out_and_our_failure_is_not(capsys):
     def fail():
-        raise RuntimeError("not on this GPU")
+        raise RuntimeError("not on this GPU\nand more")
 
     works, fails = providers.Call(lambda: torch.empty(1)), providers.Call(fail)
-    assert list(providers.runnable({providers.OURS: works, providers.CUDNN: fails})) == [providers.OURS]
+    for _ in range(2):
+        assert list(providers.runnable({providers.OURS: works, providers.CUDNN: fails})) == [providers.OURS]
+    assert capsys.readouterr().out == "cuDNN is left out: not on this GPU\n"
     with pytest.raises(RuntimeError, match="not on this GPU"):
         providers.runnable({providers.OURS: fails})
+
+
+@pytest.mark.parametrize("peer", [providers.TORCH_FA2, providers.CUDNN])
+def test_results_must_agree(peer):
+    right = torch.randn(2, 30, 4, 16)
+    calls = {providers.OURS: providers.Call(lambda: right), peer: providers.Call(lambda: right * 1.009)}
+    forward.check_agreement(calls)
+    one_head_wrong = right.clone()
+    one_head_wrong[0, :, 0] *= 1.1
+    calls[peer] = providers.Call(lambda: one_head_wrong)
+    with pytest.raises(AssertionError, match=f"flash_attn and {peer} differ"):
+        forward.check_agreement(calls)
+    calls[peer] = providers.Call(lambda: right * float("nan"))
+    with pytest.raises(AssertionError, match="differ"):
+        forward.check_agreement(calls)
 
 
 @pytest.mark.parametrize("command", ["forward", "host", "memory", "build"])

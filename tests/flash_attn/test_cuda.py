@@ -158,32 +158,26 @@ def test_head_dim_is_padded_to_a_multiple_of_8(library, head_dim, padded):
 
 
 def odd_layouts():
-    x = torch.randn(2, 12, 4, 64).to(BF16)
-    wide = torch.zeros(2, 12, 4, 67, dtype=BF16)
-    base = torch.zeros(x.numel() + 4, dtype=BF16)
-    for name, y in {
-        "last stride": torch.zeros(2, 12, 64, 4, dtype=BF16).transpose(2, 3),
-        "strides": wide[..., :64],
-        "base": base[4:].view(2, 12, 4, 64),
-        "one row of odd stride": torch.zeros(2, 3, dtype=BF16).as_strided((1, 1, 1, 6), (3, 3, 3, 1)),
-    }.items():
-        y = (
-            y
-            if y.shape == x.shape
-            else torch.zeros(3 * 64, dtype=BF16).as_strided((1, 1, 1, 64), (3, 5, 7, 1))
-        )
-        yield name, y
+    storage = torch.zeros(2 * 12 * 4 * 67 + 4, dtype=BF16)
+    return {
+        "last stride": storage[: 2 * 12 * 64 * 4].view(2, 12, 64, 4).transpose(2, 3),
+        "strides": storage[:-4].view(2, 12, 4, 67)[..., :64],
+        "base": storage[4 : 4 + 2 * 12 * 4 * 64].view(2, 12, 4, 64),
+        "one row of odd stride": storage.as_strided((1, 1, 1, 64), (3, 5, 7, 1)),
+    }
 
 
 @pytest.mark.parametrize("position", range(3))
 def test_unaligned_tensors_are_copied(library, position):
-    for name, x in odd_layouts():
+    for name, x in odd_layouts().items():
         tensors = [torch.zeros(x.shape, dtype=BF16) for _ in range(3)]
         tensors[position] = x
         out, *_ = run(*tensors)
         params = library.calls[-1][0]
-        letter = "qkv"[position]
-        assert getattr(params, letter) != x.data_ptr(), name
+        for letter, given in zip("qkv", tensors, strict=True):
+            assert (getattr(params, letter) != given.data_ptr()) == (given is x), name
+        writable = all(s % 8 == 0 for s in out.stride()[:3])
+        assert (params.out == out.data_ptr()) == writable, name
         for field in ("q", "k", "v", "out"):
             assert getattr(params, field) % 16 == 0 and all(s % 8 == 0 for s in strides(params, field)), name
         assert out.shape == x.shape and out.stride(-1) == 1
@@ -253,6 +247,19 @@ def test_varlen_indices_are_made_contiguous(library):
     cu = torch.tensor([[0, 9], [3, 9], [20, 9]]).int()[:, 0]
     _operations.varlen_forward(q, k, v, cu, cu, 17, 17)
     assert library.calls[0][0].cu_seqlens_q != cu.data_ptr()
+
+
+def test_varlen_unaligned_tensors_are_copied(library):
+    q, k, v = (x.flatten(0, 1) for x in make(head_dim=60))
+    cu = torch.tensor([0, 12, 20]).int()
+    out, *_ = _operations.varlen_forward(q, k, v, cu, cu, 12, 12)
+    params = library.calls[0][0]
+    assert params.head_dim == 64 and out.shape == q.shape
+    assert (params.q_row_stride, params.q_head_stride) == (4 * 64, 64) and params.q_batch_stride == 0
+    q, k = q[..., :56].contiguous(), k[..., :56]
+    out, *_ = _operations.varlen_forward(q, k, k, cu, cu, 12, 12)
+    params = library.calls[1][0]
+    assert (params.q, params.out) == (q.data_ptr(), out.data_ptr()) and params.k != k.data_ptr()
 
 
 def test_varlen_without_sequences(library):

@@ -59,7 +59,7 @@ def tensors(batch, seqlen_q, seqlen_k, device, dtype=BF16, head_dim=64):
 
 
 def assert_s_dmask(s_dmask, probs, keep):
-    """Assert the rounded probabilities, the sign of every dropped entry, masked ones too, and zeros beyond."""
+    """Assert rounded probabilities, the sign of every dropped entry, masked ones too, and zeros beyond."""
     rows, cols = probs.shape[-2:]
     actual = s_dmask[..., :rows, :cols]
     assert s_dmask.dtype == BF16

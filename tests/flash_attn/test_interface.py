@@ -286,6 +286,17 @@ def test_compile_varlen():
         assert torch.equal(a, b)
 
 
+def test_compile_packed():
+    qkv, cu = torch.randn(2, 8, 3, 2, 16), torch.tensor([0, 3, 8]).int()
+
+    def function(x):
+        varlen = flash_attn.flash_attn_varlen_qkvpacked_func(x[0], cu, 5, causal=True)
+        return flash_attn.flash_attn_qkvpacked_func(x, causal=True), varlen
+
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    assert all(torch.equal(a, b) for a, b in zip(compiled(qkv), function(qkv), strict=True))
+
+
 def test_modes_and_subclasses_see_the_op():
     from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -109,6 +109,13 @@ def test_dense_attention_is_sdpa():
     torch.testing.assert_close(_doctor.dense_attention(q, k, v, torch.float64).float(), expected)
 
 
+def test_timings_are_interleaved():
+    order = []
+    runs = {name: lambda name=name: order.append(name) for name in ("ours", "theirs")}
+    times = _doctor.median_milliseconds(runs, torch.device("cpu"))
+    assert order == ["ours", "theirs"] * (_doctor.BATCHES + 1) and set(times) == set(runs)
+
+
 def test_a_library_that_cannot_be_used_is_a_note(monkeypatch):
     def fail():
         raise RuntimeError("another layout")

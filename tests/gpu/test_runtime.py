@@ -1,14 +1,15 @@
 """What only a GPU can show: streams, graphs, devices, 64-bit offsets, memory, and which kernel runs."""
 
 import os
+from itertools import accumulate
 
 import pytest
 import torch
 from conftest import cuda_problem, kernels
-from oracle import Options, assert_within, attention
+from oracle import Options, assert_lse, assert_within, attention, varlen_attention
 
 from flash_attn import _abi, _library, flash_attn_func
-from flash_attn.flash_attn_interface import flash_attn_varlen_func
+from flash_attn.flash_attn_interface import flash_attn_gpu, flash_attn_varlen_func
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(cuda_problem()), reason=str(cuda_problem()))]
 
@@ -112,12 +113,50 @@ def test_memory_is_the_output_and_the_lse():
     assert torch.cuda.max_memory_allocated() - before <= expected + 1024
 
 
-def test_outputs_are_written_in_full():
-    """The caching allocator hands out memory filled with NaN; every element must be overwritten."""
-    q, k, v = make(3, 333, 5, 96), make(3, 77, 5, 96), make(3, 77, 5, 96)
-    torch.full((64 << 20,), float("nan"), device="cuda")
-    out, lse, _ = flash_attn_func(q, k, v, causal=True, return_attn_probs=True)
-    assert not out.isnan().any() and not lse.isnan().any()
+MASKS = {"full": (False, -1, -1), "causal": (True, -1, -1), "windowed": (False, 8, 5)}
+
+
+def freed_nan(*shape: int) -> int:
+    """Fill fp32 memory of that shape with NaN, free it, and return its address: the next to be handed out."""
+    return torch.full(shape, float("nan"), device="cuda").data_ptr()
+
+
+@pytest.mark.parametrize("head_dim", _abi.HEAD_DIMS)
+@pytest.mark.parametrize("mask", MASKS)
+def test_outputs_are_written_in_full(require_kernel, head_dim, mask):
+    """out and LSE start as NaN. Under a mask the first of more queries than keys see no key."""
+    require_kernel("cuda", BF16, head_dim)
+    causal, *window = MASKS[mask]
+    q, k, v = make(3, 333, 5, head_dim), make(3, 77, 5, head_dim), make(3, 77, 5, head_dim)
+    given, lse_at = torch.full_like(q, float("nan")), freed_nan(3, 5, 333)
+    out, lse, *_ = flash_attn_gpu.fwd(
+        q, k, v, given, None, 0.0, head_dim**-0.5, causal, *window, 0.0, False, None
+    )
+    assert out is given and lse.data_ptr() == lse_at
+    options = Options(causal=causal, window_size=tuple(window))
+    check(q, k, v, out, options)
+    assert_lse(lse, attention(q, k, v, options)[1])
+
+
+@pytest.mark.parametrize("head_dim", _abi.HEAD_DIMS)
+@pytest.mark.parametrize("mask", MASKS)
+def test_varlen_outputs_are_written_in_full(require_kernel, head_dim, mask):
+    """As above; also a sequence without keys, one without queries, and tokens of no sequence."""
+    require_kernel("cuda", BF16, head_dim)
+    causal, *window = MASKS[mask]
+    lengths, total_q = ([170, 0, 40, 130], [0, 7, 90, 60]), 340 + 200
+    q, k, v = make(total_q, 5, head_dim), make(157, 5, head_dim), make(157, 5, head_dim)
+    cu_q, cu_k = (torch.tensor([0, *accumulate(n)], device="cuda", dtype=torch.int32) for n in lengths)
+    given, lse_at = torch.full_like(q, float("nan")), freed_nan(5, total_q)
+    out, lse, *_ = flash_attn_gpu.varlen_fwd(
+        q, k, v, given, cu_q, cu_k, None, None, None, None, 170, 90, 0.0, head_dim**-0.5, False, causal,
+        *window, 0.0, False, None,
+    )  # fmt: skip
+    assert out is given and lse.data_ptr() == lse_at
+    options = Options(causal=causal, window_size=tuple(window))
+    truth, truth_lse = varlen_attention(q, k, v, *lengths, options)
+    assert_within(out, truth, varlen_attention(q, k, v, *lengths, options, BF16)[0])
+    assert_lse(lse, truth_lse)
 
 
 def test_garbage_beyond_a_sequence_does_not_leak():

@@ -69,18 +69,17 @@ class _CrossEntropy(torch.autograd.Function):
         ignored = labels == ignore_index
         total = shard.num_classes * shard.world
         lse_parts, picked_parts = [], []
-        lse_given = precomputed_lse is not None and smoothing == 0.0 and logit_scale == 1.0
+        known_lse = precomputed_lse if smoothing == 0.0 and logit_scale == 1.0 else None
         for rows in _row_blocks(logits):
             x = _widened(logits[rows], logit_scale)
-            if not lse_given:
+            if known_lse is None:
                 lse_parts.append(x.logsumexp(-1))
             picked = x.gather(1, index[rows, None]).squeeze(1) * here[rows] * (1.0 - smoothing)
             picked_parts.append(picked + x.sum(-1) * (smoothing / total) if smoothing else picked)
         empty = _widened(logits.new_empty(0), 1.0)
-        if lse_given:
-            lse = precomputed_lse.to(empty.dtype)
-        else:
-            lse = torch.cat(lse_parts) if lse_parts else empty
+        lse = torch.cat(lse_parts) if lse_parts else empty
+        if known_lse is not None:
+            lse = known_lse.to(empty.dtype)
         lse = shard.logsumexp(lse)
         picked = shard.sum(torch.cat(picked_parts) if picked_parts else empty)
         z_losses = (lse_square_scale * lse.square()).masked_fill(ignored, 0.0)

@@ -75,7 +75,9 @@ def test_precomputed_lse_is_not_computed_again():
     logits, labels = make()
     lse = logits.detach().logsumexp(-1)
     expected, _ = cross_entropy_loss(logits, labels)
-    assert torch.allclose(cross_entropy_loss(logits, labels, lse + 1.0)[0], (expected + 1.0) * (labels != -100))
+    assert torch.allclose(
+        cross_entropy_loss(logits, labels, lse + 1.0)[0], (expected + 1.0) * (labels != -100)
+    )
     with torch.profiler.profile() as profile:
         cross_entropy_loss(logits, labels, lse)
     assert not any("logsumexp" in event.name for event in profile.events())

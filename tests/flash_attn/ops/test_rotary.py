@@ -11,7 +11,9 @@ from flash_attn.ops.triton.rotary import apply_rotary
 PACKED = {"cu_seqlens": torch.tensor([0, 3, 9], dtype=torch.int32), "max_seqlen": 6}
 
 
-@pytest.mark.parametrize("shape, sequences", [((2, 7, 3, 16), {}), ((10, 3, 16), PACKED)], ids=["batch", "packed"])
+@pytest.mark.parametrize(
+    "shape, sequences", [((2, 7, 3, 16), {}), ((10, 3, 16), PACKED)], ids=["batch", "packed"]
+)
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("inplace", [False, True])
 def test_rotates_and_rotates_back(shape, sequences, interleaved, inplace):
