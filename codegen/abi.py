@@ -145,7 +145,11 @@ FORWARD_PARAMS = Struct(
         ),
         Field("v", "const void*", "as k"),
         Field("out", "void*", "as q"),
-        Field("softmax_lse", "float*", "(batch, num_heads, seqlen_q), or (num_heads, total_q)"),
+        Field(
+            "softmax_lse",
+            "float*",
+            "(batch, num_heads, seqlen_q), (num_heads, total_q), or null",
+        ),
         Field(
             "cu_seqlens_q",
             "const int32_t*",

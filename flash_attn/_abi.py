@@ -67,7 +67,7 @@ class ForwardParams(ctypes.Structure):
         ("k", ctypes.c_void_p),  # (batch, seqlen_k, num_heads_k, d), or (total_k, num_heads_k, d)
         ("v", ctypes.c_void_p),  # as k
         ("out", ctypes.c_void_p),  # as q
-        ("softmax_lse", ctypes.c_void_p),  # (batch, num_heads, seqlen_q), or (num_heads, total_q)
+        ("softmax_lse", ctypes.c_void_p),  # (batch, num_heads, seqlen_q), (num_heads, total_q), or null
         ("cu_seqlens_q", ctypes.c_void_p),  # (batch + 1), or null: where each sequence starts in q
         ("cu_seqlens_k", ctypes.c_void_p),  # (batch + 1), null iff cu_seqlens_q: sequence starts in k, v
         ("seqused_k", ctypes.c_void_p),  # (batch), or null: keys used of each sequence

@@ -20,7 +20,7 @@ from flash_attn._layout import empty_out, probs_shape, round_multiple
 from flash_attn._philox import new_rng_state
 from flash_attn._validation import Scoring, Shapes
 
-Outputs = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+Outputs = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 Sizes = tuple[int, int, int, int, int, int]
 
 DTYPES = {torch.float16: int(_abi.Dtype.FP16), torch.bfloat16: int(_abi.Dtype.BF16)}
@@ -84,8 +84,8 @@ def aligned(x: Tensor) -> Tensor:
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scoring: Scoring, sizes: Sizes, head_dim: int,
-    lse_strides: tuple[int, int], sequences: Sequence[int], return_softmax: bool,
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, scoring: Scoring, sizes: Sizes,
+    head_dim: int, lse_strides: tuple[int, int], sequences: Sequence[int], return_softmax: bool,
     generator: torch.Generator | None,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """Write out and lse with one kernel; return (S_dmask, rng_state).
@@ -122,12 +122,13 @@ def _attend(
             probs = torch.empty(size, dtype=q.dtype, device=q.device)
     if not (batch and seqlen_q and seqlen_k and num_heads):
         out.zero_()
-        lse.fill_(inf)
+        if lse is not None:
+            lse.fill_(inf)
         return probs, rng_state
     device = q.get_device()
     library = _libraries.get(device) or _prepare(device)
     packed = _pack(
-        q_at, k_at, v_at, o_at, lse.data_ptr(), *sequences, slopes_at, rng_at, 0,
+        q_at, k_at, v_at, o_at, 0 if lse is None else lse.data_ptr(), *sequences, slopes_at, rng_at, 0,
         q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, o_batch, o_row, o_head,
         *lse_strides, slopes_stride, total_q,
         batch, num_heads, num_heads_k, seqlen_q, seqlen_k, head_dim, window_left, window_right,
@@ -144,8 +145,8 @@ def _attend(
 
 
 def _attend_copies(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scoring: Scoring, sizes: Sizes, head_dim: int,
-    *arguments: Any,
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, scoring: Scoring, sizes: Sizes,
+    head_dim: int, *arguments: Any,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """`_attend` with copies of those tensors that the kernels cannot read, or write, where they are."""
     target, padded = out, round_multiple(head_dim, 8)
@@ -164,9 +165,9 @@ def _empty_lse(shape: tuple[int, ...], strides: tuple[int, ...], q: Tensor) -> T
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, shapes: Shapes, scoring: Scoring,
-    return_softmax: bool, generator: torch.Generator | None,
+    return_softmax: bool, generator: torch.Generator | None, need_lse: bool = True,
 ) -> Outputs:  # fmt: skip
-    """Return (out, lse (b, h, sq), S_dmask, rng_state) of q (b, sq, h, d), k and v (b, sk, hk, d).
+    """Return (out, lse (b, h, sq) or None, S_dmask, rng_state) of q (b, sq, h, d), k and v (b, sk, hk, d).
 
     Raises:
         RuntimeError: the GPU is too old, the kernel is not built, or CUDA reports an error.
@@ -175,7 +176,7 @@ def forward(
     if out is None:
         out = empty_out(q)
     lse_strides = num_heads * seqlen_q, seqlen_q
-    lse = _empty_lse((batch, num_heads, seqlen_q), (*lse_strides, 1), q)
+    lse = _empty_lse((batch, num_heads, seqlen_q), (*lse_strides, 1), q) if need_lse else None
     sizes = batch, seqlen_q, seqlen_k, batch * seqlen_q, num_heads, num_heads_k
     probs, rng_state = _attend(
         q, k, v, out, lse, scoring, sizes, head_dim, lse_strides, FIXED_LENGTH, return_softmax, generator
@@ -187,9 +188,9 @@ def varlen_forward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, shapes: Shapes, scoring: Scoring,
     cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
     leftpad_k: Tensor | None, seqused_k: Tensor | None, return_softmax: bool,
-    generator: torch.Generator | None,
+    generator: torch.Generator | None, need_lse: bool = True,
 ) -> Outputs:  # fmt: skip
-    """Return (out, lse (h, total_q), S_dmask, rng_state) of q (total_q, h, d), k and v (total_k, hk, d).
+    """Return (out, lse (h, total_q) or None, S_dmask, rng_state) of q (total_q, h, d), k, v (total_k, hk, d).
 
     Raises:
         RuntimeError: as in `forward`.
@@ -197,7 +198,7 @@ def varlen_forward(
     (total_q, num_heads, head_dim), (_, num_heads_k, _) = shapes
     if out is None:
         out = empty_out(q)
-    lse = _empty_lse((num_heads, total_q), (total_q, 1), q)
+    lse = _empty_lse((num_heads, total_q), (total_q, 1), q) if need_lse else None
     given = cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k
     indices = [None if x is None else x.contiguous() for x in given]
     at = [0 if x is None else x.data_ptr() for x in indices]

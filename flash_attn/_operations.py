@@ -13,7 +13,7 @@ from torch import Tensor
 from flash_attn import _cpu, _cuda
 from flash_attn import _validation as check
 
-Outputs = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+Outputs = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
 def not_on_cuda(what: str) -> NoReturn:
@@ -41,11 +41,12 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, softmax_scale: float | None = None,
     causal: bool = False, window_left: int = -1, window_right: int = -1, softcap: float = 0.0,
     alibi_slopes: Tensor | None = None, return_softmax: bool = False, out: Tensor | None = None,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | None = None, need_lse: bool = True,
 ) -> Outputs:  # fmt: skip
     """Return (out, lse (b, h, sq), S_dmask, rng_state) of q (b, sq, h, d), k and v (b, sk, hk, d).
 
-    The last two are None without dropout, S_dmask also without `return_softmax`.
+    The last two are None without dropout, S_dmask also without `return_softmax`. Without `need_lse`, CUDA
+    does not compute the LSE: it is None.
     """
     shapes = check.check_qkv(q, k, v, 4, 4)
     (batch, seqlen_q, _, head_dim), (k_batch, seqlen_k, _, _) = shapes
@@ -56,8 +57,9 @@ def forward(
         softcap, alibi_slopes,
     )  # fmt: skip
     _check_out(out, q)
-    backend = _cuda if q.is_cuda else _cpu
-    return backend.forward(q, k, v, out, shapes, scoring, return_softmax, generator)
+    if q.is_cuda:
+        return _cuda.forward(q, k, v, out, shapes, scoring, return_softmax, generator, need_lse)
+    return _cpu.forward(q, k, v, out, shapes, scoring, return_softmax, generator)
 
 
 def _check_varlen(
@@ -108,8 +110,9 @@ def varlen_forward(
     window_left: int = -1, window_right: int = -1, softcap: float = 0.0, alibi_slopes: Tensor | None = None,
     return_softmax: bool = False, block_table: Tensor | None = None, leftpad_k: Tensor | None = None,
     seqused_k: Tensor | None = None, out: Tensor | None = None, generator: torch.Generator | None = None,
+    need_lse: bool = True,
 ) -> Outputs:  # fmt: skip
-    """Return (out, lse (h, total_q), S_dmask or None, rng_state or None) of packed q (total_q, h, d).
+    """Return (out, lse (h, total_q), S_dmask, rng_state) of packed q (total_q, h, d); None as in `forward`.
 
     k and v are (total_k, hk, d), or with `block_table` (b, max_blocks) pages (num_blocks, page_size, hk, d).
     """
@@ -128,10 +131,10 @@ def varlen_forward(
     _check_out(out, q)
     if paged and q.is_cuda:
         not_on_cuda("block_table")
-    backend, pages = (_cuda, ()) if q.is_cuda else (_cpu, (block_table,))
+    backend, last = (_cuda, need_lse) if q.is_cuda else (_cpu, block_table)
     return backend.varlen_forward(
         q, k, v, out, shapes, scoring, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, leftpad_k,
-        seqused_k, return_softmax, generator, *pages,
+        seqused_k, return_softmax, generator, last,
     )  # fmt: skip
 
 

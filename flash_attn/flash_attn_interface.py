@@ -60,7 +60,7 @@ def _get_block_size_n(device: torch.device, head_dim: int, is_dropout: bool, is_
     return PROBS_BLOCK
 
 
-def _result(return_attn_probs: bool, out: Tensor, lse: Tensor, probs: Tensor | None) -> Result:
+def _result(return_attn_probs: bool, out: Tensor, lse: Tensor | None, probs: Tensor | None) -> Result:
     if not return_attn_probs:
         return out
     return out, lse, torch.empty(0, dtype=out.dtype, device=out.device) if probs is None else probs
@@ -129,11 +129,14 @@ def flash_attn_func(
         scoring = (dropout_p, softmax_scale, bool(causal), window_left, window_right, softcap)
         result = FlashAttention.apply(q, k, v, alibi_slopes, scoring, deterministic, return_attn_probs)
         return result if return_attn_probs else result[0]
-    run = _wrapped_flash_attn_forward if needs_dispatcher(q) else _operations.forward
-    out, lse, probs, _ = run(
+    arguments = (
         q, k, v, dropout_p, softmax_scale, bool(causal), window_left, window_right, softcap, alibi_slopes,
         return_attn_probs,
     )  # fmt: skip
+    if needs_dispatcher(q):
+        out, lse, probs, _ = _wrapped_flash_attn_forward(*arguments)
+    else:
+        out, lse, probs, _ = _operations.forward(*arguments, need_lse=return_attn_probs)
     return _result(return_attn_probs, out, lse, probs)
 
 
@@ -235,11 +238,14 @@ def flash_attn_varlen_func(
             deterministic, return_attn_probs,
         )  # fmt: skip
         return result if return_attn_probs else result[0]
-    run = _wrapped_flash_attn_varlen_forward if needs_dispatcher(q) else _operations.varlen_forward
-    out, lse, probs, _ = run(
+    arguments = (
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale,
         bool(causal), window_left, window_right, softcap, alibi_slopes, return_attn_probs, block_table,
     )  # fmt: skip
+    if needs_dispatcher(q):
+        out, lse, probs, _ = _wrapped_flash_attn_varlen_forward(*arguments)
+    else:
+        out, lse, probs, _ = _operations.varlen_forward(*arguments, need_lse=return_attn_probs)
     return _result(return_attn_probs, out, lse, probs)
 
 

@@ -69,6 +69,7 @@ __device__ void store_empty(const QueryBlock& queries) {
     *reinterpret_cast<uint4*>(out + i / chunks * queries.params.out_row_stride + i % chunks * 8) =
         make_uint4(0, 0, 0, 0);
   }
+  if (queries.params.softmax_lse == nullptr) return;
   for (int row = threadIdx.x; row < queries.rows; row += Config::kThreads) queries.lse()[row] = INFINITY;
 }
 
@@ -132,12 +133,12 @@ __device__ __forceinline__ void finish(const QueryBlock& queries, const WarpPart
   softmax.finish(factor, [&](float (&row_sum)[2 * Config::kTilesM]) {
     if constexpr (Config::kPairs) pair.combine_rows(row_sum, [](float a, float b) { return a + b; });
   });
-  float* lse = queries.lse();
+  const bool stores_lse = queries.params.softmax_lse != nullptr && threadIdx.x % 4 == 0 && part.key == 0;
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int i = 0; i < 2 * Config::kTilesM; ++i) {
     const int row = part.row + i / 2 * 16 + i % 2 * 8 + lane / 4;
-    if (lane % 4 == 0 && part.key == 0 && row < queries.rows) lse[row] = softmax.log_sum_exp(i, scale_log2);
+    if (stores_lse && row < queries.rows) queries.lse()[row] = softmax.log_sum_exp(i, scale_log2);
     if constexpr (kModifiers) factor[i] /= 1.0f - queries.params.dropout_p;
   }
   store_output<Config>(queries, part, output, factor, shared);

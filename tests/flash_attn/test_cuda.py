@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from flash_attn import _abi, _cuda, _library, _operations
+from flash_attn._validation import Scoring
 
+SCORING = Scoring(0.125, 0.0, -1, -1, 0.0, None)
 FIELDS = [name for name, _ in _abi.ForwardParams._fields_]
 BF16 = torch.bfloat16
 
@@ -86,6 +88,18 @@ def test_packed_fields(library):
     assert not any(getattr(params, name) for name in absent) and params.alibi_batch_stride == 0
     assert probs is None and rng_state is None
     assert out.shape == q.shape and lse.shape == (2, 4, 10) and lse.dtype == torch.float32
+
+
+def test_an_lse_that_nobody_wants_is_not_allocated():
+    q, k, v = make()
+    recorder = Recorder()
+    with pytest.MonkeyPatch.context() as patch:
+        install(patch, recorder)
+        out, lse, _, _ = _cuda.forward(
+            q, k, v, None, (q.shape, k.shape), SCORING, False, None, need_lse=False
+        )
+    assert lse is None and out.shape == q.shape
+    assert recorder.calls[0][0].softmax_lse == 0
 
 
 def test_packer_equals_the_structure():

@@ -102,14 +102,15 @@ def test_varlen_rows_beyond_2_31_elements():
     check(tail_q, tail_k, tail_k, out[None, -200:], Options())
 
 
-def test_memory_is_the_output_and_the_lse():
+@pytest.mark.parametrize("with_lse", [False, True])
+def test_memory_is_the_output_and_the_lse(with_lse):
     q, k, v = (make(1, 16_384, 4, 128) for _ in range(3))
     flash_attn_func(q, k, v)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    out = flash_attn_func(q, k, v, causal=True)
-    expected = out.numel() * 2 + 16_384 * 4 * 4
+    flash_attn_func(q, k, v, causal=True, return_attn_probs=with_lse)
+    expected = q.numel() * 2 + (16_384 * 4 * 4 if with_lse else 0)
     assert torch.cuda.max_memory_allocated() - before <= expected + 1024
 
 

@@ -53,7 +53,7 @@ struct ForwardParams {
   const void* k;  // (batch, seqlen_k, num_heads_k, d), or (total_k, num_heads_k, d)
   const void* v;  // as k
   void* out;  // as q
-  float* softmax_lse;  // (batch, num_heads, seqlen_q), or (num_heads, total_q)
+  float* softmax_lse;  // (batch, num_heads, seqlen_q), (num_heads, total_q), or null
   const int32_t* cu_seqlens_q;  // (batch + 1), or null: where each sequence starts in q
   const int32_t* cu_seqlens_k;  // (batch + 1), null iff cu_seqlens_q: sequence starts in k, v
   const int32_t* seqused_k;  // (batch), or null: keys used of each sequence
