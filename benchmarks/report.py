@@ -83,16 +83,33 @@ def summary(rows: Sequence[Row], names: Sequence[str]) -> list[str]:
     return sentences
 
 
+def short_commit(commit: str) -> str:
+    """Ten digits of a commit, and whether the tree differed from it."""
+    return commit[:10] + ("-dirty" if commit.endswith("-dirty") else "")
+
+
 def markdown(rows: Sequence[Row], names: Sequence[str], facts: Mapping[str, Any]) -> str:
-    """The forward table with its circumstances, for the README."""
+    """The forward table with its circumstances, for the README; rows are head dim and mask, columns seqlens.
+
+    A cell has our TFLOP/s and in brackets the ratio to the first peer.
+    """
+    seqlens = sorted({row.setting.seqlen for row in rows})
+    cells_of: dict[tuple[int, str], dict[int, str]] = {}
+    for row in rows:
+        setting, ratio = row.setting, row.ratio(names[0], names[1])
+        line = cells_of.setdefault((setting.head_dim, setting.mask), {})
+        line[setting.seqlen] = f"{row.tflops[names[0]]:.0f} ({'-' if ratio is None else f'{ratio:.2f}'})"
     lines = [
         f"{facts['device']}, driver {facts['driver']}, torch {facts['torch']}, {facts['dtype']}, "
-        f"kernel family {facts['family']}, {facts['date']}, commit {facts['commit'][:10]}. "
-        "TFLOP/s, and our speed over each peer's.",
+        f"kernel family {facts['family']}, {facts['date']}, commit {short_commit(facts['commit'])}. "
+        f"TFLOP/s by sequence length, in brackets our speed over {names[1]}'s:",
         "",
-        "| " + " | ".join(titles(names)) + " |",
-        "|" + "---|" * len(titles(names)),
-        *("| " + " | ".join(cells(row, names)) + " |" for row in rows),
+        "| head dim, mask | " + " | ".join(map(str, seqlens)) + " |",
+        "|---|" + "---|" * len(seqlens),
+        *(
+            f"| {head_dim}, {mask} | " + " | ".join(line.get(s, "-") for s in seqlens) + " |"
+            for (head_dim, mask), line in cells_of.items()
+        ),
         "",
         *(f"- {sentence}" for sentence in summary(rows, names)),
     ]

@@ -69,7 +69,8 @@ def test_summary(rows):
 def test_markdown_is_a_table_with_its_circumstances(rows):
     text = report.markdown(rows, NAMES, FACTS)
     table = [line for line in text.splitlines() if line.startswith("|")]
-    assert len(table) == 2 + len(rows)
+    assert len(table) == 2 + len({(row.setting.head_dim, row.setting.mask) for row in rows})
+    assert all(f"{row.tflops[NAMES[0]]:.0f} (" in text for row in rows if NAMES[0] in row.tflops)
     assert len({line.count("|") for line in table}) == 1
     for fact in ("GPU", "driver 1.2", "torch 2.13", "bf16", "sm80", "2026-01-01", "commit 0123456789"):
         assert fact in text
