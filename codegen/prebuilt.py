@@ -76,10 +76,10 @@ def find(
     present = driver.driver_cuda()
     candidates, refusals = choose(files, list(platform_tags()), present)
     for candidate in candidates:
-        print(f"flash-attn: prebuilt wheel {candidate.file.name} in {index}", flush=True)
         wheel = wheel_index.download(candidate.file, downloads)
         missing = shortfall(read_manifest(wheel, candidate), selection, environ)
         if not missing:
+            print(f"flash-attn: taking the prebuilt wheel {wheel.name} of {index}", flush=True)
             return wheel
         refusals.append(f"{candidate.file.name}: {missing}")
     print(_nothing_found(index, selection, present, refusals), flush=True)
@@ -215,10 +215,11 @@ def _nothing_found(
 ) -> str:
     supported = f"CUDA {present[0]}.{present[1]} of the driver" if present else "any CUDA (no driver found)"
     targets = ", ".join(map(str, selection.targets)) or "any GPU"
-    best = next(platform_tags())
+    platforms = list(platform_tags())
+    newest = next((tag for tag in platforms if tag.startswith("manylinux_")), platforms[0])
     lines = [
         f"flash-attn: no prebuilt wheel: looked in {index} for {PROJECT} {version('__version__')},"
-        f" py3-none-{best} or older, {supported}, kernels for {targets}",
+        f" {newest} or older, {supported}, kernels for {targets}",
         *(f"flash-attn:   {refusal}" for refusal in refusals[:REFUSALS_SHOWN]),
     ]
     if len(refusals) > REFUSALS_SHOWN:

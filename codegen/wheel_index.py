@@ -12,7 +12,7 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.error import HTTPError
-from urllib.parse import unquote, urljoin, urlsplit
+from urllib.parse import unquote, urldefrag, urljoin, urlsplit
 from urllib.request import Request, url2pathname, urlopen
 
 from codegen import CodegenError
@@ -49,10 +49,14 @@ def list_files(index: str) -> list[Listed]:
     url, content_type, text = _read_page(index)
     parse = _parse_json if "json" in content_type else _parse_html
     try:
-        files = [Listed(name, urljoin(url, link), sha256.lower()) for name, link, sha256 in parse(text, url)]
+        files = [Listed(name, _join(url, link), sha256.lower()) for name, link, sha256 in parse(text, url)]
         return [file for file in files if _is_sane(file, url)]
     except ValueError as error:
         raise WheelError(f"{url} holds a link that is no URL: {error}") from None
+
+
+def _join(page: str, link: str) -> str:
+    return urldefrag(urljoin(page, link)).url
 
 
 def _is_sane(file: Listed, page: str) -> bool:
@@ -172,12 +176,12 @@ def download(file: Listed, folder: Path) -> Path:
 def _fetch(file: Listed, partial: Path) -> None:
     with _open(file.url) as answer, partial.open("wb") as output:
         total = int(answer.headers.get("Content-Length") or 0)
-        written = _copy(answer, output, total)
+        written = _copy(answer, output, total, file.name)
     if total and written != total:
         raise WheelError(f"{file.url} ended after {written} of {total} bytes: nothing was installed")
 
 
-def _copy(source: Any, output: BinaryIO, total: int) -> int:
+def _copy(source: Any, output: BinaryIO, total: int, name: str) -> int:
     """Copy to the end and return the number of bytes; a line of progress per quarter."""
     written = quarter = 0
     while chunk := source.read(CHUNK):
@@ -185,7 +189,7 @@ def _copy(source: Any, output: BinaryIO, total: int) -> int:
         written += len(chunk)
         if total and written * 4 // total > quarter:
             quarter = written * 4 // total
-            print(f"flash-attn: {written / 1e6:.1f} of {total / 1e6:.1f} MB", flush=True)
+            print(f"flash-attn: {name}: {written / 1e6:.1f} of {total / 1e6:.1f} MB", flush=True)
     return written
 
 

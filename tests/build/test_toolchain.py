@@ -103,14 +103,14 @@ def test_compiler_wheels_are_required_only_where_kernels_need_them(monkeypatch, 
     assert backend.compiler_requirements() == []
 
 
-def test_native_is_refused_where_the_driver_is_too_old_for_the_wheels(monkeypatch, capsys):
+def test_native_is_refused_where_the_driver_is_too_old_for_the_wheels(monkeypatch):
     monkeypatch.setattr(toolchain, "find_nvcc", lambda: None)
     monkeypatch.setattr(selection, "detect_gpus", lambda: [90])
     monkeypatch.setattr(driver, "driver_cuda", lambda: (12, 4))
     words = r"need driver 580 \(CUDA 13.0\) or newer, but this one supports CUDA 12.4"
-    for hook in (backend.get_requires_for_build_wheel, backend.get_requires_for_build_editable):
+    for use_prebuilt in (False, True):
         with pytest.raises(SystemExit, match=words):
-            hook()
+            backend.compiler_requirements(use_prebuilt)
     monkeypatch.setenv("FLASH_ATTN_ARCHS", "90")
     assert len(backend.compiler_requirements()) == 5
     monkeypatch.delenv("FLASH_ATTN_ARCHS")
