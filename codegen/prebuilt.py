@@ -95,9 +95,15 @@ def forced(environ: Mapping[str, str]) -> bool:
 
 
 def place(wheel: Path, folder: Path) -> str:
-    """Copy a wheel into a folder, which may be on another device, whole or not at all; returns its name."""
-    with wheel_index.replacing(folder / wheel.name) as partial:
-        shutil.copyfile(wheel, partial)
+    """Copy a wheel into a folder, which may be on another device, whole or not at all; returns its name.
+
+    Raises CodegenError.
+    """
+    try:
+        with wheel_index.replacing(folder / wheel.name) as partial:
+            shutil.copyfile(wheel, partial)
+    except OSError as error:
+        raise CodegenError(f"cannot copy {wheel.name}: {error}") from None
     return wheel.name
 
 
@@ -167,14 +173,15 @@ def read_manifest(wheel: Path, candidate: Candidate) -> dict[str, Any]:
             manifest: dict[str, Any] = json.loads(archive.read("flash_attn/_build.json"))
     except KeyError as error:
         raise WheelError(f"{wheel.name} is no wheel of this project: {error.args[0]}") from None
-    except (OSError, zipfile.BadZipFile, zlib.error, ValueError, EOFError, NotImplementedError) as error:
+    except (OSError, zipfile.BadZipFile, zlib.error, ValueError, EOFError, RuntimeError) as error:
         raise WheelError(f"{wheel.name} is damaged: {error}") from None
     said = (canonicalize_name(str(metadata["Name"])), metadata["Version"])
     if said != (PROJECT, version("__version__")):
         raise WheelError(f"{wheel.name} holds {said[0]} {said[1]}")
     if set(tags.get_all("Tag", [])) != {str(tag) for tag in candidate.tags}:
         raise WheelError(f"{wheel.name} says inside that it is for {', '.join(tags.get_all('Tag', []))}")
-    if not isinstance(manifest, dict) or {"targets", *AXES} - set(manifest):
+    fields = ("targets", *AXES)
+    if not isinstance(manifest, dict) or not all(isinstance(manifest.get(f), list) for f in fields):
         raise WheelError(f"{wheel.name}: its _build.json is no manifest of this project")
     return manifest
 
@@ -193,7 +200,7 @@ def shortfall(manifest: Mapping[str, Any], selection: Selection, environ: Mappin
 
 
 def _parse_target(text: str) -> Target:
-    match = re.fullmatch(r"(\w+):(\d+)(\+ptx)?", text)
+    match = re.fullmatch(r"(\w+):(\d+)(\+ptx)?", str(text))
     if match is None:
         raise WheelError(f"unknown target {text!r} in the wheel's _build.json")
     return Target(match[1], int(match[2]), match[3] is not None)
