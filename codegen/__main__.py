@@ -37,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--build", action="store_true", help="compile the selection of FLASH_ATTN_* into flash_attn/"
     )
-    command.add_argument("--report", action="store_true", help="the build log of that selection as a table")
+    command.add_argument("--report", action="store_true", help="the build log of that selection as tables")
     parser.add_argument("--shard", metavar="I/N", help="with --list: part I of N, of nearly equal cost")
     parser.add_argument("--build-dir", type=Path, help="with --build, --report: default build/<selection>")
     return parser
@@ -92,11 +92,15 @@ def build(build_dir: Path | None) -> int:
 
 
 def report(build_dir: Path | None) -> int:
-    """Print the build log of the selection as a table."""
-    from codegen import builder, report, selection
+    """Print the build log of the selection as tables, and the size of the library."""
+    from codegen import builder, ninja, report, selection
 
     folder = build_dir or builder.default_build_dir(selection.from_environment())
-    print(report.table(report.read_records(folder)), end="")
+    records = report.read_records(folder)
+    print(report.table(records), report.size_table(records), sep="\n", end="")
+    library = folder / ninja.LIBRARY
+    if library.is_file():
+        print(f"{library.name}: {library.stat().st_size / 1024:.0f} KB")
     return 0
 
 

@@ -1,18 +1,20 @@
-"""The PEP 517 backend: setuptools, plus NVIDIA's compiler wheels where kernels need an nvcc."""
+"""The PEP 517 backend: a prebuilt wheel, or setuptools, with NVIDIA's compiler wheels if need be."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from setuptools import build_meta
 from setuptools.build_meta import (
     build_editable,
     build_sdist,
-    build_wheel,
     get_requires_for_build_sdist,
     prepare_metadata_for_build_editable,
     prepare_metadata_for_build_wheel,
 )
 
-from codegen import CodegenError, selection, toolchain
+from codegen import CodegenError, driver, prebuilt, selection, toolchain
 
 __all__ = [
     "build_editable",
@@ -26,9 +28,25 @@ __all__ = [
 ]
 
 
+def build_wheel(
+    wheel_directory: str,
+    config_settings: dict[str, Any] | None = None,
+    metadata_directory: str | None = None,
+) -> str:
+    """A prebuilt wheel if one matches, or else one built by setuptools; returns its name."""
+    with _one_line_errors():
+        wheel = prebuilt.find(selection.from_environment())
+        if wheel:
+            return prebuilt.place(wheel, Path(wheel_directory))
+    return str(build_meta.build_wheel(wheel_directory, config_settings, metadata_directory))
+
+
 def get_requires_for_build_wheel(config_settings: dict[str, Any] | None = None) -> list[str]:
-    """setuptools' own requirements and those of the toolchain."""
-    return [*build_meta.get_requires_for_build_wheel(config_settings), *compiler_requirements()]
+    """setuptools' own requirements and, unless a prebuilt wheel matches, those of the toolchain."""
+    return [
+        *build_meta.get_requires_for_build_wheel(config_settings),
+        *compiler_requirements(use_prebuilt=True),
+    ]
 
 
 def get_requires_for_build_editable(config_settings: dict[str, Any] | None = None) -> list[str]:
@@ -36,11 +54,23 @@ def get_requires_for_build_editable(config_settings: dict[str, Any] | None = Non
     return [*build_meta.get_requires_for_build_editable(config_settings), *compiler_requirements()]
 
 
-def compiler_requirements() -> list[str]:
-    """The compiler wheels, if the selection has kernels and nvcc is neither in CUDA_HOME nor on PATH."""
-    try:
-        if not selection.from_environment().targets or toolchain.find_nvcc():
+def compiler_requirements(use_prebuilt: bool = False) -> list[str]:
+    """The compiler wheels, if kernels will be compiled and nvcc is neither in CUDA_HOME nor on PATH."""
+    with _one_line_errors():
+        chosen = selection.from_environment()
+        if not chosen.targets or toolchain.find_nvcc():
             return []
+        if use_prebuilt and prebuilt.find(chosen):
+            return []
+        if selection.is_native():
+            toolchain.check_driver(driver.driver_cuda())
+    return toolchain.wheel_requirements()
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """End the build with the message alone."""
+    try:
+        yield
     except CodegenError as error:
         raise SystemExit(f"flash-attn: {error}") from None
-    return toolchain.wheel_requirements()

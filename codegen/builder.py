@@ -3,7 +3,6 @@
 import fcntl
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
-from codegen import PACKAGE, ROOT, TEMPLATES, CodegenError, ninja, render, toolchain
+from codegen import ROOT, TEMPLATES, CodegenError, ninja, render, toolchain, version
 from codegen.ninja import LIBRARY
 from codegen.selection import Selection
 from codegen.units import Unit, list_units
@@ -115,7 +114,7 @@ def _ninja_command() -> list[str]:
 
 def _build_info(selection: Selection, units: list[Unit], tools: toolchain.Toolchain) -> dict[str, object]:
     return {
-        "project_version": project_version(),
+        "project_version": version("PROJECT_VERSION"),
         "commit": commit(),
         "archs": [target.arch for target in selection.targets],
         "head_dims": list(selection.head_dims),
@@ -125,15 +124,6 @@ def _build_info(selection: Selection, units: list[Unit], tools: toolchain.Toolch
         "kernels": [unit.key for unit in units],
         "targets": [str(target) for target in selection.targets],
     }
-
-
-def project_version() -> str | None:
-    """PROJECT_VERSION of ``flash_attn/_version.py``, read without importing the package."""
-    file = PACKAGE / "_version.py"
-    match = (
-        re.search(r'^PROJECT_VERSION = "(.+)"$', file.read_text(), re.MULTILINE) if file.is_file() else None
-    )
-    return match[1] if match else None
 
 
 def commit() -> str | None:

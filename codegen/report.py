@@ -1,6 +1,7 @@
-"""The build log as a table: what each translation unit cost and what the compiler made of it."""
+"""The build log as tables: what each translation unit cost, what the compiler made of it, and what is big."""
 
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -23,15 +24,46 @@ def table(records: Sequence[Record]) -> str:
     families = sorted({family_of(record) for record in records})
     totals = [_total(f"total {name}", [r for r in records if family_of(r) == name]) for name in families]
     rows = [COLUMNS, *(_row(record) for record in records), *totals, _total("total", records)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
-    lines = [
+    return "\n".join([*_aligned(rows), "", *_extremes(records)]) + "\n"
+
+
+def size_table(records: Sequence[Record]) -> str:
+    """Size of the objects in KB: a row per family, a column per head dim."""
+    families = sorted({family_of(record) for record in records})
+    dims = sorted({head_dim_of(record) for record in records} - {None}, key=lambda dim: dim or 0)
+    rows = [("object KB", *(f"d{dim}" for dim in dims), "other", "total")]
+    for family in [*families, None]:
+        chosen = [r for r in records if family in (None, family_of(r))]
+        rows.append(
+            (
+                family or "total",
+                *(_kilobytes([r for r in chosen if head_dim_of(r) == dim]) for dim in (*dims, None)),
+                _kilobytes(chosen),
+            )
+        )
+    return "\n".join(_aligned(rows)) + "\n"
+
+
+def head_dim_of(record: Record) -> int | None:
+    """The head dim in the unit's key; None for files that hold none."""
+    match = re.search(r"_d(\d+)_", record["name"])
+    return int(match[1]) if match else None
+
+
+def _kilobytes(records: Iterable[Record]) -> str:
+    return f"{sum(r['object_bytes'] for r in records) / 1024:.0f}"
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """The rows as lines: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
         "  ".join(
             cell.ljust(width) if i == 0 else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
         for row in rows
     ]
-    return "\n".join([*lines, "", *_extremes(records)]) + "\n"
 
 
 def family_of(record: Record) -> str:
@@ -55,7 +87,7 @@ def _cells(records: Sequence[Record]) -> tuple[str, ...]:
         f"{sum(r['cpu_s'] for r in records):.1f}",
         f"{max(r['peak_mb'] for r in records):.0f}",
         *(_worst(records, field) for field in ("registers", "spills", "stack", "smem")),
-        f"{sum(r['object_bytes'] for r in records) / 1024:.0f}",
+        _kilobytes(records),
     )
 
 

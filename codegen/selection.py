@@ -123,6 +123,11 @@ def from_environment(
     )
 
 
+def is_native(environ: Mapping[str, str] | None = None) -> bool:
+    """Whether the GPUs present decide on the targets."""
+    return _items(_archs_value(os.environ if environ is None else environ)) == ["native"]
+
+
 def check_variable_names(environ: Mapping[str, str]) -> None:
     """Raise SelectionError for a ``FLASH_ATTN_*`` variable that nothing reads."""
     unknown = sorted(name for name in environ if name.startswith("FLASH_ATTN_") and name not in VARIABLES)

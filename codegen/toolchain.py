@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from codegen import CodegenError, axes
+from codegen import CodegenError, axes, driver
 from codegen.selection import Selection
 
 MINIMUM_CUDA = (12, 0)
@@ -39,6 +39,11 @@ class Toolchain:
     library_dir: Path | None = None
 
     @property
+    def compresses(self) -> bool:
+        """Whether this nvcc can compress the code that it embeds."""
+        return self.cuda >= driver.COMPRESSED_SINCE
+
+    @property
     def cuda(self) -> tuple[int, int]:
         major, minor, *_ = self.release.split(".")
         return int(major), int(minor)
@@ -47,6 +52,18 @@ class Toolchain:
 def wheel_requirements() -> list[str]:
     """Requirements that put a complete nvcc into a build environment."""
     return [f"{package}=={WHEEL_RELEASE}" for package in WHEEL_PACKAGES]
+
+
+def check_driver(present: driver.Cuda | None) -> None:
+    """Raise ToolchainError if a driver is too old to run what the compiler wheels build."""
+    major, minor, *_ = WHEEL_RELEASE.split(".")
+    release = (int(major), int(minor))
+    if present and present < driver.needed_cuda(release):
+        raise ToolchainError(
+            f"no nvcc here, and programs of NVIDIA's compiler wheels (CUDA {major}.{minor}) need"
+            f" {driver.needed_driver(release)}, but this one supports CUDA {present[0]}.{present[1]}: update"
+            " it, set CUDA_HOME to a CUDA 12 toolkit, or set FLASH_ATTN_ARCHS=none"
+        )
 
 
 def find_toolchain() -> Toolchain:

@@ -41,6 +41,14 @@ def test_paths_with_spaces_and_dollars_are_escaped(tmp_path):
     assert "library_dirs = '-L/a b/c$$d/lib'" in text
 
 
+@pytest.mark.parametrize(
+    ("release", "compressed"), [("12.6.20", False), ("12.8.61", True), ("13.0.88", True)]
+)
+def test_code_is_compressed_where_nvcc_can(tmp_path, release, compressed):
+    text = ninja.build_file([], Toolchain(tmp_path / "nvcc", release), [], tmp_path)
+    assert ("--compress-mode=size" in text) == compressed
+
+
 def test_jobs():
     gib = 2**30
     cores = len(os.sched_getaffinity(0))

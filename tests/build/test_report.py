@@ -43,6 +43,17 @@ def test_totals_per_family_and_for_all():
     assert cells("total  ")[:3] == ["11.0", "9.0", "300"]
 
 
+def test_sizes_per_family_and_head_dim():
+    lines = [line.split() for line in report.size_table(RECORDS).splitlines()]
+    assert lines == [
+        ["object", "KB", "d64", "d128", "other", "total"],
+        ["host", "0", "0", "10", "10"],
+        ["sm80", "50", "40", "0", "90"],
+        ["sm86", "60", "0", "0", "60"],
+        ["total", "110", "40", "10", "160"],
+    ]
+
+
 def test_extremes():
     text = report.table(RECORDS)
     assert "slowest: forward_sm80_bf16_d128_full (5.0 s)" in text

@@ -8,6 +8,7 @@ import tarfile
 import zipfile
 
 import pytest
+from packaging.tags import platform_tags
 
 from codegen import ROOT
 
@@ -148,6 +149,31 @@ def test_a_failing_build_is_one_clear_message(tree, tmp_path, fake_toolkit, vari
             call_backend(tree, hook, tmp_path / "dist", **variables)
         assert words in str(error.value)
         assert not list((tmp_path / "dist").glob("*.whl"))
+
+
+def test_a_prebuilt_wheel_instead_of_a_build(tree, tmp_path, fake_toolkit, wheels, wheel_folder):
+    name = wheels.name(120, list(platform_tags())[-1])
+    content = wheels.content(name)
+    index = {"FLASH_ATTN_WHEEL_INDEX": str(wheel_folder({name: content}))}
+    wheel, out = call_backend(tree, "build_wheel", tmp_path / "dist", **index, FLASH_ATTN_ARCHS="80")
+    assert wheel.name == name and wheel.read_bytes() == content
+    assert "nvcc" not in out
+    forced = {**index, "FLASH_ATTN_FORCE_BUILD": "1"}
+    wheel, out = call_backend(tree, "build_wheel", tmp_path / "forced", **forced, **SMALL)
+    assert wheel.name != name and "nvcc forward_sm80_bf16_d64_full" in out
+    trimmed = {**SMALL, "FLASH_ATTN_HEAD_DIMS": "256"}
+    wheel, out = call_backend(tree, "build_wheel", tmp_path / "missing", **index, **trimmed)
+    assert wheel.name != name and "no kernels for 256" in out
+
+
+def test_a_damaged_prebuilt_wheel_installs_nothing(tree, tmp_path, fake_toolkit, wheels, wheel_folder):
+    name = wheels.name(120, list(platform_tags())[-1])
+    folder = wheel_folder({name: wheels.content(name)})
+    (folder / "simple" / "flash-attn" / name).write_bytes(b"something else")
+    with pytest.raises(AssertionError, match=r"flash-attn: .* has the sha256 .*: nothing was installed"):
+        call_backend(tree, "build_wheel", tmp_path / "dist", FLASH_ATTN_WHEEL_INDEX=str(folder), **SMALL)
+    assert not list((tmp_path / "dist").iterdir())
+    assert not list((tree / "build" / "prebuilt").iterdir())
 
 
 def test_versions_agree():
