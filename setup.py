@@ -49,6 +49,8 @@ class BuildKernels(Command):
         if not self.editable_mode:
             builder.remove_library(out)
         if not chosen.targets:
+            if not (out / builder.LIBRARY).exists():
+                builder.write_build_info(out, chosen)
             return
         try:
             builder.build(chosen, builder.default_build_dir(chosen), out)
@@ -59,7 +61,7 @@ class BuildKernels(Command):
         return []
 
     def get_outputs(self) -> list[str]:
-        names = (builder.LIBRARY, builder.BUILD_INFO) if selected().targets else ()
+        names = (builder.LIBRARY, builder.BUILD_INFO) if selected().targets else (builder.BUILD_INFO,)
         return [str(Path(self.build_lib) / PACKAGE.name / name) for name in names]
 
     def get_output_mapping(self) -> dict[str, str]:

@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,7 +41,7 @@ def build(selection: Selection, build_dir: Path, out: Path, templates: Path = TE
     with _locked(build_dir):
         _compile(selection, units, tools, build_dir, templates)
         install(build_dir / LIBRARY, out)
-    render.write_file(out / BUILD_INFO, json.dumps(_build_info(selection, units, tools), indent=1) + "\n")
+    write_build_info(out, selection, units, tools.release)
 
 
 @contextmanager
@@ -112,18 +112,21 @@ def _ninja_command() -> list[str]:
     return [found]
 
 
-def _build_info(selection: Selection, units: list[Unit], tools: toolchain.Toolchain) -> dict[str, object]:
-    return {
+def write_build_info(
+    out: Path, selection: Selection, units: Sequence[Unit] = (), nvcc: str | None = None
+) -> None:
+    """Write into the package folder what ``flash_attn.build_info()`` tells about a build."""
+    chosen = {name: getattr(selection, name) for name in ("head_dims", "dtypes", "directions")}
+    info = {
         "project_version": version("PROJECT_VERSION"),
         "commit": commit(),
         "archs": [target.arch for target in selection.targets],
-        "head_dims": list(selection.head_dims),
-        "dtypes": list(selection.dtypes),
-        "directions": list(selection.directions),
-        "nvcc": tools.release,
+        **{name: list(values) if selection.targets else [] for name, values in chosen.items()},
+        "nvcc": nvcc,
         "kernels": [unit.key for unit in units],
         "targets": [str(target) for target in selection.targets],
     }
+    render.write_file(out / BUILD_INFO, json.dumps(info, indent=1) + "\n")
 
 
 def commit() -> str | None:

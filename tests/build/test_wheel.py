@@ -77,7 +77,11 @@ def test_wheel_without_kernels(tree, tmp_path):
     ]
     names = contents(wheel)
     assert top_level(names) == {"flash_attn", "flash_attn_2_cuda.py", "flash_attn-2.8.3.dist-info"}
-    assert not any(name.endswith((".so", "_build.json")) for name in names)
+    assert not any(name.endswith(".so") for name in names)
+    with zipfile.ZipFile(wheel) as archive:
+        info = json.loads(archive.read("flash_attn/_build.json"))
+    assert info["kernels"] == info["targets"] == info["dtypes"] == [] and info["nvcc"] is None
+    assert "commit" in info and info["project_version"]
 
 
 def test_wheel_with_kernels(tree, tmp_path, fake_toolkit):
