@@ -13,7 +13,7 @@ from typing import Any
 from flash_attn import _doctor
 
 LABEL_WIDTH = 13
-LIBRARY = "libflash_attn.so"
+BUILD_INFO = "_build.json"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,17 +34,17 @@ def main(argv: list[str] | None = None) -> int:
     return 0 if report["attention"]["right"] else 1
 
 
-def installed_with_library() -> Path | None:
-    """Where an installed copy with kernels lies, if this one is a source tree without; else None.
+def installed_copy() -> Path | None:
+    """Where an installed copy lies, if this one is a source tree that was never built; else None.
 
     `python -m` looks into the current folder first, so after `pip install .` it finds the source tree.
     """
-    if (Path(__file__).parent / LIBRARY).exists():
+    if (Path(__file__).parent / BUILD_INFO).exists():
         return None
     for distribution in importlib.metadata.distributions(name="flash-attn"):
-        library = Path(str(distribution.locate_file(f"flash_attn/{LIBRARY}")))
-        if library.exists():
-            return library.parent.parent
+        built = Path(str(distribution.locate_file(f"flash_attn/{BUILD_INFO}")))
+        if built.exists():
+            return built.parent.parent
     return None
 
 
@@ -122,7 +122,7 @@ def _render_attention(report: dict[str, Any]) -> list[str]:
 
 
 if __name__ == "__main__":
-    if site := installed_with_library():
+    if site := installed_copy():
         os.chdir(site)
         os.execv(sys.executable, [sys.executable, "-m", "flash_attn", *sys.argv[1:]])
     raise SystemExit(main())

@@ -1,6 +1,8 @@
 """`python -m flash_attn`: what it finds, what it prints, what it returns."""
 
+import importlib
 import json
+import sys
 
 import pytest
 import torch
@@ -174,3 +176,18 @@ def test_text_report_without_gpu_kernels_or_result():
     text = command.render(report(families=[], attention=None))
     assert "none" in text
     assert "not run" in text
+
+
+def test_an_unbuilt_source_tree_gives_way_to_the_installed_copy(tmp_path, monkeypatch):
+    site = tmp_path / "site"
+    for folder in (tmp_path / "source", site / "flash_attn", site / "flash_attn-2.8.3.dist-info"):
+        folder.mkdir(parents=True)
+    (site / "flash_attn-2.8.3.dist-info" / "METADATA").write_text("Name: flash-attn\nVersion: 2.8.3\n")
+    main = importlib.import_module("flash_attn.__main__")
+    monkeypatch.setattr(main, "__file__", str(tmp_path / "source" / "__main__.py"))
+    monkeypatch.setattr(sys, "path", [str(site)])
+    assert main.installed_copy() is None
+    (site / "flash_attn" / "_build.json").write_text("{}")
+    assert main.installed_copy() == site
+    (tmp_path / "source" / "_build.json").write_text("{}")
+    assert main.installed_copy() is None
