@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import tempfile
 from pathlib import Path
 
 from ci import CiError, matrix
@@ -37,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     part = build.add_mutually_exclusive_group()
     part.add_argument("--shard", metavar="I/N", help="compile a part of the library only")
     part.add_argument("--objects", type=Path, help="folder with the objects of all shards: link them")
+    part.add_argument("--container", action="store_true", help="in cibuildwheel's manylinux container")
     build.add_argument(
         "--repair", action="store_true", help="give the wheel its manylinux tag, by auditwheel"
     )
@@ -49,9 +51,9 @@ def _parser() -> argparse.ArgumentParser:
     audit.set_defaults(run=audit_wheels)
 
     test = commands.add_parser("test", help="test a wheel in a fresh environment and write the record")
-    test.add_argument("--wheel", type=Path, required=True)
-    test.add_argument("--torch", required=True, help="a version, such as 2.13.0")
-    test.add_argument("--cuda", required=True, help="the pair's CUDA, such as 13.0")
+    test.add_argument("--wheel", type=Path, help="default: the wheel that pip finds released")
+    test.add_argument("--torch", required=True, help="2.13.0, 2.13 for its newest patch, or newest")
+    test.add_argument("--cuda", help="the pair's CUDA, such as 13.0; newest goes without")
     test.add_argument("--python", default=sys.executable, help="interpreter of the environment")
     test.add_argument("--extra-index-url", action="append", default=[], help="where else pip looks for torch")
     test.add_argument("--records", type=Path, required=True, help="folder for the record")
@@ -99,7 +101,12 @@ def build_wheel(options: argparse.Namespace) -> int:
     if options.shard:
         build.compile_shard(chosen, options.shard, options.out)
         return 0
-    made = build.build_wheel(chosen, options.objects, options.out, options.repair, not options.no_isolation)
+    if options.container:
+        made = build.build_in_container(chosen, options.out)
+    else:
+        made = build.build_wheel(
+            chosen, options.objects, options.out, options.repair, not options.no_isolation
+        )
     print(f"{made.path}\t{made.size / 1e6:.2f} MB\tsha256 {made.sha256}")
     return 0
 
@@ -118,10 +125,16 @@ def test_wheel(options: argparse.Namespace) -> int:
     """Test a wheel; returns 1 if a test failed, after the record is written."""
     from ci import publish, trial, wheel
 
-    pair = matrix.read(options.matrix).pair(options.torch, options.cuda)
+    read = matrix.read(options.matrix)
+    newest = options.torch == trial.NEWEST
+    if newest == bool(options.cuda):
+        raise CiError(f"--torch {options.torch} {'finds its CUDA itself' if newest else 'needs --cuda'}")
+    pair = None if newest else read.pair(options.torch, options.cuda)
     indexes = tuple(options.extra_index_url)
-    request = trial.Request(wheel.open_wheel(options.wheel), options.torch, pair, options.python, indexes)
-    record = trial.run(request)
+    with tempfile.TemporaryDirectory() as folder:
+        path = options.wheel or trial.download(Path(folder), indexes)
+        request = trial.Request(wheel.open_wheel(path), options.torch, pair, options.python, indexes)
+        record = trial.run(request, read)
     for test in record.tests:
         print(f"{'passed' if test.passed else 'FAILED'}  {test.name}: {test.detail}")
     print(f"{publish.write_record(record, options.records)}\t{record.seconds:.0f} s")

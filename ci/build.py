@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -65,6 +66,28 @@ def build_wheel(build: Build, objects: Path | None, out: Path, repair: bool, iso
         out.mkdir(parents=True, exist_ok=True)
         shutil.copy2(made, out)
     return open_wheel(out / made.name)
+
+
+def build_in_container(build: Build, out: Path) -> Wheel:
+    """Build and repair the wheel in the manylinux container of ``[tool.cibuildwheel]``; raises CiError."""
+    select(build)
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "cibuildwheel", "--platform", "linux", "--output-dir", folder]
+        _run([*command, str(ROOT)], container_variables(build, os.environ))
+        made = _only_wheel(Path(folder))
+        out.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(made, out)
+    return open_wheel(out / made.name)
+
+
+def container_variables(build: Build, environ: Mapping[str, str]) -> dict[str, str]:
+    """What cibuildwheel is told about a build, beside its table in pyproject.toml."""
+    inside = {**variables(build, environ), **({"CUDA_HOME": build.cuda_home} if build.cuda_home else {})}
+    told = {
+        "CIBW_ENVIRONMENT": " ".join(f"{name}={shlex.quote(value)}" for name, value in inside.items()),
+        "CIBW_CONFIG_SETTINGS": f"--build-option=--build-number={build.cuda.digits}",
+    }
+    return {**told, "CIBW_BEFORE_ALL": build.prepare} if build.prepare else told
 
 
 def check_shard(text: str) -> None:

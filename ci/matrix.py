@@ -37,11 +37,17 @@ class Version(NamedTuple):
 
 @dataclass(frozen=True)
 class Build:
-    """One compilation of the library per platform; ``pypi`` marks the one that is uploaded there."""
+    """One compilation of the library per platform; ``pypi`` marks the one that is uploaded there.
+
+    ``prepare`` is the command that puts its compiler under ``cuda_home`` in the manylinux container; without
+    it the compiler comes from PyPI with the build requirements.
+    """
 
     cuda: Version
     archs: tuple[str, ...]
     pypi: bool = False
+    prepare: str = ""
+    cuda_home: str = ""
 
 
 @dataclass(frozen=True)
@@ -154,7 +160,7 @@ def _check_pairs(matrix: Matrix) -> None:
 
 def _build(row: object) -> Build:
     fields = _table(row, "build")
-    _only(fields, "build", {"cuda", "archs"}, {"pypi"})
+    _only(fields, "build", {"cuda", "archs"}, {"pypi", "prepare", "cuda_home"})
     cuda = _version(fields["cuda"], "build: cuda")
     archs = _strings(fields["archs"], f"build {cuda}: archs")
     for arch in archs:
@@ -167,7 +173,12 @@ def _build(row: object) -> Build:
             raise CiError(f"build {cuda}: arch {arch} needs CUDA {first} or newer")
     if not isinstance(fields.get("pypi", False), bool):
         raise CiError(f"build {cuda}: pypi must be true or false")
-    return Build(cuda, archs, fields.get("pypi", False))
+    container = {name: fields.get(name, "") for name in ("prepare", "cuda_home")}
+    if not all(isinstance(value, str) for value in container.values()) or bool(container["prepare"]) != bool(
+        container["cuda_home"]
+    ):
+        raise CiError(f"build {cuda}: prepare and cuda_home are two strings, or both left out")
+    return Build(cuda, archs, fields.get("pypi", False), **container)
 
 
 def _torch(series: str, row: object) -> Torch:

@@ -11,31 +11,41 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from ci import CiError
-from ci.matrix import Pair
+from ci import PROJECT, CiError
+from ci.matrix import Matrix, Pair
 from ci.proof import Outcome, Record
 from ci.wheel import Wheel
 
 CHECKS = Path(__file__).with_name("checks.py")
+NEWEST = "newest"
+PIP = ("-m", "pip", "--quiet", "--disable-pip-version-check")
 
 
 @dataclass(frozen=True)
 class Request:
-    """A wheel, the torch to put beside it (a version such as 2.13.0), and the pair.
+    """A wheel and the torch to put beside it: 2.13.0, 2.13 for its newest patch, or ``NEWEST``.
 
+    ``pair`` is what a passed test proves; for the newest torch, None: the pair is what that turns out to be.
     ``python`` is the interpreter of the new environment; ``indexes`` are further indexes for pip.
     """
 
     wheel: Wheel
     torch: str
-    pair: Pair
+    pair: Pair | None
     python: str = sys.executable
     indexes: tuple[str, ...] = ()
 
+    @property
+    def requirement(self) -> str:
+        """The torch as pip wants it."""
+        if self.torch == NEWEST:
+            return "torch"
+        return f"torch=={self.torch}{'.*' if self.torch.count('.') == 1 else ''}"
 
-def run(request: Request) -> Record:
+
+def run(request: Request, matrix: Matrix) -> Record:
     """Install and test in a temporary environment; raises CiError if the installation fails."""
-    check(request)
+    check(request, matrix)
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         python = environment(request, Path(folder))
@@ -44,10 +54,22 @@ def run(request: Request) -> Record:
     return record(request, answer, doctor, time.monotonic() - start)
 
 
-def check(request: Request) -> None:
-    """Raise CiError for a wheel that cannot serve the pair, or not here."""
+def download(folder: Path, indexes: tuple[str, ...]) -> Path:
+    """The released wheel, as pip finds it; raises CiError."""
+    finding = [f"--extra-index-url={index}" for index in indexes]
+    binary = ("--no-deps", "--only-binary", PROJECT)
+    _step(
+        f"no released wheel of {PROJECT}",
+        *(sys.executable, *PIP, "download", *binary, *finding, "--dest", str(folder), PROJECT),
+    )
+    return next(folder.glob("*.whl"))
+
+
+def check(request: Request, matrix: Matrix) -> None:
+    """Raise CiError for a wheel that cannot serve the pair, or not here; PyPI's wheel may serve any."""
     wheel, pair = request.wheel, request.pair
-    if wheel.build != pair.build.digits:
+    everywhere = wheel.build in {build.cuda.digits for build in matrix.builds if build.pypi}
+    if pair and not everywhere and wheel.build != pair.build.digits:
         raise CiError(
             f"{wheel.name}: the pair is served by build {pair.build.digits}, not {wheel.build or 'none'}"
         )
@@ -61,9 +83,8 @@ def environment(request: Request, folder: Path) -> str:
     python = str(venv / "bin" / "python")
     _step("no environment could be made", request.python, "-m", "venv", str(venv))
     indexes = [f"--extra-index-url={index}" for index in request.indexes]
-    pip = (python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *indexes)
-    torch = f"torch=={request.torch}"
-    _step(f"{torch} could not be installed", *pip, torch, "numpy")
+    pip = (python, *PIP, "install", *indexes)
+    _step(f"{request.requirement} could not be installed", *pip, request.requirement, "numpy")
     before = _version_of_torch(python, folder)
     _step(f"{request.wheel.name} could not be installed", *pip, str(request.wheel.path.resolve()))
     after = _version_of_torch(python, folder)
@@ -107,10 +128,11 @@ def run_doctor(python: str, folder: Path) -> Outcome:
 def record(request: Request, answer: dict[str, Any], doctor: Outcome, seconds: float) -> Record:
     """What was tested and how it ended."""
     tests = (*(Outcome(**test) for test in answer["tests"]), doctor)
+    torch, pair = answer.get("torch", request.torch), request.pair
     return Record(
-        series=str(request.pair.torch),
-        cuda=str(request.pair.cuda),
-        torch=answer.get("torch", request.torch),
+        series=str(pair.torch) if pair else ".".join(torch.split(".")[:2]),
+        cuda=str(pair.cuda) if pair else answer.get("torch_cuda") or "none",
+        torch=torch,
         torch_cuda=answer.get("torch_cuda"),
         python=answer.get("python", "unknown"),
         platform=f"linux_{request.wheel.arch}",

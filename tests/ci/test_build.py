@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from ci import CiError, build
@@ -13,6 +15,18 @@ def test_a_build_is_trimmed_by_the_environment(small_matrix):
     assert build.variables(chosen, {})["FLASH_ATTN_ARCHS"] == "80;90"
     trimmed = build.variables(chosen, {"FLASH_ATTN_ARCHS": "80", "FLASH_ATTN_DTYPES": "bf16", "HOME": "x"})
     assert trimmed == {"FLASH_ATTN_ARCHS": "80", "FLASH_ATTN_DTYPES": "bf16", "FLASH_ATTN_FORCE_BUILD": "1"}
+
+
+def test_what_cibuildwheel_is_told(small_matrix):
+    told = build.container_variables(small_matrix.build("12.9"), {})
+    assert told == {
+        "CIBW_ENVIRONMENT": "FLASH_ATTN_ARCHS='80;90' FLASH_ATTN_FORCE_BUILD=1",
+        "CIBW_CONFIG_SETTINGS": "--build-option=--build-number=129",
+    }
+    prepared = replace(small_matrix.build("12.9"), prepare="install it", cuda_home="there")
+    told = build.container_variables(prepared, {})
+    assert told["CIBW_BEFORE_ALL"] == "install it"
+    assert told["CIBW_ENVIRONMENT"].endswith(" CUDA_HOME=there")
 
 
 @pytest.mark.parametrize("text", ["0/2", "3/2", "1", "1/0", "a/b", "-1/2", ""])

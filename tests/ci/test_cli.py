@@ -31,6 +31,8 @@ BAD = [
     ("audit {wheel}", "cannot be loaded here"),
     ("test --wheel {wheel} --torch 2.9.0 --cuda 13.0 --records {new}", "is not a pair of the matrix"),
     ("test --wheel {wheel} --torch 2.12.0 --cuda 12.6 --records {new}", "served by build 129, not 130"),
+    ("test --wheel {wheel} --torch 2.12.0 --records {new}", "--torch 2.12.0 needs --cuda"),
+    ("test --wheel {wheel} --torch newest --cuda 13.0 --records {new}", "newest finds its CUDA itself"),
     ("publish --wheels {files}/empty --records {files}/records --site {new}", "holds no wheel"),
     ("publish --wheels {files}/foreign --records {files}/records --site {new}", "not a wheel of"),
     ("publish --wheels {files}/twice --records {files}/records --site {new}", "two wheels for build 130"),

@@ -70,7 +70,7 @@ def test_the_page_offers_the_same_choices(site, small_matrix):
 
 def test_what_is_no_longer_proven_leaves_the_index(site, small_matrix):
     index.write(site, small_matrix)
-    next(site.glob("records/torch2.13*")).unlink()
+    next(site.glob("records/*-cu130-py*")).unlink()
     index.write(site, small_matrix)
     assert not (site / "cu130/torch2.13/flash-attn/index.html").exists()
     assert listed(site, "cu126/torch2.12") == ["129"]

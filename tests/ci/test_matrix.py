@@ -44,6 +44,7 @@ def test_adding_a_torch_is_one_line(matrix_file):
         ('"3.11", "3.14"', '"3.14", "3.11"', "torch 2.13: python must be [oldest, newest]"),
         ('"12.9"\narchs', '"13.0"\narchs', "duplicate build of CUDA 13.0"),
         ("pypi = true", "", "exactly one build must have pypi"),
+        ("pypi = true", 'pypi = true\nprepare = "x"', "prepare and cuda_home are two strings"),
         ("pypi = true", "pip = true", "build has an unknown entry pip"),
         ('"75", ', '"81", ', "build 13.0: unknown arch '81'"),
         ('"80", "90"', '"80", "110"', "build 12.9: arch 110 needs CUDA 13.0 or newer"),

@@ -15,13 +15,29 @@ def request_for(small_matrix, make_wheel):
     return make
 
 
-def test_the_wheel_must_serve_the_pair_here(request_for):
-    trial.check(request_for())
-    with pytest.raises(CiError, match="the pair is served by build 130, not 129"):
-        trial.check(request_for(build="129"))
+def test_the_wheel_must_serve_the_pair_here(request_for, small_matrix):
+    trial.check(request_for(), small_matrix)
+    trial.check(request_for(build="129"), small_matrix)
+    with pytest.raises(CiError, match="the pair is served by build 130, not 132"):
+        trial.check(request_for(build="132"), small_matrix)
     other = {"x86_64": "aarch64", "aarch64": "x86_64"}[platform.machine()]
     with pytest.raises(CiError, match="cannot be tested on"):
-        trial.check(request_for(arch=other))
+        trial.check(request_for(arch=other), small_matrix)
+
+
+@pytest.mark.parametrize(
+    ("torch", "requirement"), [("2.13.0", "torch==2.13.0"), ("2.13", "torch==2.13.*"), ("newest", "torch")]
+)
+def test_requirements(make_wheel, torch, requirement):
+    assert trial.Request(make_wheel(), torch, None).requirement == requirement
+
+
+def test_the_newest_torch_is_its_own_pair(make_wheel):
+    answer = {"torch": "2.16.1+cu140", "torch_cuda": "14.0", "tests": []}
+    record = trial.record(
+        trial.Request(make_wheel(), trial.NEWEST, None), answer, Outcome("doctor", True), 1.0
+    )
+    assert (record.series, record.cuda) == ("2.16", "14.0")
 
 
 def test_the_record_says_what_was_tested(request_for):
