@@ -6,13 +6,13 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
-from codegen import ROOT, TEMPLATES, CodegenError, ninja, render, toolchain, version
-from codegen.ninja import LIBRARY
+from codegen import ROOT, TEMPLATES, CodegenError, ninja, render, shards, toolchain, version
+from codegen.ninja import LIBRARY, Source
 from codegen.selection import Selection
 from codegen.units import Unit, list_units
 
@@ -33,15 +33,50 @@ def build(selection: Selection, build_dir: Path, out: Path, templates: Path = TE
 
     Raises CodegenError, also for a selection without targets.
     """
+    tools = _tools(selection)
+    units = list_units(selection)
+    with _locked(build_dir):
+        _prepare(selection, units, tools, build_dir, templates)
+        _run_ninja(build_dir)
+        install(build_dir / LIBRARY, out)
+    write_build_info(out, selection, units, tools.release)
+
+
+def compile_shard(
+    selection: Selection, text: str, build_dir: Path, out: Path, templates: Path = TEMPLATES
+) -> None:
+    """Compile shard ``text`` (``"i/n"``) of the selection and put its objects into the folder ``out``."""
+    tools = _tools(selection)
+    units = list_units(selection)
+    names = shards.part(_sources(selection, units, build_dir, templates), units, text)
+    with _locked(build_dir):
+        (build_dir / shards.STAMP).unlink(missing_ok=True)
+        _prepare(selection, units, tools, build_dir, templates)
+        if names:
+            _run_ninja(build_dir, [str(build_dir / "objects" / f"{name}.o") for name in names])
+        stamp = {"fingerprint": shards.fingerprint(selection, tools, templates)}
+        shards.export(build_dir, names, stamp, out)
+
+
+def adopt_objects(selection: Selection, folder: Path, build_dir: Path, templates: Path = TEMPLATES) -> None:
+    """Take the objects that ``compile_shard`` left under ``folder``: the next ``build`` only links them."""
+    expected = shards.fingerprint(selection, _tools(selection), templates)
+    names = [source.name for source in _sources(selection, list_units(selection), build_dir, templates)]
+    with _locked(build_dir):
+        shards.adopt(folder, expected, names, build_dir)
+
+
+def _tools(selection: Selection) -> toolchain.Toolchain:
+    """A toolchain that can compile the selection."""
     if not selection.targets:
         raise BuildError("no kernels are selected: set FLASH_ATTN_ARCHS")
     tools = toolchain.find_toolchain()
     toolchain.check_targets(tools, selection)
-    units = list_units(selection)
-    with _locked(build_dir):
-        _compile(selection, units, tools, build_dir, templates)
-        install(build_dir / LIBRARY, out)
-    write_build_info(out, selection, units, tools.release)
+    return tools
+
+
+def _sources(selection: Selection, units: list[Unit], build_dir: Path, templates: Path) -> list[Source]:
+    return ninja.sources(selection, units, build_dir / "generated", templates)
 
 
 @contextmanager
@@ -53,17 +88,18 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _compile(
+def _prepare(
     selection: Selection, units: list[Unit], tools: toolchain.Toolchain, build_dir: Path, templates: Path
 ) -> None:
+    """Bring sources and build.ninja up to date; objects that were adopted are linked as they are."""
     generated = build_dir / "generated"
     render.write_tree(render.render_sources(selection), generated)
-    sources = ninja.sources(selection, units, generated, templates)
-    text = ninja.build_file(sources, tools, (templates, generated), build_dir)
+    sources = _sources(selection, units, build_dir, templates)
+    compiled = shards.adopted(build_dir, selection, tools, templates)
+    text = ninja.build_file(sources, tools, (templates, generated), build_dir, compiled)
     render.write_file(build_dir / "exports.map", ninja.VERSION_SCRIPT)
     render.write_file(build_dir / "build.ninja", text)
     _remove_stale(build_dir / "objects", {source.name for source in sources})
-    _run_ninja(build_dir)
 
 
 def install(library: Path, out: Path) -> None:
@@ -90,8 +126,8 @@ def _remove_stale(objects: Path, names: set[str]) -> None:
             path.unlink()
 
 
-def _run_ninja(build_dir: Path) -> None:
-    command = [*_ninja_command(), "-f", str(build_dir / "build.ninja"), "-j", str(ninja.jobs())]
+def _run_ninja(build_dir: Path, targets: Iterable[str] = ()) -> None:
+    command = [*_ninja_command(), "-f", str(build_dir / "build.ninja"), "-j", str(ninja.jobs()), *targets]
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {
         "NINJA_STATUS": "[%f/%t, %es] ",

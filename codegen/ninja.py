@@ -85,9 +85,16 @@ def gencode_flags(targets: Iterable[Target]) -> tuple[str, ...]:
 
 
 def build_file(
-    sources: Iterable[Source], toolchain: Toolchain, includes: Iterable[Path], build_dir: Path
+    sources: Iterable[Source],
+    toolchain: Toolchain,
+    includes: Iterable[Path],
+    build_dir: Path,
+    compiled: bool = False,
 ) -> str:
-    """Text of ``build.ninja``; paths are absolute so that it can run from any folder."""
+    """Text of ``build.ninja``; paths are absolute so that it can run from any folder.
+
+    With ``compiled`` the objects are there already and the only step is to link them.
+    """
     compress = [COMPRESS_FLAG] if toolchain.compresses else []
     flags = [*COMPILE_FLAGS, *compress, *(f"-I{path}" for path in includes)]
     library_dirs = [f"-L{toolchain.library_dir}"] if toolchain.library_dir else []
@@ -106,6 +113,8 @@ def build_file(
     objects = []
     for source in sources:
         objects.append(_path(build_dir / "objects" / f"{source.name}.o"))
+        if compiled:
+            continue
         lines += [
             f"build {objects[-1]}: compile {_path(source.path)}",
             f"  name = {source.name}",

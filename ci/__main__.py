@@ -1,0 +1,174 @@
+"""``python -m ci``: list the release matrix; build, audit, test and publish its wheels; write their index."""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+from ci import CiError, matrix
+from codegen import CodegenError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command. Returns 0; 1 if tests failed; 2 for a request or input that is refused."""
+    options = _parser().parse_args(arguments)
+    try:
+        result: int = options.run(options)
+        return result
+    except (CiError, CodegenError) as error:
+        print(f"ci: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m ci", description=__doc__)
+    parser.add_argument("--matrix", type=Path, default=matrix.FILE, help="another matrix.toml")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    listing = commands.add_parser("matrix", help="check the matrix and list its pairs")
+    form = listing.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="builds and pairs as JSON")
+    form.add_argument("--github", action="store_true", help="lines for GITHUB_OUTPUT")
+    listing.add_argument("--shards", type=int, default=4, help="with --github: shards per build")
+    listing.set_defaults(run=list_matrix)
+
+    build = commands.add_parser("build", help="compile the library of a CUDA and make its wheel")
+    build.add_argument("--cuda", required=True, help="a build of the matrix, such as 13.0")
+    build.add_argument("--out", type=Path, required=True, help="folder for the wheel, or the shard's objects")
+    part = build.add_mutually_exclusive_group()
+    part.add_argument("--shard", metavar="I/N", help="compile a part of the library only")
+    part.add_argument("--objects", type=Path, help="folder with the objects of all shards: link them")
+    part.add_argument("--container", action="store_true", help="in cibuildwheel's manylinux container")
+    build.add_argument(
+        "--repair", action="store_true", help="give the wheel its manylinux tag, by auditwheel"
+    )
+    build.add_argument("--no-isolation", action="store_true", help="use this environment's build tools")
+    build.set_defaults(run=build_wheel)
+
+    audit = commands.add_parser("audit", help="check tag, symbols, needs, size and manifest of wheels")
+    audit.add_argument("wheels", type=Path, nargs="+")
+    audit.add_argument("--policy", help="the newest platform allowed, such as manylinux_2_28")
+    audit.set_defaults(run=audit_wheels)
+
+    test = commands.add_parser("test", help="test a wheel in a fresh environment and write the record")
+    test.add_argument("--wheel", type=Path, help="default: the wheel that pip finds released")
+    test.add_argument("--torch", required=True, help="2.13.0, 2.13 for its newest patch, or newest")
+    test.add_argument("--cuda", help="the pair's CUDA, such as 13.0; newest goes without")
+    test.add_argument("--python", default=sys.executable, help="interpreter of the environment")
+    test.add_argument("--extra-index-url", action="append", default=[], help="where else pip looks for torch")
+    test.add_argument("--records", type=Path, required=True, help="folder for the record")
+    test.set_defaults(run=test_wheel)
+
+    publish = commands.add_parser("publish", help="admit the wheels that records prove to a site")
+    publish.add_argument("--wheels", type=Path, required=True)
+    publish.add_argument("--records", type=Path, required=True)
+    publish.set_defaults(run=publish_wheels)
+
+    index = commands.add_parser("index", help="write the index of a site")
+    index.set_defaults(run=write_index)
+    for command in (publish, index):
+        command.add_argument("--site", type=Path, required=True, help="folder of the static site")
+        command.add_argument(
+            "--accept-cpu-torch", action="store_true", help="let tests beside a CPU build of torch count"
+        )
+
+    report = commands.add_parser("report", help="the proofs as a table")
+    report.add_argument("--records", type=Path, required=True)
+    report.add_argument("--html", action="store_true", help="HTML instead of Markdown")
+    report.set_defaults(run=write_report)
+    return parser
+
+
+def list_matrix(options: argparse.Namespace) -> int:
+    """Print the matrix."""
+    from ci import listing
+
+    read = matrix.read(options.matrix)
+    if options.github:
+        if options.shards < 1:
+            raise CiError(f"--shards must be at least 1, not {options.shards}")
+        print(listing.github(read, options.shards), end="")
+    else:
+        print(listing.as_json(read) if options.json else listing.table(read), end="")
+    return 0
+
+
+def build_wheel(options: argparse.Namespace) -> int:
+    """Compile a shard, or make a wheel."""
+    from ci import build
+
+    chosen = matrix.read(options.matrix).build(options.cuda)
+    if options.shard:
+        build.compile_shard(chosen, options.shard, options.out)
+        return 0
+    if options.container:
+        made = build.build_in_container(chosen, options.out)
+    else:
+        made = build.build_wheel(
+            chosen, options.objects, options.out, options.repair, not options.no_isolation
+        )
+    print(f"{made.path}\t{made.size / 1e6:.2f} MB\tsha256 {made.sha256}")
+    return 0
+
+
+def audit_wheels(options: argparse.Namespace) -> int:
+    """Audit wheels; the first that fails ends it."""
+    from ci import audit, wheel
+
+    for path in options.wheels:
+        facts = audit.audit(wheel.open_wheel(path), options.policy)
+        print(f"{path.name}: {facts.summary}")
+    return 0
+
+
+def test_wheel(options: argparse.Namespace) -> int:
+    """Test a wheel; returns 1 if a test failed, after the record is written."""
+    from ci import publish, trial, wheel
+
+    read = matrix.read(options.matrix)
+    newest = options.torch == trial.NEWEST
+    if newest == bool(options.cuda):
+        raise CiError(f"--torch {options.torch} {'finds its CUDA itself' if newest else 'needs --cuda'}")
+    pair = None if newest else read.pair(options.torch, options.cuda)
+    indexes = tuple(options.extra_index_url)
+    with tempfile.TemporaryDirectory() as folder:
+        path = options.wheel or trial.download(Path(folder), indexes)
+        request = trial.Request(wheel.open_wheel(path), options.torch, pair, options.python, indexes)
+        record = trial.run(request, read)
+    for test in record.tests:
+        print(f"{'passed' if test.passed else 'FAILED'}  {test.name}: {test.detail}")
+    print(f"{publish.write_record(record, options.records)}\t{record.seconds:.0f} s")
+    return 0 if record.passed else 1
+
+
+def publish_wheels(options: argparse.Namespace) -> int:
+    """Admit wheels to a site."""
+    from ci import publish
+
+    read = matrix.read(options.matrix)
+    args = (options.wheels, options.records, options.site, options.accept_cpu_torch)
+    for offer in publish.publish(read, *args):
+        print(f"{offer.pair.folder}\t{' '.join(wheel.name for wheel in offer.wheels)}")
+    return 0
+
+
+def write_index(options: argparse.Namespace) -> int:
+    """Write a site's index."""
+    from ci import index
+
+    offered = index.write(options.site, matrix.read(options.matrix), options.accept_cpu_torch)
+    print(f"{options.site}: {len(offered)} pairs offered")
+    return 0
+
+
+def write_report(options: argparse.Namespace) -> int:
+    """Print the proofs."""
+    from ci import proof, report
+
+    rows = report.rows(matrix.read(options.matrix), proof.read_records(options.records))
+    print(report.html(rows) if options.html else report.markdown(rows), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""A wheel of this project as a file: its name taken apart, its hash, metadata, library and manifest."""
+
+import hashlib
+import json
+import re
+import zipfile
+from dataclasses import dataclass
+from email.parser import HeaderParser
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ci import PROJECT, CiError
+from ci.matrix import Version
+
+LIBRARY = "flash_attn/libflash_attn.so"
+MANIFEST = "flash_attn/_build.json"
+
+NAME = re.compile(
+    r"flash_attn-(?P<version>[^-]+)(?:-(?P<build>\d[^-]*))?-py3-none-(?P<platform>[\w.]+)\.whl", re.ASCII
+)
+PLATFORM_TAG = re.compile(r"(?:linux|manylinux\w*?)_(x86_64|aarch64)")
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """What a wheel's file name says: ``build`` is 130 for CUDA 13.0, ``platform`` its platform tag."""
+
+    path: Path
+    version: str
+    build: str
+    platform: str
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def arch(self) -> str:
+        """The machine's architecture, ``x86_64``."""
+        return "x86_64" if self.platform.endswith("x86_64") else "aarch64"
+
+    @cached_property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.path.read_bytes()).hexdigest()
+
+    @cached_property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return self.path.stat().st_size
+
+    @cached_property
+    def metadata(self) -> bytes:
+        """The file METADATA."""
+        return self.member(f"flash_attn-{self.version}.dist-info/METADATA")
+
+    @property
+    def metadata_sha256(self) -> str:
+        return hashlib.sha256(self.metadata).hexdigest()
+
+    @property
+    def requires_python(self) -> str:
+        return HeaderParser().parsestr(self.metadata.decode())["Requires-Python"] or ""
+
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        """What the build wrote down about itself."""
+        try:
+            manifest: dict[str, Any] = json.loads(self.member(MANIFEST))
+        except ValueError as error:
+            raise CiError(f"{self.name}: {MANIFEST} is not JSON: {error}") from None
+        return manifest
+
+    def member(self, name: str) -> bytes:
+        """The content of a file in the wheel; raises CiError."""
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                return archive.read(name)
+        except (zipfile.BadZipFile, EOFError, OSError) as error:
+            raise CiError(f"{self.name}: cannot be read: {error}") from None
+        except KeyError:
+            raise CiError(f"{self.name}: holds no {name}") from None
+
+
+def open_wheel(path: Path) -> Wheel:
+    """A wheel of this project that is what its name says; raises CiError."""
+    if not path.is_file():
+        raise CiError(f"{path}: no such file")
+    match = NAME.fullmatch(path.name)
+    if match is None:
+        raise CiError(
+            f"{path.name}: not a wheel of {PROJECT}: expected flash_attn-VERSION-BUILD-py3-none-*.whl"
+        )
+    wheel = Wheel(path, match["version"], match["build"] or "", match["platform"])
+    archs = {
+        found[1] if (found := PLATFORM_TAG.fullmatch(tag)) else None for tag in wheel.platform.split(".")
+    }
+    if None in archs or len(archs) > 1:
+        raise CiError(f"{path.name}: platform {wheel.platform!r} is not one of linux x86_64 or aarch64")
+    header = HeaderParser().parsestr(wheel.member(f"flash_attn-{wheel.version}.dist-info/WHEEL").decode())
+    tags = {f"py3-none-{tag}" for tag in wheel.platform.split(".")}
+    if set(header.get_all("Tag", [])) != tags or header.get("Build", "") != wheel.build:
+        raise CiError(f"{path.name}: its WHEEL file disagrees with its name on tags or build")
+    return wheel
+
+
+def open_folder(folder: Path) -> list[Wheel]:
+    """The wheels in a folder by name; raises CiError, also for two wheels of one build and architecture."""
+    if not folder.is_dir():
+        raise CiError(f"{folder}: no such folder")
+    wheels = [open_wheel(path) for path in sorted(folder.glob("*.whl"))]
+    if not wheels:
+        raise CiError(f"{folder}: holds no wheel")
+    return distinct(wheels)
+
+
+def distinct(wheels: list[Wheel]) -> list[Wheel]:
+    """The wheels, unless two are for one CUDA and architecture: then an index could offer either."""
+    seen: dict[tuple[str, str, str], Wheel] = {}
+    for wheel in wheels:
+        other = seen.setdefault((wheel.version, wheel.build, wheel.arch), wheel)
+        if other is not wheel:
+            raise CiError(
+                f"two wheels for build {wheel.build} on {wheel.arch}: {other.name} and {wheel.name}"
+            )
+    return wheels
+
+
+def serves(wheel: Wheel, build: Version) -> bool:
+    """Whether the wheel is of the build for this CUDA."""
+    return wheel.build == build.digits

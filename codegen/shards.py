@@ -1,0 +1,77 @@
+"""One library compiled by several machines: each compiles a shard's objects, one collects and links."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+from codegen import CodegenError, render
+from codegen.ninja import COMPILE_FLAGS, Source
+from codegen.selection import Selection
+from codegen.toolchain import Toolchain
+from codegen.units import Unit, shard
+
+STAMP = "shard.json"
+
+
+def fingerprint(selection: Selection, tools: Toolchain, templates: Path) -> str:
+    """Hash of all that a selection's objects are made of: rendered sources, templates, compiler and flags."""
+    digest = hashlib.sha256(" ".join([tools.release, *COMPILE_FLAGS, *map(str, selection.targets)]).encode())
+    for path, text in sorted(render.render_sources(selection).items()):
+        digest.update(f"{path}\0{text}\0".encode())
+    for file in sorted(templates.rglob("*")):
+        if file.suffix in (".cu", ".cuh", ".h"):
+            digest.update(f"{file.relative_to(templates)}\0".encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def part(sources: list[Source], units: list[Unit], text: str) -> list[str]:
+    """Names of the sources of shard ``i/n``; the files that are no unit belong to the first one."""
+    mine = {unit.key for unit in shard(units, text)}
+    if text.startswith("1/"):
+        mine |= {source.name for source in sources} - {unit.key for unit in units}
+    return [source.name for source in sources if source.name in mine]
+
+
+def export(build_dir: Path, names: list[str], stamp: dict[str, str], out: Path) -> None:
+    """Copy a shard's objects and records into the folder ``out``, with the stamp that ``adopt`` checks."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        for suffix in (".o", ".json"):
+            shutil.copy2(build_dir / "objects" / f"{name}{suffix}", out)
+    (out / STAMP).write_text(json.dumps({**stamp, "names": names}, indent=1) + "\n")
+
+
+def adopt(folder: Path, expected: str, names: list[str], build_dir: Path) -> None:
+    """Copy the objects of all shards found under ``folder`` into a build folder, which then only links them.
+
+    Raises CodegenError if they are of other sources or another compiler, or if one is missing or there twice.
+    """
+    found: dict[str, Path] = {}
+    for stamp in sorted(folder.rglob(STAMP)):
+        described = json.loads(stamp.read_text())
+        if described["fingerprint"] != expected:
+            raise CodegenError(
+                f"the objects in {stamp.parent} were made of other sources or by another compiler"
+            )
+        for name in described["names"]:
+            if name in found:
+                raise CodegenError(f"{name} was compiled twice: in {found[name]} and {stamp.parent}")
+            found[name] = stamp.parent
+    if missing := [name for name in names if name not in found]:
+        raise CodegenError(f"{folder} lacks the objects of {', '.join(missing)}")
+    objects = build_dir / "objects"
+    objects.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        for suffix in (".o", ".json"):
+            shutil.copy2(found[name] / f"{name}{suffix}", objects)
+    (build_dir / STAMP).write_text(json.dumps({"fingerprint": expected}) + "\n")
+
+
+def adopted(build_dir: Path, selection: Selection, tools: Toolchain, templates: Path) -> bool:
+    """Whether the build folder holds adopted objects of exactly these sources."""
+    stamp = build_dir / STAMP
+    if not stamp.is_file():
+        return False
+    described = json.loads(stamp.read_text())
+    return bool(described["fingerprint"] == fingerprint(selection, tools, templates))

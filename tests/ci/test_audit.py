@@ -1,0 +1,104 @@
+import shutil
+import subprocess
+from dataclasses import replace
+
+import pytest
+
+from ci import CiError, audit
+
+
+@pytest.fixture
+def facts(exported):
+    return audit.Facts(
+        platform="manylinux_2_28_x86_64",
+        build="130",
+        size=1000,
+        nvcc="13.0.88",
+        exported=exported,
+        needed=frozenset({"libc.so.6", "libstdc++.so.6", "ld-linux-x86-64.so.2"}),
+        glibc=(2, 28),
+        manifest_kernels=("a", "b"),
+        library_kernels=("b", "a"),
+    )
+
+
+def test_a_good_wheel(facts):
+    assert audit.problems(facts) == []
+    assert audit.problems(facts, "manylinux_2_28") == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"build": ""}, "its name has no build tag"),
+        ({"nvcc": "12.9.86"}, "its build tag is 130, but nvcc 12.9.86 built it"),
+        ({"glibc": (2, 34)}, "its tag promises glibc 2.28, but its library needs 2.34"),
+        ({"platform": "linux_x86_64"}, "its platform linux_x86_64 is not within manylinux_2_28"),
+        ({"platform": "manylinux_2_34_x86_64"}, "is not within manylinux_2_28"),
+        ({"exported": frozenset({"flash_attn_forward"})}, "its library lacks flash_attn_dropout_probs"),
+        ({"needed": frozenset({"libcudart.so.13", "libc.so.6"})}, "its library needs libcudart.so.13"),
+        ({"size": 100_000_001}, "its size of 100.0 MB is above 100 MB"),
+        ({"library_kernels": ("a",)}, "its library lacks kernels of the manifest: b"),
+        ({"library_kernels": ("a", "b", "c")}, "its manifest lacks kernels of the library: c"),
+        ({"library_targets": ("sm80:80",)}, "its manifest lacks targets of the library: sm80:80"),
+    ],
+)
+def test_what_is_wrong_is_said(facts, fields, words):
+    found = audit.problems(replace(facts, **fields), "manylinux_2_28")
+    assert len(found) == 1
+    assert words in found[0]
+
+
+def test_foreign_symbols(facts):
+    names = {f"_ZN5other{i}Ev" for i in range(5)}
+    found = audit.problems(replace(facts, exported=facts.exported | names))
+    assert found == ["its library exports _ZN5other0Ev, _ZN5other1Ev, _ZN5other2Ev and 2 more"]
+
+
+def test_several_tags_promise_the_oldest(facts):
+    tags = "manylinux_2_17_x86_64.manylinux_2_28_x86_64"
+    assert "promises glibc 2.17" in audit.problems(replace(facts, platform=tags))[0]
+
+
+def test_a_policy_that_is_none(facts):
+    with pytest.raises(CiError, match="policy 'new'"):
+        audit.problems(facts, "new")
+
+
+def test_reading_the_tools():
+    assert audit.parse_symbols("0000 T flash_attn_forward\n00 T f@@V1\n\n") == {"flash_attn_forward", "f"}
+    needed = " 0x01 (NEEDED)  Shared library: [libc.so.6]\n 0x0e (SONAME) Library soname: [x.so]\n"
+    assert audit.parse_needed(needed) == {"libc.so.6"}
+    assert audit.parse_glibc(" U a@GLIBC_2.4\n U b@GLIBC_2.34\n U c@GLIBCXX_3.4.30\n") == (2, 34)
+    assert audit.parse_glibc("") == (0, 0)
+
+
+SOURCE = """
+#include <stdint.h>
+int32_t flash_attn_kernel_count(void) { return 2; }
+const char* flash_attn_kernel_key(int32_t i) { return i ? "%s" : "forward_sm80_bf16_d128_full"; }
+const char* flash_attn_targets(void) { return "sm80:80"; }
+"""
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="no C compiler")
+@pytest.mark.parametrize("second", ["forward_sm80_bf16_d128_causal", "forward_sm80_bf16_d64_full"])
+def test_the_manifest_is_held_against_the_loaded_library(make_wheel, exported, tmp_path, second):
+    others = exported - {"flash_attn_kernel_count", "flash_attn_kernel_key", "flash_attn_targets"}
+    text = SOURCE % second + "".join(f"void {name}(void) {{}}\n" for name in others)
+    (tmp_path / "library.c").write_text(text)
+    library = tmp_path / "library.so"
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, tmp_path / "library.c"], check=True)
+    wheel = make_wheel(library=library.read_bytes())
+    if second.endswith("causal"):
+        assert len(audit.audit(wheel).library_kernels) == 2
+        return
+    with pytest.raises(CiError) as error:
+        audit.audit(wheel)
+    assert "lacks kernels of the manifest: forward_sm80_bf16_d128_causal; " in str(error.value)
+    assert "lacks kernels of the library: forward_sm80_bf16_d64_full" in str(error.value)
+
+
+def test_a_library_that_is_none(make_wheel):
+    with pytest.raises(CiError, match="cannot be loaded here"):
+        audit.audit(make_wheel(library=b"no library"))
