@@ -5,7 +5,7 @@ Without autograd and without custom-op dispatch. What CUDA cannot do yet raises 
 
 from __future__ import annotations
 
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -13,7 +13,8 @@ from torch import Tensor
 from flash_attn import _cpu, _cuda
 from flash_attn import _validation as check
 
-Outputs = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
+Outputs = tuple[Tensor, Any, Tensor | None, Tensor | None]
+"""(out, lse, S_dmask, rng_state); lse is a Tensor, or None where the caller did not need one."""
 
 
 def not_on_cuda(what: str) -> NoReturn:

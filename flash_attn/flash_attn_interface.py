@@ -60,7 +60,7 @@ def _get_block_size_n(device: torch.device, head_dim: int, is_dropout: bool, is_
     return PROBS_BLOCK
 
 
-def _result(return_attn_probs: bool, out: Tensor, lse: Tensor | None, probs: Tensor | None) -> Result:
+def _result(return_attn_probs: bool, out: Tensor, lse: Tensor, probs: Tensor | None) -> Result:
     if not return_attn_probs:
         return out
     return out, lse, torch.empty(0, dtype=out.dtype, device=out.device) if probs is None else probs
