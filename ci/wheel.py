@@ -12,6 +12,7 @@ from typing import Any
 
 from ci import PROJECT, CiError
 from ci.matrix import Version
+from codegen.wheel_index import sha256_of
 
 LIBRARY = "flash_attn/libflash_attn.so"
 MANIFEST = "flash_attn/_build.json"
@@ -42,7 +43,7 @@ class Wheel:
 
     @cached_property
     def sha256(self) -> str:
-        return hashlib.sha256(self.path.read_bytes()).hexdigest()
+        return sha256_of(self.path)
 
     @cached_property
     def size(self) -> int:

