@@ -1,6 +1,7 @@
 """``python -m ci``: list the release matrix; build, audit, test and publish its wheels; write their index."""
 
 import argparse
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -41,6 +42,11 @@ def _parser() -> argparse.ArgumentParser:
     part.add_argument("--container", action="store_true", help="in cibuildwheel's manylinux container")
     build.add_argument(
         "--repair", action="store_true", help="give the wheel its manylinux tag, by auditwheel"
+    )
+    build.add_argument(
+        "--fetch-compiler",
+        action="store_true",
+        help="get that CUDA's nvcc, from PyPI or by the matrix's `prepare` (as root, in its container)",
     )
     build.add_argument("--no-isolation", action="store_true", help="use this environment's build tools")
     build.set_defaults(run=build_wheel)
@@ -95,9 +101,15 @@ def list_matrix(options: argparse.Namespace) -> int:
 
 def build_wheel(options: argparse.Namespace) -> int:
     """Compile a shard, or make a wheel."""
-    from ci import build
+    from ci import build, compiler
 
     chosen = matrix.read(options.matrix).build(options.cuda)
+    if options.shard:
+        build.check_shard(options.shard)
+    if options.objects and not options.objects.is_dir():
+        raise CiError(f"{options.objects}: no such folder")
+    if options.fetch_compiler:
+        os.environ["CUDA_HOME"] = str(compiler.fetch(chosen))
     if options.shard:
         build.compile_shard(chosen, options.shard, options.out)
         return 0

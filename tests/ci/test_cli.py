@@ -26,6 +26,8 @@ BAD = [
     ("matrix --github --shards 0", "--shards must be at least 1"),
     ("build --cuda 11.8 --out {new}", "unknown CUDA '11.8'"),
     ("build --cuda 13.0 --shard 3/2 --out {new}", "--shard 3/2: must be i/n"),
+    ("build --cuda 13.0 --objects {new} --out {new}", "no such folder"),
+    ("build --cuda 12.9 --fetch-compiler --out {new}", "PyPI has complete compilers from 13.0 on"),
     ("audit {files}/none.whl", "no such file"),
     ("audit {files}/foreign/numpy-2.0-cp311-cp311-linux_x86_64.whl", "not a wheel of flash-attn"),
     ("audit {wheel}", "cannot be loaded here"),
