@@ -103,7 +103,8 @@ def build_wheel(options: argparse.Namespace) -> int:
     """Compile a shard, or make a wheel."""
     from ci import build, compiler
 
-    chosen = matrix.read(options.matrix).build(options.cuda)
+    read = matrix.read(options.matrix)
+    chosen = read.build(options.cuda)
     if options.shard:
         build.check_shard(options.shard)
     if options.objects and not options.objects.is_dir():
@@ -114,7 +115,7 @@ def build_wheel(options: argparse.Namespace) -> int:
         build.compile_shard(chosen, options.shard, options.out)
         return 0
     if options.container:
-        made = build.build_in_container(chosen, options.out)
+        made = build.build_in_container(chosen, read.platforms, options.out)
     else:
         made = build.build_wheel(
             chosen, options.objects, options.out, options.repair, not options.no_isolation
