@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ci import CiError
-from ci.wheel import LIBRARY, Wheel
+from ci.wheel import Wheel
 from codegen import abi
+from codegen.wheel_name import LIBRARY
 
 MAX_BYTES = 100_000_000
 """PyPI's limit on a file."""
