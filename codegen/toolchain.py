@@ -85,9 +85,14 @@ def find_nvcc(
     found = shutil.which("nvcc", path=environ.get("PATH", ""))
     if found:
         return Path(found)
+    return newest_of_wheels("nvcc", nvidia_folders)
+
+
+def newest_of_wheels(program: str, nvidia_folders: Iterable[Path] | None = None) -> Path | None:
+    """A program of NVIDIA's wheels in this environment, of the newest CUDA; None if it is not there."""
     folders = _nvidia_folders() if nvidia_folders is None else nvidia_folders
-    wheels = [nvcc for folder in folders for nvcc in folder.glob("cu*/bin/nvcc")]
-    return max(wheels, key=lambda nvcc: int(nvcc.parent.parent.name.removeprefix("cu") or 0), default=None)
+    found = [path for folder in folders for path in folder.glob(f"cu*/bin/{program}")]
+    return max(found, key=lambda path: int(path.parent.parent.name.removeprefix("cu") or 0), default=None)
 
 
 def _library_dir(root: Path) -> Path | None:

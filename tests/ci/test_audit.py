@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from ci import CiError, audit
+from ci import CiError, audit, device_code
 
 
 @pytest.fixture
@@ -41,6 +41,10 @@ def test_a_good_wheel(facts):
         ({"library_kernels": ("a",)}, "its library lacks kernels of the manifest: b"),
         ({"library_kernels": ("a", "b", "c")}, "its manifest lacks kernels of the library: c"),
         ({"library_targets": ("sm80:80",)}, "its manifest lacks targets of the library: sm80:80"),
+        (
+            {"device_kernels": frozenset({"c sm_80"})},
+            "its manifest lacks device code of the library: c sm_80",
+        ),
     ],
 )
 def test_what_is_wrong_is_said(facts, fields, words):
@@ -83,7 +87,8 @@ const char* flash_attn_targets(void) { return "sm80:80"; }
 
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="no C compiler")
 @pytest.mark.parametrize("second", ["forward_sm80_bf16_d128_causal", "forward_sm80_bf16_d64_full"])
-def test_the_manifest_is_held_against_the_loaded_library(make_wheel, exported, tmp_path, second):
+def test_the_manifest_is_held_against_the_loaded_library(make_wheel, exported, tmp_path, second, monkeypatch):
+    monkeypatch.setattr(device_code, "find_cuobjdump", lambda: None)
     others = exported - {"flash_attn_kernel_count", "flash_attn_kernel_key", "flash_attn_targets"}
     text = SOURCE % second + "".join(f"void {name}(void) {{}}\n" for name in others)
     (tmp_path / "library.c").write_text(text)
