@@ -80,7 +80,9 @@ def _parser() -> argparse.ArgumentParser:
 
     report = commands.add_parser("report", help="the proofs as a table")
     report.add_argument("--records", type=Path, required=True)
-    report.add_argument("--html", action="store_true", help="HTML instead of Markdown")
+    form = report.add_mutually_exclusive_group()
+    form.add_argument("--html", action="store_true", help="HTML instead of Markdown")
+    form.add_argument("--compatibility", action="store_true", help="docs/compatibility.md instead")
     report.set_defaults(run=write_report)
     return parser
 
@@ -178,8 +180,12 @@ def write_report(options: argparse.Namespace) -> int:
     """Print the proofs."""
     from ci import proof, report
 
-    rows = report.rows(matrix.read(options.matrix), proof.read_records(options.records))
-    print(report.html(rows) if options.html else report.markdown(rows), end="")
+    read, records = matrix.read(options.matrix), proof.read_records(options.records)
+    if options.compatibility:
+        print(report.compatibility(read, records), end="")
+    else:
+        rows = report.rows(read, records)
+        print(report.html(rows) if options.html else report.markdown(rows), end="")
     return 0
 
 
