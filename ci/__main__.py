@@ -111,6 +111,8 @@ def build_wheel(options: argparse.Namespace) -> int:
         build.check_shard(options.shard)
     if options.objects and not options.objects.is_dir():
         raise CiError(f"{options.objects}: no such folder")
+    if options.container and options.fetch_compiler:
+        raise CiError("--fetch-compiler cannot be given: --container brings its own compiler")
     if options.fetch_compiler:
         os.environ["CUDA_HOME"] = str(compiler.fetch(chosen))
     if options.shard:

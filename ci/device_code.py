@@ -32,14 +32,18 @@ def read(library: Path) -> frozenset[str] | None:
 
 
 def expected(kernels: Iterable[str], targets: Iterable[str]) -> frozenset[str]:
-    """Each kernel for each target of its family: ``forward_sm80_bf16_d128_full sm_90``."""
-    codes = [target.removesuffix("+ptx").split(":") for target in targets]
-    return frozenset(
-        f"{key} sm_{axes.ARCHS[int(capability)].code}"
-        for key in kernels
-        for family, capability in codes
-        if f"_{family}_" in key
-    )
+    """Each kernel for each target of its family: ``forward_sm80_bf16_d128_full sm_90``; raises CiError."""
+    codes = [_code(target) for target in targets]
+    return frozenset(f"{key} {code}" for key in kernels for family, code in codes if f"_{family}_" in key)
+
+
+def _code(target: str) -> tuple[str, str]:
+    """Family and code of a target: sm80 and sm_90 of ``sm80:90+ptx``."""
+    match = re.fullmatch(r"(sm\d+):(\d+)(\+ptx)?", target)
+    arch = axes.ARCHS.get(int(match[2])) if match else None
+    if match is None or arch is None:
+        raise CiError(f"unknown target {target!r} in its manifest")
+    return match[1], f"sm_{arch.code}"
 
 
 def parse(text: str) -> frozenset[str]:

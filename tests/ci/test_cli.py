@@ -28,6 +28,7 @@ BAD = [
     ("matrix --github --shards 0", "--shards must be at least 1"),
     ("build --cuda 11.8 --out {new}", "unknown CUDA '11.8'"),
     ("build --cuda 13.0 --shard 3/2 --out {new}", "--shard 3/2: must be i/n"),
+    ("build --cuda 13.0 --container --fetch-compiler --out {new}", "--container brings its own compiler"),
     ("build --cuda 13.0 --objects {new} --out {new}", "no such folder"),
     ("build --cuda 12.9 --fetch-compiler --out {new}", "PyPI has complete compilers from 13.0 on"),
     ("audit {files}/none.whl", "no such file"),

@@ -30,6 +30,12 @@ def test_the_kernels_of_the_device_code():
     assert device_code.expected(["forward_sm86_bf16_d64_full"], ["sm80:80"]) == frozenset()
 
 
+@pytest.mark.parametrize("target", ["sm80:81", "sm80", "sm80:80:90", "sm80:x", ""])
+def test_a_manifest_with_a_wrong_target(target):
+    with pytest.raises(CiError, match=f"unknown target '{target}' in its manifest"):
+        device_code.expected(["forward_sm80_bf16_d128_full"], [target])
+
+
 @pytest.fixture
 def cuobjdump(tmp_path, monkeypatch):
     """Puts a program that stands in for cuobjdump into CUDA_HOME."""
