@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
+from codegen.wheel_name import PROJECT as PROJECT
+
 ROOT = Path(__file__).resolve().parent.parent
-PROJECT = "flash-attn"
 
 
 class CiError(Exception):

@@ -1,6 +1,7 @@
 """``python -m ci``: list the release matrix; build, audit, test and publish its wheels; write their index."""
 
 import argparse
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -42,6 +43,11 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument(
         "--repair", action="store_true", help="give the wheel its manylinux tag, by auditwheel"
     )
+    build.add_argument(
+        "--fetch-compiler",
+        action="store_true",
+        help="get that CUDA's nvcc, from PyPI or by the matrix's `prepare` (as root, in its container)",
+    )
     build.add_argument("--no-isolation", action="store_true", help="use this environment's build tools")
     build.set_defaults(run=build_wheel)
 
@@ -74,7 +80,9 @@ def _parser() -> argparse.ArgumentParser:
 
     report = commands.add_parser("report", help="the proofs as a table")
     report.add_argument("--records", type=Path, required=True)
-    report.add_argument("--html", action="store_true", help="HTML instead of Markdown")
+    form = report.add_mutually_exclusive_group()
+    form.add_argument("--html", action="store_true", help="HTML instead of Markdown")
+    form.add_argument("--compatibility", action="store_true", help="docs/compatibility.md instead")
     report.set_defaults(run=write_report)
     return parser
 
@@ -95,14 +103,23 @@ def list_matrix(options: argparse.Namespace) -> int:
 
 def build_wheel(options: argparse.Namespace) -> int:
     """Compile a shard, or make a wheel."""
-    from ci import build
+    from ci import build, compiler
 
-    chosen = matrix.read(options.matrix).build(options.cuda)
+    read = matrix.read(options.matrix)
+    chosen = read.build(options.cuda)
+    if options.shard:
+        build.check_shard(options.shard)
+    if options.objects and not options.objects.is_dir():
+        raise CiError(f"{options.objects}: no such folder")
+    if options.container and options.fetch_compiler:
+        raise CiError("--fetch-compiler cannot be given: --container brings its own compiler")
+    if options.fetch_compiler:
+        os.environ["CUDA_HOME"] = str(compiler.fetch(chosen))
     if options.shard:
         build.compile_shard(chosen, options.shard, options.out)
         return 0
     if options.container:
-        made = build.build_in_container(chosen, options.out)
+        made = build.build_in_container(chosen, read.platforms, options.out)
     else:
         made = build.build_wheel(
             chosen, options.objects, options.out, options.repair, not options.no_isolation
@@ -165,8 +182,12 @@ def write_report(options: argparse.Namespace) -> int:
     """Print the proofs."""
     from ci import proof, report
 
-    rows = report.rows(matrix.read(options.matrix), proof.read_records(options.records))
-    print(report.html(rows) if options.html else report.markdown(rows), end="")
+    read, records = matrix.read(options.matrix), proof.read_records(options.records)
+    if options.compatibility:
+        print(report.compatibility(read, records), end="")
+    else:
+        rows = report.rows(read, records)
+        print(report.html(rows) if options.html else report.markdown(rows), end="")
     return 0
 
 

@@ -8,9 +8,10 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ci import CiError
-from ci.wheel import LIBRARY, Wheel
+from ci import CiError, device_code
+from ci.wheel import Wheel
 from codegen import abi
+from codegen.wheel_name import LIBRARY
 
 MAX_BYTES = 100_000_000
 """PyPI's limit on a file."""
@@ -22,7 +23,10 @@ SYSTEM_LIBRARIES = re.compile(
 
 @dataclass(frozen=True)
 class Facts:
-    """What a wheel turned out to hold; ``glibc`` is the newest version that a needed symbol names."""
+    """What a wheel turned out to hold; ``glibc`` is the newest version that a needed symbol names.
+
+    ``device_kernels`` are those of the device code, see ``device_code``; None if they could not be read.
+    """
 
     platform: str
     build: str
@@ -35,13 +39,16 @@ class Facts:
     library_kernels: tuple[str, ...]
     manifest_targets: tuple[str, ...] = field(default=())
     library_targets: tuple[str, ...] = field(default=())
+    device_kernels: frozenset[str] | None = None
 
     @property
     def summary(self) -> str:
         """One line for the log."""
         needs = " ".join(sorted(self.needed))
+        read = self.device_kernels
+        device = "device code not read (no cuobjdump)" if read is None else f"{len(read)} in device code"
         return (
-            f"{len(self.library_kernels)} kernels as in the manifest, {len(self.exported)} symbols,"
+            f"{len(self.library_kernels)} kernels as in the manifest, {device}, {len(self.exported)} symbols,"
             f" glibc {_dots(self.glibc)}, needs {needs}, {self.size / 1e6:.2f} MB"
         )
 
@@ -96,9 +103,11 @@ def _library_problems(facts: Facts) -> list[str]:
 
 def _manifest_problems(facts: Facts) -> list[str]:
     found = []
+    promised = device_code.expected(facts.manifest_kernels, facts.manifest_targets)
     for what, manifest, library in (
         ("kernels", facts.manifest_kernels, facts.library_kernels),
         ("targets", facts.manifest_targets, facts.library_targets),
+        ("device code", promised, promised if facts.device_kernels is None else facts.device_kernels),
     ):
         if missing := set(manifest) - set(library):
             found.append(f"its library lacks {what} of the manifest: {_some(missing)}")
@@ -108,7 +117,7 @@ def _manifest_problems(facts: Facts) -> list[str]:
 
 
 def examine(wheel: Wheel) -> Facts:
-    """The facts of a wheel, read with nm and readelf, and by loading its library; raises CiError."""
+    """The facts of a wheel, by nm, readelf and cuobjdump, and by loading its library; raises CiError."""
     manifest = wheel.manifest
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / Path(LIBRARY).name
@@ -126,6 +135,7 @@ def examine(wheel: Wheel) -> Facts:
             library_kernels=kernels,
             manifest_targets=tuple(manifest.get("targets", ())),
             library_targets=targets,
+            device_kernels=device_code.read(library),
         )
 
 

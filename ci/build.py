@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ci import ROOT, CiError
-from ci.matrix import Build, Version
+from ci.matrix import Build, Platform, Version
 from ci.wheel import Wheel, open_wheel
 from codegen import CodegenError, axes, builder, selection, toolchain
 
@@ -44,8 +44,7 @@ def select(build: Build) -> selection.Selection:
 
 
 def compile_shard(build: Build, shard: str, out: Path) -> None:
-    """Compile a part of the library into object files in ``out``."""
-    check_shard(shard)
+    """Compile a part of the library, a checked ``i/n``, into object files in ``out``."""
     check_compiler(build)
     chosen = select(build)
     builder.compile_shard(chosen, shard, builder.default_build_dir(chosen), out)
@@ -56,8 +55,6 @@ def build_wheel(build: Build, objects: Path | None, out: Path, repair: bool, iso
     check_compiler(build)
     chosen = select(build)
     if objects:
-        if not objects.is_dir():
-            raise CiError(f"{objects}: no such folder")
         builder.adopt_objects(chosen, objects, builder.default_build_dir(chosen))
     with tempfile.TemporaryDirectory() as folder:
         made = _pip_wheel(build, Path(folder) / "built", isolation)
@@ -68,22 +65,28 @@ def build_wheel(build: Build, objects: Path | None, out: Path, repair: bool, iso
     return open_wheel(out / made.name)
 
 
-def build_in_container(build: Build, out: Path) -> Wheel:
-    """Build and repair the wheel in the manylinux container of ``[tool.cibuildwheel]``; raises CiError."""
+def build_in_container(build: Build, platforms: Mapping[str, Platform], out: Path) -> Wheel:
+    """Build and repair the wheel in its platform's container, by cibuildwheel; raises CiError."""
     select(build)
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "cibuildwheel", "--platform", "linux", "--output-dir", folder]
-        _run([*command, str(ROOT)], container_variables(build, os.environ))
+        _run([*command, str(ROOT)], container_variables(build, platforms, os.environ))
         made = _only_wheel(Path(folder))
         out.mkdir(parents=True, exist_ok=True)
         shutil.copy2(made, out)
     return open_wheel(out / made.name)
 
 
-def container_variables(build: Build, environ: Mapping[str, str]) -> dict[str, str]:
+def container_variables(
+    build: Build, platforms: Mapping[str, Platform], environ: Mapping[str, str]
+) -> dict[str, str]:
     """What cibuildwheel is told about a build, beside its table in pyproject.toml."""
     inside = {**variables(build, environ), **({"CUDA_HOME": build.cuda_home} if build.cuda_home else {})}
     told = {
+        f"CIBW_MANYLINUX_{name.removeprefix('linux_').upper()}_IMAGE": platform.image
+        for name, platform in platforms.items()
+    }
+    told |= {
         "CIBW_ENVIRONMENT": " ".join(f"{name}={shlex.quote(value)}" for name, value in inside.items()),
         "CIBW_CONFIG_SETTINGS": f"--build-option=--build-number={build.cuda.digits}",
     }

@@ -29,11 +29,12 @@ def builds(matrix: Matrix) -> list[dict[str, Any]]:
             "tag": build.cuda.digits,
             "archs": list(build.archs),
             "pypi": build.pypi,
-            "platform": platform,
-            "runner": runner,
+            "platform": name,
+            "runner": platform.runner,
+            "image": platform.image,
         }
         for build in matrix.builds
-        for platform, runner in matrix.platforms.items()
+        for name, platform in matrix.platforms.items()
     ]
 
 
@@ -46,11 +47,11 @@ def pairs(matrix: Matrix) -> list[dict[str, Any]]:
             "variant": f"cu{pair.cuda.digits}",
             "tag": pair.build.digits,
             "python": str(pair.pythons[-1]),
-            "platform": platform,
-            "runner": runner,
+            "platform": name,
+            "runner": platform.runner,
         }
         for pair in matrix.pairs
-        for platform, runner in matrix.platforms.items()
+        for name, platform in matrix.platforms.items()
     ]
 
 

@@ -17,6 +17,7 @@ else:
 
 FILE = Path(__file__).with_name("matrix.toml")
 PLATFORM = re.compile(r"linux_(x86_64|aarch64)")
+PINNED = re.compile(r".@sha256:[0-9a-f]{64}$")
 ARCH = re.compile(r"(\d+)(\+ptx)?")
 
 
@@ -33,6 +34,14 @@ class Version(NamedTuple):
     def digits(self) -> str:
         """``130`` for 13.0: what wheels' build tags and torch's names of CUDA versions are made of."""
         return f"{self.major}{self.minor}"
+
+
+@dataclass(frozen=True)
+class Platform:
+    """Where a platform's wheels are made: the hosted runner, and the image of the container on it."""
+
+    runner: str
+    image: str
 
 
 @dataclass(frozen=True)
@@ -76,9 +85,9 @@ class Pair:
 
 @dataclass(frozen=True)
 class Matrix:
-    """All that is released; ``platforms`` maps each platform to the runner that builds for it."""
+    """All that is released, for which platforms."""
 
-    platforms: Mapping[str, str]
+    platforms: Mapping[str, Platform]
     builds: tuple[Build, ...]
     torches: tuple[Torch, ...]
 
@@ -131,10 +140,7 @@ def read(path: Path = FILE) -> Matrix:
 def parse(table: Mapping[str, Any]) -> Matrix:
     """The matrix in a TOML document; raises CiError for anything that cannot be released."""
     _only(table, "the file", {"platforms", "build", "torch"})
-    platforms = _table(table["platforms"], "platforms")
-    for platform in platforms:
-        if not PLATFORM.fullmatch(platform):
-            raise CiError(f"unknown platform {platform!r}: known are linux_x86_64 and linux_aarch64")
+    platforms = {name: _platform(name, row) for name, row in _table(table["platforms"], "platforms").items()}
     if not isinstance(table["build"], list):
         raise CiError("build must be a list of tables")
     builds = tuple(_build(row) for row in table["build"])
@@ -156,6 +162,18 @@ def _check_pairs(matrix: Matrix) -> None:
         for cuda in torch.cudas:
             if matrix.build_for(cuda) is None:
                 raise CiError(f"torch {torch.series}: unknown CUDA {cuda}: no build among {known} serves it")
+
+
+def _platform(name: str, row: object) -> Platform:
+    if not PLATFORM.fullmatch(name):
+        raise CiError(f"unknown platform {name!r}: known are linux_x86_64 and linux_aarch64")
+    fields = _table(row, f"platform {name}")
+    _only(fields, f"platform {name}", {"runner", "image"})
+    if not all(isinstance(value, str) and value for value in fields.values()):
+        raise CiError(f"platform {name}: runner and image are two strings")
+    if not PINNED.search(fields["image"]):
+        raise CiError(f"platform {name}: image must end in its digest, @sha256:..., not {fields['image']!r}")
+    return Platform(**fields)
 
 
 def _build(row: object) -> Build:

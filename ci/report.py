@@ -1,10 +1,20 @@
-"""The proofs as a table: every pair of the matrix with the record of each wheel that was tested for it."""
+"""The proofs as tables: every record of every pair of the matrix, and for users what goes with what."""
 
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from ci.matrix import Matrix, Pair
+from ci.matrix import Matrix, Pair, Version
 from ci.proof import Record
+
+COMPATIBILITY = """\
+# Compatibility
+
+Written by `python -m ci report --compatibility --records ci/records > docs/compatibility.md`, from
+`ci/matrix.toml` and the records of tests in `ci/records`. The library contains neither torch nor Python, so
+one wheel serves all of a CUDA major version; an index offers it for a torch and CUDA once it was tested
+beside them. "cpu" means that no GPU was there.
+
+"""
 
 COLUMNS = ("torch", "CUDA", "tested with", "Python", "on", "wheel", "sha256", "date", "tests")
 
@@ -39,9 +49,26 @@ def _row(pair: Pair, record: Record) -> tuple[str, ...]:
     )
 
 
-def markdown(table: Iterable[Sequence[str]]) -> str:
+def compatibility(matrix: Matrix, records: Iterable[Record]) -> str:
+    """The page for users: torch series, newest first, what serves them, what they were tested with."""
+    records = sorted((r for r in records if r.passed), key=lambda record: (record.torch, record.python))
+    columns = ("torch", "CUDA", "wheel built by CUDA", "Python", "tested")
+    groups: dict[tuple[Version, Version], list[Pair]] = {}
+    for pair in matrix.pairs:
+        groups.setdefault((pair.torch, pair.build), []).append(pair)
+    table = []
+    for (torch, build), pairs in sorted(groups.items(), reverse=True):
+        cudas = [str(pair.cuda) for pair in pairs]
+        mine = [r for r in records if r.series == str(torch) and r.cuda in cudas]
+        tested = [f"{r.torch} on Python {r.python}, {' and '.join(r.devices)}, {r.date[:10]}" for r in mine]
+        pythons = f"{pairs[0].pythons[0]} to {pairs[0].pythons[-1]}"
+        table.append((str(torch), ", ".join(cudas), str(build), pythons, "; ".join(tested) or "not yet"))
+    return COMPATIBILITY + markdown(table, columns)
+
+
+def markdown(table: Iterable[Sequence[str]], columns: Sequence[str] = COLUMNS) -> str:
     """The rows as a Markdown table."""
-    lines = [COLUMNS, ["---"] * len(COLUMNS), *table]
+    lines = [columns, ["---"] * len(columns), *table]
     return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
 
 

@@ -18,7 +18,8 @@ from ci.wheel import Wheel
 
 CHECKS = Path(__file__).with_name("checks.py")
 NEWEST = "newest"
-PIP = ("-m", "pip", "--quiet", "--disable-pip-version-check")
+PIP = ("-I", "-m", "pip", "--quiet", "--disable-pip-version-check")
+"""Isolated from ``PYTHONPATH``: pip would take a source folder that is on it for the installed package."""
 
 
 @dataclass(frozen=True)

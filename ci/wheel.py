@@ -12,29 +12,37 @@ from typing import Any
 
 from ci import PROJECT, CiError
 from ci.matrix import Version
+from codegen import CodegenError, wheel_name
 from codegen.wheel_index import sha256_of
+from codegen.wheel_name import MANIFEST, WheelName
 
-LIBRARY = "flash_attn/libflash_attn.so"
-MANIFEST = "flash_attn/_build.json"
-
-NAME = re.compile(
-    r"flash_attn-(?P<version>[^-]+)(?:-(?P<build>\d[^-]*))?-py3-none-(?P<platform>[\w.]+)\.whl", re.ASCII
-)
 PLATFORM_TAG = re.compile(r"(?:linux|manylinux\w*?)_(x86_64|aarch64)")
 
 
 @dataclass(frozen=True)
 class Wheel:
-    """What a wheel's file name says: ``build`` is 130 for CUDA 13.0, ``platform`` its platform tag."""
+    """A wheel file that is what its name says."""
 
     path: Path
-    version: str
-    build: str
-    platform: str
+    parsed: WheelName
 
     @property
     def name(self) -> str:
         return self.path.name
+
+    @property
+    def version(self) -> str:
+        return self.parsed.version
+
+    @property
+    def build(self) -> str:
+        """The build tag, ``130`` for CUDA 13.0; "" without one."""
+        return self.parsed.build
+
+    @property
+    def platform(self) -> str:
+        """The platform tags, dotted as in the name."""
+        return ".".join(self.parsed.platforms)
 
     @property
     def arch(self) -> str:
@@ -53,7 +61,7 @@ class Wheel:
     @cached_property
     def metadata(self) -> bytes:
         """The file METADATA."""
-        return self.member(f"flash_attn-{self.version}.dist-info/METADATA")
+        return self.member(f"{self.parsed.dist_info}/METADATA")
 
     @property
     def metadata_sha256(self) -> str:
@@ -87,20 +95,15 @@ def open_wheel(path: Path) -> Wheel:
     """A wheel of this project that is what its name says; raises CiError."""
     if not path.is_file():
         raise CiError(f"{path}: no such file")
-    match = NAME.fullmatch(path.name)
-    if match is None:
-        raise CiError(
-            f"{path.name}: not a wheel of {PROJECT}: expected flash_attn-VERSION-BUILD-py3-none-*.whl"
-        )
-    wheel = Wheel(path, match["version"], match["build"] or "", match["platform"])
-    archs = {
-        found[1] if (found := PLATFORM_TAG.fullmatch(tag)) else None for tag in wheel.platform.split(".")
-    }
-    if None in archs or len(archs) > 1:
+    try:
+        wheel = Wheel(path, wheel_name.parse(path.name))
+    except CodegenError as error:
+        raise CiError(f"{path.name}: not a wheel of {PROJECT}: {error}") from None
+    matches = [PLATFORM_TAG.fullmatch(tag) for tag in wheel.parsed.platforms]
+    if len({match and match[1] for match in matches}) > 1 or None in matches:
         raise CiError(f"{path.name}: platform {wheel.platform!r} is not one of linux x86_64 or aarch64")
-    header = HeaderParser().parsestr(wheel.member(f"flash_attn-{wheel.version}.dist-info/WHEEL").decode())
-    tags = {f"py3-none-{tag}" for tag in wheel.platform.split(".")}
-    if set(header.get_all("Tag", [])) != tags or header.get("Build", "") != wheel.build:
+    header = HeaderParser().parsestr(wheel.member(f"{wheel.parsed.dist_info}/WHEEL").decode())
+    if set(header.get_all("Tag", [])) != wheel.parsed.tags or header.get("Build", "") != wheel.build:
         raise CiError(f"{path.name}: its WHEEL file disagrees with its name on tags or build")
     return wheel
 

@@ -64,7 +64,7 @@ def compiler_requirements(use_prebuilt: bool = False) -> list[str]:
             return []
         if selection.is_native():
             toolchain.check_driver(driver.driver_cuda())
-    return toolchain.wheel_requirements()
+    return [toolchain.wheel_requirement()]
 
 
 @contextmanager

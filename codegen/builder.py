@@ -45,17 +45,23 @@ def build(selection: Selection, build_dir: Path, out: Path, templates: Path = TE
 def compile_shard(
     selection: Selection, text: str, build_dir: Path, out: Path, templates: Path = TEMPLATES
 ) -> None:
-    """Compile shard ``text`` (``"i/n"``) of the selection and put its objects into the folder ``out``."""
+    """Compile shard ``text`` (``"i/n"``) of the selection and put its objects into the folder ``out``.
+
+    Objects that are there already, of the same sources, compiler and flags, are left as they are.
+    """
     tools = _tools(selection)
     units = list_units(selection)
     names = shards.part(_sources(selection, units, build_dir, templates), units, text)
+    fingerprint = shards.fingerprint(selection, tools, templates)
+    if shards.is_exported(out, fingerprint, names):
+        print(f"flash-attn: {out} holds shard {text} already")
+        return
     with _locked(build_dir):
         (build_dir / shards.STAMP).unlink(missing_ok=True)
         _prepare(selection, units, tools, build_dir, templates)
         if names:
             _run_ninja(build_dir, [str(build_dir / "objects" / f"{name}.o") for name in names])
-        stamp = {"fingerprint": shards.fingerprint(selection, tools, templates)}
-        shards.export(build_dir, names, stamp, out)
+        shards.export(build_dir, names, fingerprint, out)
 
 
 def adopt_objects(selection: Selection, folder: Path, build_dir: Path, templates: Path = TEMPLATES) -> None:

@@ -12,12 +12,13 @@ from email.parser import Parser
 from pathlib import Path
 from typing import Any
 
-from packaging.tags import Tag, platform_tags
-from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
+from packaging.tags import platform_tags
+from packaging.utils import canonicalize_name
 
-from codegen import ROOT, CodegenError, axes, driver, version, wheel_index
+from codegen import ROOT, CodegenError, axes, driver, version, wheel_index, wheel_name
 from codegen.selection import Selection, Target, is_native
-from codegen.wheel_index import PROJECT, Listed, NoIndex, WheelError
+from codegen.wheel_index import Listed, NoIndex, WheelError
+from codegen.wheel_name import PROJECT, WheelName
 
 DEFAULT_INDEX: str | None = None
 """No public index exists yet: without FLASH_ATTN_WHEEL_INDEX no wheel is looked for."""
@@ -47,12 +48,12 @@ REFUSALS_SHOWN = 8
 
 @dataclass(frozen=True)
 class Candidate:
-    """A wheel for this machine: the CUDA that built it, its platform's rank (0 fits best), its tags."""
+    """A wheel for this machine: the CUDA that built it, its platform's rank (0 fits best), its name."""
 
     file: Listed
     cuda: driver.Cuda
     rank: int
-    tags: frozenset[Tag]
+    name: WheelName
 
 
 def find(
@@ -133,27 +134,19 @@ def choose(
 def classify(file: Listed, platforms: Sequence[str], present: driver.Cuda | None) -> Candidate | str:
     """The wheel as a candidate, or why it is none."""
     try:
-        name, release, build, tags = parse_wheel_filename(file.name)
-    except InvalidWheelFilename:
-        return "not the name of a wheel"
-    ranks = [platforms.index(t.platform) for t in tags if _is_plain(t) and t.platform in platforms]
-    cuda = divmod(build[0], 10) if build else (0, 0)
-    if name != PROJECT:
-        return "another project"
-    if str(release) != version("__version__"):
-        return f"version {release}"
+        name = wheel_name.parse(file.name)
+    except CodegenError as error:
+        return str(error)
+    ranks = [platforms.index(platform) for platform in name.platforms if platform in platforms]
+    if name.version != version("__version__"):
+        return f"version {name.version}"
     if not ranks:
         return "another platform"
-    if not build or build[1] or not 100 <= build[0] <= 999:
+    if name.cuda is None:
         return "no build tag that names a CUDA, such as 130"
-    if present and present < driver.needed_cuda(cuda):
-        return f"needs {driver.needed_driver(cuda)}"
-    return Candidate(file, cuda, min(ranks), tags)
-
-
-def _is_plain(tag: Tag) -> bool:
-    """Whether any Python and any ABI will do."""
-    return (tag.interpreter, tag.abi) == ("py3", "none")
+    if present and present < driver.needed_cuda(name.cuda):
+        return f"needs {driver.needed_driver(name.cuda)}"
+    return Candidate(file, name.cuda, min(ranks), name)
 
 
 def _number(cuda: driver.Cuda) -> int:
@@ -162,15 +155,15 @@ def _number(cuda: driver.Cuda) -> int:
 
 def read_manifest(wheel: Path, candidate: Candidate) -> dict[str, Any]:
     """The wheel's _build.json; raises WheelError unless the wheel is whole and what its name says."""
-    folder = f"flash_attn-{version('__version__')}.dist-info"
+    folder = candidate.name.dist_info
     try:
         with zipfile.ZipFile(wheel) as archive:
             if damaged := archive.testzip():
                 raise WheelError(f"{wheel.name} is damaged: {damaged}")
-            archive.getinfo("flash_attn/libflash_attn.so")
+            archive.getinfo(wheel_name.LIBRARY)
             metadata = Parser().parsestr(archive.read(f"{folder}/METADATA").decode(), headersonly=True)
             tags = Parser().parsestr(archive.read(f"{folder}/WHEEL").decode(), headersonly=True)
-            manifest: dict[str, Any] = json.loads(archive.read("flash_attn/_build.json"))
+            manifest: dict[str, Any] = json.loads(archive.read(wheel_name.MANIFEST))
     except KeyError as error:
         raise WheelError(f"{wheel.name} is no wheel of this project: {error.args[0]}") from None
     except (OSError, zipfile.BadZipFile, zlib.error, ValueError, EOFError, RuntimeError) as error:
@@ -178,7 +171,7 @@ def read_manifest(wheel: Path, candidate: Candidate) -> dict[str, Any]:
     said = (canonicalize_name(str(metadata["Name"])), metadata["Version"])
     if said != (PROJECT, version("__version__")):
         raise WheelError(f"{wheel.name} holds {said[0]} {said[1]}")
-    if set(tags.get_all("Tag", [])) != {str(tag) for tag in candidate.tags}:
+    if set(tags.get_all("Tag", [])) != candidate.name.tags:
         raise WheelError(f"{wheel.name} says inside that it is for {', '.join(tags.get_all('Tag', []))}")
     fields = ("targets", *AXES)
     if not isinstance(manifest, dict) or not all(isinstance(manifest.get(f), list) for f in fields):

@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from codegen import CodegenError, render
 from codegen.ninja import COMPILE_FLAGS, Source
@@ -12,6 +13,7 @@ from codegen.toolchain import Toolchain
 from codegen.units import Unit, shard
 
 STAMP = "shard.json"
+SUFFIXES = (".o", ".json")
 
 
 def fingerprint(selection: Selection, tools: Toolchain, templates: Path) -> str:
@@ -33,13 +35,26 @@ def part(sources: list[Source], units: list[Unit], text: str) -> list[str]:
     return [source.name for source in sources if source.name in mine]
 
 
-def export(build_dir: Path, names: list[str], stamp: dict[str, str], out: Path) -> None:
+def is_exported(out: Path, expected: str, names: list[str]) -> bool:
+    """Whether the folder ``out`` holds exactly these objects, made of these sources."""
+    stamp = out / STAMP
+    if not stamp.is_file() or json.loads(stamp.read_text()) != _stamp(expected, names):
+        return False
+    return all((out / f"{name}{suffix}").is_file() for name in names for suffix in SUFFIXES)
+
+
+def _stamp(fingerprint: str, names: list[str]) -> dict[str, Any]:
+    return {"fingerprint": fingerprint, "names": names}
+
+
+def export(build_dir: Path, names: list[str], fingerprint: str, out: Path) -> None:
     """Copy a shard's objects and records into the folder ``out``, with the stamp that ``adopt`` checks."""
     out.mkdir(parents=True, exist_ok=True)
+    (out / STAMP).unlink(missing_ok=True)
     for name in names:
-        for suffix in (".o", ".json"):
+        for suffix in SUFFIXES:
             shutil.copy2(build_dir / "objects" / f"{name}{suffix}", out)
-    (out / STAMP).write_text(json.dumps({**stamp, "names": names}, indent=1) + "\n")
+    (out / STAMP).write_text(json.dumps(_stamp(fingerprint, names), indent=1) + "\n")
 
 
 def adopt(folder: Path, expected: str, names: list[str], build_dir: Path) -> None:
@@ -63,7 +78,7 @@ def adopt(folder: Path, expected: str, names: list[str], build_dir: Path) -> Non
     objects = build_dir / "objects"
     objects.mkdir(parents=True, exist_ok=True)
     for name in names:
-        for suffix in (".o", ".json"):
+        for suffix in SUFFIXES:
             shutil.copy2(found[name] / f"{name}{suffix}", objects)
     (build_dir / STAMP).write_text(json.dumps({"fingerprint": expected}) + "\n")
 

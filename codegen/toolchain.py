@@ -15,15 +15,7 @@ from codegen.selection import Selection
 MINIMUM_CUDA = (12, 0)
 
 WHEEL_RELEASE = "13.0.*"
-"""CUDA release of the compiler wheels: the same for all of them, and 13.0 is the first complete one."""
-
-WHEEL_PACKAGES = (
-    "nvidia-cuda-nvcc",
-    "nvidia-nvvm",
-    "nvidia-cuda-crt",
-    "nvidia-cuda-runtime",
-    "nvidia-cuda-cccl",
-)
+"""CUDA release of the compiler wheels; 13.0 is the first complete one."""
 
 
 class ToolchainError(CodegenError):
@@ -49,9 +41,9 @@ class Toolchain:
         return int(major), int(minor)
 
 
-def wheel_requirements() -> list[str]:
-    """Requirements that put a complete nvcc into a build environment."""
-    return [f"{package}=={WHEEL_RELEASE}" for package in WHEEL_PACKAGES]
+def wheel_requirement(release: str = WHEEL_RELEASE) -> str:
+    """What puts a complete nvcc of a CUDA release into an environment: NVIDIA's own list of its parts."""
+    return f"cuda-toolkit[nvcc,cccl]=={release}"
 
 
 def check_driver(present: driver.Cuda | None) -> None:
@@ -70,8 +62,9 @@ def find_toolchain() -> Toolchain:
     """The first nvcc of CUDA_HOME, PATH and the compiler wheels; raises ToolchainError."""
     nvcc = find_nvcc()
     if nvcc is None:
-        wheels = " ".join(f"'{requirement}'" for requirement in wheel_requirements())
-        raise ToolchainError(f"no nvcc: set CUDA_HOME, put nvcc on PATH, or run pip install {wheels}")
+        raise ToolchainError(
+            f"no nvcc: set CUDA_HOME, put nvcc on PATH, or run pip install '{wheel_requirement()}'"
+        )
     return Toolchain(nvcc, _release(nvcc), _library_dir(nvcc.parent.parent))
 
 
@@ -92,9 +85,14 @@ def find_nvcc(
     found = shutil.which("nvcc", path=environ.get("PATH", ""))
     if found:
         return Path(found)
+    return newest_of_wheels("nvcc", nvidia_folders)
+
+
+def newest_of_wheels(program: str, nvidia_folders: Iterable[Path] | None = None) -> Path | None:
+    """A program of NVIDIA's wheels in this environment, of the newest CUDA; None if it is not there."""
     folders = _nvidia_folders() if nvidia_folders is None else nvidia_folders
-    wheels = [nvcc for folder in folders for nvcc in folder.glob("cu*/bin/nvcc")]
-    return max(wheels, key=lambda nvcc: int(nvcc.parent.parent.name.removeprefix("cu") or 0), default=None)
+    found = [path for folder in folders for path in folder.glob(f"cu*/bin/{program}")]
+    return max(found, key=lambda path: int(path.parent.parent.name.removeprefix("cu") or 0), default=None)
 
 
 def _library_dir(root: Path) -> Path | None:

@@ -142,7 +142,7 @@ def test_two_wheels_for_one_key(wheels):
         ("flash_attn-2.8.2-130-py3-none-p1.whl", "version 2.8.2"),
         ("flash_attn_3-2.8.3-130-py3-none-p1.whl", "another project"),
         ("flash_attn-2.8.3-130-py3-none-p2.whl", "another platform"),
-        ("flash_attn-2.8.3-130-cp311-cp311-p1.whl", "another platform"),
+        ("flash_attn-2.8.3-130-cp311-cp311-p1.whl", "for cp311-cp311, not py3-none"),
         ("flash_attn-2.8.3-py3-none-p1.whl", "no build tag"),
         ("flash_attn-2.8.3-130a-py3-none-p1.whl", "no build tag"),
         ("flash_attn-2.8.3-1-py3-none-p1.whl", "no build tag"),

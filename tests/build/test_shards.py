@@ -65,3 +65,21 @@ def test_objects_that_do_not_fit_are_refused(compiled, small_templates, chosen, 
     (compiled / "3/shard.json").unlink()
     (small_templates / "common/scale.cuh").write_text("#pragma once\nconstexpr float kScale = 3.0f;\n")
     refused("made of other sources")
+
+
+def test_objects_from_a_cache_are_not_compiled_again(
+    compiled, fake_toolkit, small_templates, chosen, tmp_path
+):
+    def compile_again():
+        out = compiled / "2"
+        builder.compile_shard(chosen, "2/2", tmp_path / "fresh", out, small_templates)
+        return (fake_toolkit / "calls.log").exists() and calls(fake_toolkit)
+
+    calls(fake_toolkit)
+    assert not compile_again()
+    next((compiled / "2").glob("*.o")).unlink()
+    assert compile_again()
+    with (small_templates / "common/scale.cuh").open("a") as file:
+        file.write("// edited\n")
+    assert compile_again()
+    assert not compile_again()

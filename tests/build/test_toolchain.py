@@ -56,7 +56,7 @@ def test_wheels_need_their_library_folder(tmp_path, monkeypatch):
 
 def test_no_nvcc_at_all(monkeypatch):
     monkeypatch.setattr(toolchain, "find_nvcc", lambda: None)
-    with pytest.raises(ToolchainError, match=r"pip install 'nvidia-cuda-nvcc==13\.0\.\*'"):
+    with pytest.raises(ToolchainError, match=r"pip install 'cuda-toolkit\[nvcc,cccl\]==13\.0\.\*'"):
         toolchain.find_toolchain()
 
 
@@ -96,9 +96,7 @@ def test_compiler_wheels_are_required_only_where_kernels_need_them(monkeypatch, 
     monkeypatch.delenv("CUDA_HOME")
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr(toolchain, "_nvidia_folders", list)
-    required = backend.compiler_requirements()
-    assert len(required) == 5
-    assert {requirement.partition("==")[2] for requirement in required} == {"13.0.*"}
+    assert backend.compiler_requirements() == ["cuda-toolkit[nvcc,cccl]==13.0.*"]
     monkeypatch.setenv("FLASH_ATTN_ARCHS", "none")
     assert backend.compiler_requirements() == []
 
@@ -112,11 +110,11 @@ def test_native_is_refused_where_the_driver_is_too_old_for_the_wheels(monkeypatc
         with pytest.raises(SystemExit, match=words):
             backend.compiler_requirements(use_prebuilt)
     monkeypatch.setenv("FLASH_ATTN_ARCHS", "90")
-    assert len(backend.compiler_requirements()) == 5
+    assert len(backend.compiler_requirements()) == 1
     monkeypatch.delenv("FLASH_ATTN_ARCHS")
     for enough in ((13, 0), (13, 2), None):
         monkeypatch.setattr(driver, "driver_cuda", lambda enough=enough: enough)
-        assert len(backend.compiler_requirements()) == 5
+        assert len(backend.compiler_requirements()) == 1
 
 
 def test_a_prebuilt_wheel_needs_no_compiler(monkeypatch, wheels, wheel_folder, tmp_path):
@@ -125,10 +123,10 @@ def test_a_prebuilt_wheel_needs_no_compiler(monkeypatch, wheels, wheel_folder, t
     monkeypatch.setenv("FLASH_ATTN_ARCHS", "80")
     monkeypatch.setattr(toolchain, "find_nvcc", lambda: None)
     monkeypatch.setattr(prebuilt.find, "__defaults__", (None, tmp_path / "downloads"))
-    assert len(backend.compiler_requirements()) == 5
+    assert len(backend.compiler_requirements()) == 1
     assert backend.compiler_requirements(use_prebuilt=True) == []
     monkeypatch.setenv("FLASH_ATTN_FORCE_BUILD", "1")
-    assert len(backend.compiler_requirements(use_prebuilt=True)) == 5
+    assert len(backend.compiler_requirements(use_prebuilt=True)) == 1
 
 
 def test_the_backend_imports_neither_torch_nor_jinja():

@@ -15,7 +15,7 @@ from codegen import abi
 KEYS = ["forward_sm80_bf16_d128_full", "forward_sm80_bf16_d128_causal"]
 MATRIX = """\
 [platforms]
-linux_x86_64 = "runner"
+linux_x86_64 = { runner = "runner", image = "quay.example/image@sha256:%s" }
 [[build]]
 cuda = "12.9"
 archs = ["80", "90"]
@@ -26,7 +26,7 @@ archs = ["75", "80", "110", "120+ptx"]
 [torch]
 "2.12" = { cuda = ["12.6", "13.2"], python = ["3.10", "3.14"] }
 "2.13" = { cuda = ["13.0"], python = ["3.11", "3.14"] }
-"""
+""" % ("0" * 64)
 
 
 @pytest.fixture

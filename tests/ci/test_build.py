@@ -18,13 +18,15 @@ def test_a_build_is_trimmed_by_the_environment(small_matrix):
 
 
 def test_what_cibuildwheel_is_told(small_matrix):
-    told = build.container_variables(small_matrix.build("12.9"), {})
+    platforms = small_matrix.platforms
+    told = build.container_variables(small_matrix.build("12.9"), platforms, {})
     assert told == {
+        "CIBW_MANYLINUX_X86_64_IMAGE": platforms["linux_x86_64"].image,
         "CIBW_ENVIRONMENT": "FLASH_ATTN_ARCHS='80;90' FLASH_ATTN_FORCE_BUILD=1",
         "CIBW_CONFIG_SETTINGS": "--build-option=--build-number=129",
     }
     prepared = replace(small_matrix.build("12.9"), prepare="install it", cuda_home="there")
-    told = build.container_variables(prepared, {})
+    told = build.container_variables(prepared, platforms, {})
     assert told["CIBW_BEFORE_ALL"] == "install it"
     assert told["CIBW_ENVIRONMENT"].endswith(" CUDA_HOME=there")
 

@@ -12,6 +12,7 @@ def test_the_table_has_every_pair(small_matrix):
 def test_json(small_matrix):
     data = json.loads(listing.as_json(small_matrix))
     assert [build["tag"] for build in data["builds"]] == ["129", "130"]
+    assert data["builds"][0]["image"].startswith("quay.example/image@sha256:")
     assert data["pairs"][0]["variant"] == "cu126"
 
 

@@ -1,5 +1,5 @@
-from ci import report
-from ci.proof import Outcome
+from ci import ROOT, matrix, report
+from ci.proof import Outcome, read_records
 
 
 def test_every_pair_has_a_row(small_matrix, make_wheel, make_record):
@@ -23,3 +23,19 @@ def test_every_pair_has_a_row(small_matrix, make_wheel, make_record):
     assert len(markdown) == 6
     assert "a\\|b" in markdown[-1]
     assert "failed: a|b &lt;c&gt;</td>" in report.html(rows)
+
+
+def test_compatibility_tells_what_was_tested(small_matrix, make_wheel, make_record):
+    wheel = make_wheel()
+    failed = make_record(wheel, torch="2.13.9", tests=(Outcome("import", False),))
+    page = report.compatibility(small_matrix, [make_record(wheel), failed])
+    assert page.splitlines()[-3:] == [
+        "| 2.13 | 13.0 | 13.0 | 3.11 to 3.14 | 2.13.0+cu130 on Python 3.11.7, cpu, 2026-11-21 |",
+        "| 2.12 | 13.2 | 13.0 | 3.10 to 3.14 | not yet |",
+        "| 2.12 | 12.6 | 12.9 | 3.10 to 3.14 | not yet |",
+    ]
+
+
+def test_the_page_of_compatibility_is_current():
+    page = report.compatibility(matrix.read(), read_records(ROOT / "ci" / "records"))
+    assert (ROOT / "docs" / "compatibility.md").read_text() == page

@@ -73,3 +73,11 @@ def test_an_environment_that_cannot_be_made(request_for, tmp_path):
     request = trial.Request(request_for().wheel, "2.13.0", request_for().pair, python=str(tmp_path / "none"))
     with pytest.raises(CiError, match="no environment could be made"):
         trial.environment(request, tmp_path)
+
+
+def test_python_variables_do_not_reach_the_environment(tmp_path, monkeypatch):
+    (tmp_path / "pip.py").write_text("print('a module of PYTHONPATH ran')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(CiError, match="no released wheel of flash-attn"):
+        trial.download(tmp_path, ())

@@ -1,0 +1,65 @@
+"""The kernels in a library's device code, which no table can hide, read with NVIDIA's cuobjdump."""
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+
+from ci import CiError
+from codegen import axes, selection, toolchain, units
+
+
+def find_cuobjdump() -> Path | None:
+    """cuobjdump of CUDA_HOME, PATH or the package nvidia-cuda-cuobjdump; None if there is none."""
+    home = os.environ.get("CUDA_HOME")
+    path = os.pathsep.join([*([f"{home}/bin"] if home else []), os.environ.get("PATH", "")])
+    found = shutil.which("cuobjdump", path=path)
+    return Path(found) if found else toolchain.newest_of_wheels("cuobjdump")
+
+
+def read(library: Path) -> frozenset[str] | None:
+    """What ``expected`` says, of a library as it is; None without a cuobjdump. Raises CiError."""
+    program = find_cuobjdump()
+    if program is None:
+        return None
+    command = [str(program), "--dump-elf-symbols", str(library)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode and "does not contain device code" not in done.stdout + done.stderr:
+        raise CiError(f"cuobjdump failed: {done.stderr.strip() or done.stdout.strip()}")
+    return parse(done.stdout)
+
+
+def expected(kernels: Iterable[str], targets: Iterable[str]) -> frozenset[str]:
+    """Each kernel for each target of its family: ``forward_sm80_bf16_d128_full sm_90``; raises CiError."""
+    codes = [_code(target) for target in targets]
+    return frozenset(f"{key} {code}" for key in kernels for family, code in codes if f"_{family}_" in key)
+
+
+def _code(target: str) -> tuple[str, str]:
+    """Family and code of a target: sm80 and sm_90 of ``sm80:90+ptx``."""
+    match = re.fullmatch(r"(sm\d+):(\d+)(\+ptx)?", target)
+    arch = axes.ARCHS.get(int(match[2])) if match else None
+    if match is None or arch is None:
+        raise CiError(f"unknown target {target!r} in its manifest")
+    return match[1], f"sm_{arch.code}"
+
+
+def parse(text: str) -> frozenset[str]:
+    """The same in the output of ``cuobjdump --dump-elf-symbols``: a symbol holds its unit's config."""
+    keys = {unit.config: unit.key for unit in units.list_units(selection.full_selection())}
+    found = set()
+    arch = ""
+    for line in text.splitlines():
+        if line.startswith("arch = "):
+            arch = line.removeprefix("arch = ").strip()
+        elif " ENTRY " in line:
+            names = (name.removesuffix("Roomy") for name in _identifiers(line.split()[-1]))
+            found |= {f"{keys[name]} {arch}" for name in names if name in keys}
+    return frozenset(found)
+
+
+def _identifiers(mangled: str) -> list[str]:
+    """The names in a mangled symbol, each of which follows its length."""
+    return [mangled[m.end() : m.end() + int(m[0])] for m in re.finditer(r"\d+", mangled)]

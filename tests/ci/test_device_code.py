@@ -1,0 +1,68 @@
+import pytest
+
+from ci import CiError, device_code
+
+ENTRY = (
+    "FUNC  GLOBAL DEFAULT ENTRY  _ZN10flash_attn4sm8014forward_kernelINS_{}ELb0EEEvNS0_16ForwardArgumentsE"
+)
+DUMP = f"""\
+Fatbin elf code:
+================
+arch = sm_80
+compressed
+symbols:
+FUNC          WEAK    DEFAULT    -       $__internal_0_$__cuda_sm20_rcp_rn_f32_slowpath
+{ENTRY.format("23ForwardSm80Bf16D128Full")}
+
+Fatbin elf code:
+================
+arch = sm_90
+symbols:
+{ENTRY.format("28ForwardSm80Bf16D128FullRoomy")}
+FUNC  GLOBAL DEFAULT ENTRY  _ZN10flash_attn20dropout_probs_kernelENS_5OtherE
+"""
+
+
+def test_the_kernels_of_the_device_code():
+    kernels, targets = ["forward_sm80_bf16_d128_full"], ["sm80:80", "sm80:90+ptx", "sm86:86"]
+    assert device_code.parse(DUMP) == device_code.expected(kernels, targets)
+    assert device_code.parse(DUMP) == {f"forward_sm80_bf16_d128_full sm_{cc}" for cc in (80, 90)}
+    assert device_code.expected(["forward_sm86_bf16_d64_full"], ["sm80:80"]) == frozenset()
+
+
+@pytest.mark.parametrize("target", ["sm80:81", "sm80", "sm80:80:90", "sm80:x", ""])
+def test_a_manifest_with_a_wrong_target(target):
+    with pytest.raises(CiError, match=f"unknown target '{target}' in its manifest"):
+        device_code.expected(["forward_sm80_bf16_d128_full"], [target])
+
+
+@pytest.fixture
+def cuobjdump(tmp_path, monkeypatch):
+    """Puts a program that stands in for cuobjdump into CUDA_HOME."""
+
+    def make(script):
+        program = tmp_path / "bin" / "cuobjdump"
+        program.parent.mkdir(exist_ok=True)
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o755)
+        monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+
+    return make
+
+
+def test_reading_a_library(cuobjdump, tmp_path):
+    (tmp_path / "dump").write_text(DUMP)
+    cuobjdump(f'test "$1" = --dump-elf-symbols && cat {tmp_path}/dump')
+    assert len(device_code.read(tmp_path / "library.so")) == 2
+    cuobjdump("echo \"cuobjdump info: File 'library.so' does not contain device code\"; exit 255")
+    assert device_code.read(tmp_path / "library.so") == frozenset()
+    cuobjdump("echo broken >&2; exit 1")
+    with pytest.raises(CiError, match="cuobjdump failed: broken"):
+        device_code.read(tmp_path / "library.so")
+
+
+def test_no_cuobjdump(monkeypatch, tmp_path):
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(device_code.toolchain, "newest_of_wheels", lambda name: None)
+    assert device_code.read(tmp_path / "library.so") is None
