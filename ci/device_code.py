@@ -48,15 +48,15 @@ def _code(target: str) -> tuple[str, str]:
 
 def parse(text: str) -> frozenset[str]:
     """The same in the output of ``cuobjdump --dump-elf-symbols``: a symbol holds its unit's config."""
-    keys = {unit.config: unit.key for unit in units.list_units(selection.full_selection())}
+    all_units = units.list_units(selection.full_selection())
+    keys = {config: unit.key for unit in all_units for config in unit.configs}
     found = set()
     arch = ""
     for line in text.splitlines():
         if line.startswith("arch = "):
             arch = line.removeprefix("arch = ").strip()
         elif " ENTRY " in line:
-            names = (name.removesuffix("Roomy") for name in _identifiers(line.split()[-1]))
-            found |= {f"{keys[name]} {arch}" for name in names if name in keys}
+            found |= {f"{keys[name]} {arch}" for name in _identifiers(line.split()[-1]) if name in keys}
     return frozenset(found)
 
 

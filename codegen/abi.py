@@ -137,14 +137,16 @@ FORWARD_PARAMS = Struct(
     "Arguments of one attention forward call. Sequences are packed (varlen) iff cu_seqlens_q is not null:"
     " then batch strides are ignored and row i of sequence b is cu_seqlens[b] + i. Strides are in elements.",
     (
-        Field("q", "const void*", "(batch, seqlen_q, num_heads, d), or (total_q, num_heads, d)"),
+        Field(
+            "q", "const void*", "(batch, seqlen_q, num_heads, head_dim), or (total_q, num_heads, head_dim)"
+        ),
         Field(
             "k",
             "const void*",
-            "(batch, seqlen_k, num_heads_k, d), or (total_k, num_heads_k, d)",
+            "(batch, seqlen_k, num_heads_k, head_dim), or (total_k, num_heads_k, head_dim)",
         ),
-        Field("v", "const void*", "as k"),
-        Field("out", "void*", "as q"),
+        Field("v", "const void*", "as k, with head_dim_v"),
+        Field("out", "void*", "as q, with head_dim_v"),
         Field(
             "softmax_lse",
             "float*",
@@ -169,6 +171,11 @@ FORWARD_PARAMS = Struct(
             "void*",
             "output of flash_attn_dropout_probs, see there",
         ),
+        Field(
+            "tile_counter",
+            "int32_t*",
+            "zero, also after the call, used by no other meanwhile; or null",
+        ),
         *_strides("q", "batch", "row", "head"),
         *_strides("k", "batch", "row", "head"),
         *_strides("v", "batch", "row", "head"),
@@ -180,12 +187,14 @@ FORWARD_PARAMS = Struct(
             "int64",
             "rows of q; past cu_seqlens_q[batch]: out = 0, lse = +inf",
         ),
+        Field("total_k", "int64", "rows of k and v"),
         Field("batch", "int32", "number of sequences"),
         Field("num_heads", "int32", "heads of q, a multiple of num_heads_k"),
         Field("num_heads_k", "int32", "heads of k and v"),
         Field("seqlen_q", "int32", "rows per sequence of q, the longest if varlen"),
         Field("seqlen_k", "int32", "rows per sequence of k, the longest if varlen"),
-        Field("head_dim", "int32", "elements per head, a multiple of 8; the next larger kernel is used"),
+        Field("head_dim", "int32", "elements per head of q and k, a multiple of 8"),
+        Field("head_dim_v", "int32", "the same of v and out; the kernel is the next larger for both"),
         Field("window_left", "int32", "keys visible left of the diagonal, -1 = unlimited"),
         Field("window_right", "int32", "keys visible right of the diagonal, -1 = unlimited; 0 = causal"),
         Field("dtype", "int32", "Dtype of q, k, v, out"),

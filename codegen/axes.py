@@ -44,7 +44,7 @@ FAMILIES = {
         Family("sm75", "sm75", ("fp16",), (), 64 * KIB, 64 * KIB),
         Family("sm80", "sm80", DTYPES, ("forward",), 163 * KIB, 164 * KIB),
         Family("sm86", "sm80", DTYPES, ("forward",), 99 * KIB, 100 * KIB),
-        Family("sm90", "sm90", DTYPES, (), 227 * KIB, 228 * KIB),
+        Family("sm90", "sm90", DTYPES, ("forward",), 227 * KIB, 228 * KIB),
     )
 }
 
@@ -55,7 +55,7 @@ ARCHS = {
         Arch(80, "sm80", "80", (11, 0)),
         Arch(86, "sm86", "86", (11, 1)),
         Arch(89, "sm86", "89", (11, 8)),
-        Arch(90, "sm80", "90", (11, 8)),
+        Arch(90, "sm90", "90a", (12, 0)),
         Arch(100, "sm80", "100", (12, 8)),
         Arch(110, "sm80", "110", (13, 0)),
         Arch(120, "sm86", "120", (12, 8)),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jinja2
 
-from codegen import TEMPLATES, abi, axes
+from codegen import TEMPLATES, abi, axes, tiles
 from codegen.selection import Selection, all_targets
 from codegen.units import list_units
 
@@ -50,6 +50,8 @@ def render_sources(selection: Selection) -> dict[str, str]:
         families=axes.built_families(),
         head_dims=axes.HEAD_DIMS,
     )
+    if "sm90" in selection.families:
+        files["wgmma.cuh"] = _render("wgmma.cuh.j2", columns=tiles.wgmma_columns())
     files["manifest.json"] = _render(
         "manifest.json.j2", units=units, selection=selection, layout_hash=_hex(abi.layout_hash())
     )

@@ -1,11 +1,16 @@
 """The tile table and the check that a tile fits its family's shared memory and registers."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from codegen import CodegenError, axes
 
 REGISTER_OVERHEAD = 40
 """Registers per thread besides the fp32 O and S fragments: addresses, softmax state, Q, K and V fragments."""
+
+
+HOPPER_REGISTER_OVERHEAD = 24
+"""The same for kernels with wgmma, whose Q and K fragments stay in shared memory."""
 
 
 class TileError(CodegenError):
@@ -45,9 +50,44 @@ class ForwardTile:
         return self.rows_per_warp * columns // 32 + REGISTER_OVERHEAD
 
 
-# family -> head dim -> mask class, or "default" -> tile. A "roomy" tile is taken instead on devices whose
-# multiprocessors have the shared memory for min_blocks of it, which the family's smallest ones have not.
-FORWARD_TILES: dict[str, dict[int, dict[str, ForwardTile]]] = {
+@dataclass(frozen=True)
+class HopperTile:
+    """Tile of a forward kernel with wgmma; its fields are the arguments of the C++ ``ForwardTile``, in order.
+
+    ``stages`` is the number of buffers for K, and for V; ``query_stages`` that for Q. A tile with
+    ``head_dim_v`` serves heads of V up to that, one with ``max_keys`` calls whose queries see no more keys
+    on average; 0 stands for the head dim of Q and K, and for any number of keys.
+    """
+
+    block_m: int
+    block_n: int
+    stages: int
+    query_stages: int
+    head_dim_v: int = 0
+    max_keys: int = 0
+
+    BARRIER_BYTES: ClassVar[int] = 256
+    CONSUMER_REGISTERS: ClassVar[dict[int, int]] = {2: 232, 3: 160}
+
+    def smem_bytes(self, head_dim: int) -> int:
+        """Dynamic shared memory of a block: Q, K and V in slabs of 64 columns, and barriers."""
+        d, dv = (-(-n // 64) * 64 for n in (head_dim, self.head_dim_v or head_dim))
+        return (
+            2 * (self.query_stages * self.block_m * d + self.stages * self.block_n * (d + dv))
+            + self.BARRIER_BYTES
+        )
+
+    def register_floor(self, head_dim: int) -> int:
+        """Registers per consumer thread below which fp32 O and S and 16-bit P must spill."""
+        return (
+            ((self.head_dim_v or head_dim) + self.block_n) // 2 + self.block_n // 4 + HOPPER_REGISTER_OVERHEAD
+        )
+
+
+Tile = ForwardTile | HopperTile
+
+# family -> head dim -> mask class, "default", or one of VARIANTS -> tile.
+FORWARD_TILES: dict[str, dict[int, dict[str, Tile]]] = {
     "sm80": {
         32: {"default": ForwardTile(128, 64, 4, 3)},
         64: {"default": ForwardTile(128, 128, 4, 2)},
@@ -64,10 +104,21 @@ FORWARD_TILES: dict[str, dict[int, dict[str, ForwardTile]]] = {
         192: {"default": ForwardTile(128, 64, 8, 1)},
         256: {"default": ForwardTile(64, 64, 4, 1)},
     },
+    "sm90": {
+        32: {"default": HopperTile(192, 128, 3, 2)},
+        64: {"default": HopperTile(192, 128, 3, 2)},
+        96: {"default": HopperTile(192, 96, 3, 1)},
+        128: {"default": HopperTile(192, 80, 3, 2), "short": HopperTile(192, 64, 4, 1, max_keys=512)},
+        192: {"default": HopperTile(128, 96, 2, 1), "narrow": HopperTile(192, 80, 3, 1, head_dim_v=128)},
+        256: {"default": HopperTile(128, 80, 2, 1)},
+    },
 }
 
+VARIANTS = ("roomy", "short", "narrow")
+"""Keys of the tile table for tiles that the launcher takes instead of the default where they suit."""
 
-def forward_tile(family: str, head_dim: int, mask: str) -> ForwardTile:
+
+def forward_tile(family: str, head_dim: int, mask: str) -> Tile:
     """The checked tile of one kernel; raises TileError if there is none or if it does not fit."""
     row = FORWARD_TILES.get(family, {}).get(head_dim, {})
     tile = row.get(mask) or row.get("default")
@@ -75,35 +126,62 @@ def forward_tile(family: str, head_dim: int, mask: str) -> ForwardTile:
         raise TileError(
             f"no forward tile for family {family}, head_dim {head_dim}, mask {mask}: add it to FORWARD_TILES"
         )
-    check_forward_tile(tile, axes.FAMILIES[family], head_dim, mask)
+    check_tile(tile, axes.FAMILIES[family], head_dim, mask)
     return tile
 
 
-def roomy_tile(family: str, head_dim: int) -> ForwardTile | None:
-    """The checked tile for devices with more shared memory per SM than the family counts on, if any."""
-    tile = FORWARD_TILES[family][head_dim].get("roomy")
-    if tile is not None:
-        check_forward_tile(tile, axes.FAMILIES[family], head_dim, "roomy", resident=False)
-    return tile
+def tile_variants(family: str, head_dim: int) -> dict[str, Tile]:
+    """The checked tiles that are tried before the default one, by name.
+
+    A roomy tile is for devices with more shared memory per SM than the family counts on.
+    """
+    row = FORWARD_TILES[family][head_dim]
+    variants = {name: row[name] for name in VARIANTS if name in row}
+    for name, tile in variants.items():
+        check_tile(tile, axes.FAMILIES[family], head_dim, name, resident=name != "roomy")
+    return variants
 
 
-def check_forward_tile(
-    tile: ForwardTile, family: axes.Family, head_dim: int, mask: str, resident: bool = True
-) -> None:
+def check_tile(tile: Tile, family: axes.Family, head_dim: int, mask: str, resident: bool = True) -> None:
     """Raise TileError, with the arithmetic, if the tile cannot run on the family.
 
     With ``resident``, ``min_blocks`` of it must fit on a multiprocessor of every device of the family.
     """
-    problems = [
-        *_shape_problems(tile, head_dim),
-        *_smem_problems(tile, family, head_dim, resident),
-        *_register_problems(tile, family, head_dim),
-    ]
+    if isinstance(tile, HopperTile):
+        problems = _hopper_problems(tile, family, head_dim)
+    else:
+        problems = [
+            *_shape_problems(tile, head_dim),
+            *_smem_problems(tile, family, head_dim, resident),
+            *_register_problems(tile, family, head_dim),
+        ]
     if problems:
         listed = "\n".join(f"  {problem}" for problem in problems)
         raise TileError(
             f"{tile} refused for family {family.name}, head_dim {head_dim}, mask {mask}:\n{listed}"
         )
+
+
+def _hopper_problems(tile: HopperTile, family: axes.Family, head_dim: int) -> list[str]:
+    problems = []
+    registers = tile.CONSUMER_REGISTERS.get(tile.block_m // 64)
+    if registers is None or tile.block_m % 64:
+        problems.append(f"block_m = {tile.block_m}, not 128 or 192: two or three warpgroups of 64 rows")
+    elif tile.register_floor(head_dim) > registers:
+        problems.append(
+            f"registers per consumer: (dv + block_n) / 2 + block_n / 4 + overhead"
+            f" = {tile.register_floor(head_dim)} > {registers}"
+        )
+    if tile.block_n % 16 or not 16 <= tile.block_n <= 256:
+        problems.append(f"block_n = {tile.block_n}, not a multiple of 16 up to 256")
+    if tile.stages < 2:
+        problems.append(f"stages = {tile.stages}: the next V is waited for before this one is released")
+    if tile.smem_bytes(head_dim) > family.smem_per_block:
+        problems.append(
+            f"shared memory per block: Q, K and V stages and barriers = {tile.smem_bytes(head_dim)}"
+            f" > {family.smem_per_block} bytes"
+        )
+    return problems
 
 
 def _shape_problems(tile: ForwardTile, head_dim: int) -> list[str]:
@@ -167,3 +245,10 @@ def _register_problems(tile: ForwardTile, family: axes.Family, head_dim: int) ->
         f" > min({family.regs_per_thread}, {family.regs_per_sm} / ({tile.min_blocks} * {tile.warps} * 32))"
         f" = {limit}"
     ]
+
+
+def wgmma_columns() -> list[int]:
+    """The widths N of wgmma that kernels use: keys of a block for Q K^T, the head dim of V for P V."""
+    tiles = [(d, tile) for d, row in FORWARD_TILES["sm90"].items() for tile in row.values()]
+    hopper = [(d, tile) for d, tile in tiles if isinstance(tile, HopperTile)]
+    return sorted({n for d, tile in hopper for n in (tile.head_dim_v or d, tile.block_n)})

@@ -1,6 +1,6 @@
 """The translation units of a selection: one kernel instantiation each."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from codegen import CodegenError, axes, tiles
 from codegen.selection import Selection
@@ -8,15 +8,15 @@ from codegen.selection import Selection
 
 @dataclass(frozen=True)
 class Unit:
-    """One kernel: its place on the axes and its tile, and one for devices with more shared memory, if any."""
+    """One kernel: its place on the axes, its tile, and those that the launcher prefers where they suit."""
 
     direction: str
     family: str
     dtype: str
     head_dim: int
     mask: str
-    tile: tiles.ForwardTile
-    roomy_tile: tiles.ForwardTile | None = None
+    tile: tiles.Tile
+    variants: dict[str, tiles.Tile] = field(default_factory=dict)
     split: bool = False
 
     @property
@@ -39,10 +39,10 @@ class Unit:
         return "".join(word.capitalize() for word in self.key.split("_"))
 
     @property
-    def configs(self) -> dict[str, tiles.ForwardTile]:
+    def configs(self) -> dict[str, tiles.Tile]:
         """C++ types that describe the kernel's tiles, in the order in which the launcher considers them."""
-        roomy = {f"{self.config}Roomy": self.roomy_tile} if self.roomy_tile else {}
-        return {**roomy, self.config: self.tile}
+        variants = {f"{self.config}{name.capitalize()}": tile for name, tile in self.variants.items()}
+        return {**variants, self.config: self.tile}
 
     @property
     def namespace(self) -> str:
@@ -65,7 +65,7 @@ def list_units(selection: Selection) -> list[Unit]:
             head_dim,
             mask,
             tiles.forward_tile(family, head_dim, mask),
-            tiles.roomy_tile(family, head_dim),
+            tiles.tile_variants(family, head_dim),
         )
         for family in selection.families
         for direction in selection.directions

@@ -128,10 +128,10 @@ def _attend(
     device = q.get_device()
     library = _libraries.get(device) or _prepare(device)
     packed = _pack(
-        q_at, k_at, v_at, o_at, 0 if lse is None else lse.data_ptr(), *sequences, slopes_at, rng_at, 0,
+        q_at, k_at, v_at, o_at, 0 if lse is None else lse.data_ptr(), *sequences, slopes_at, rng_at, 0, 0,
         q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, o_batch, o_row, o_head,
-        *lse_strides, slopes_stride, total_q,
-        batch, num_heads, num_heads_k, seqlen_q, seqlen_k, head_dim, window_left, window_right,
+        *lse_strides, slopes_stride, total_q, k.shape[0],
+        batch, num_heads, num_heads_k, seqlen_q, seqlen_k, head_dim, head_dim, window_left, window_right,
         DTYPES[q.dtype], device, library.family, softmax_scale, softcap, dropout_p,
     )  # fmt: skip
     stream = _raw_stream(device)

@@ -76,6 +76,42 @@ Status forward_sm86_fp16_d256_windowed(const ForwardParams&, const Device&, cuda
 Status forward_sm86_bf16_d256_full(const ForwardParams&, const Device&, cudaStream_t);
 Status forward_sm86_bf16_d256_causal(const ForwardParams&, const Device&, cudaStream_t);
 Status forward_sm86_bf16_d256_windowed(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm90_fp16_d32_full(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm90_fp16_d32_causal(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm90_fp16_d32_windowed(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm90_bf16_d32_full(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm90_bf16_d32_causal(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm90_bf16_d32_windowed(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm90_fp16_d64_full(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm90_fp16_d64_causal(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm90_fp16_d64_windowed(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm90_bf16_d64_full(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm90_bf16_d64_causal(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm90_bf16_d64_windowed(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm90_fp16_d96_full(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm90_fp16_d96_causal(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm90_fp16_d96_windowed(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm90_bf16_d96_full(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm90_bf16_d96_causal(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm90_bf16_d96_windowed(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm90_fp16_d128_full(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm90_fp16_d128_causal(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm90_fp16_d128_windowed(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm90_bf16_d128_full(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm90_bf16_d128_causal(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm90_bf16_d128_windowed(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm90_fp16_d192_full(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm90_fp16_d192_causal(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm90_fp16_d192_windowed(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm90_bf16_d192_full(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm90_bf16_d192_causal(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm90_bf16_d192_windowed(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm90_fp16_d256_full(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm90_fp16_d256_causal(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm90_fp16_d256_windowed(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm90_bf16_d256_full(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm90_bf16_d256_causal(const ForwardParams&, const Device&, cudaStream_t);
+Status forward_sm90_bf16_d256_windowed(const ForwardParams&, const Device&, cudaStream_t);
 
 // key, family, direction, dtype, head_dim, mask, split, dynamic shared memory in bytes, launcher
 const KernelEntry kKernels[] = {
@@ -151,19 +187,55 @@ const KernelEntry kKernels[] = {
     {"forward_sm86_bf16_d256_full", Family::kSm86, Direction::kForward, Dtype::kBf16, 256, Mask::kFull, false, 98304, forward_sm86_bf16_d256_full},
     {"forward_sm86_bf16_d256_causal", Family::kSm86, Direction::kForward, Dtype::kBf16, 256, Mask::kCausal, false, 98304, forward_sm86_bf16_d256_causal},
     {"forward_sm86_bf16_d256_windowed", Family::kSm86, Direction::kForward, Dtype::kBf16, 256, Mask::kWindowed, false, 98304, forward_sm86_bf16_d256_windowed},
+    {"forward_sm90_fp16_d32_full", Family::kSm90, Direction::kForward, Dtype::kFp16, 32, Mask::kFull, false, 147712, forward_sm90_fp16_d32_full},
+    {"forward_sm90_fp16_d32_causal", Family::kSm90, Direction::kForward, Dtype::kFp16, 32, Mask::kCausal, false, 147712, forward_sm90_fp16_d32_causal},
+    {"forward_sm90_fp16_d32_windowed", Family::kSm90, Direction::kForward, Dtype::kFp16, 32, Mask::kWindowed, false, 147712, forward_sm90_fp16_d32_windowed},
+    {"forward_sm90_bf16_d32_full", Family::kSm90, Direction::kForward, Dtype::kBf16, 32, Mask::kFull, false, 147712, forward_sm90_bf16_d32_full},
+    {"forward_sm90_bf16_d32_causal", Family::kSm90, Direction::kForward, Dtype::kBf16, 32, Mask::kCausal, false, 147712, forward_sm90_bf16_d32_causal},
+    {"forward_sm90_bf16_d32_windowed", Family::kSm90, Direction::kForward, Dtype::kBf16, 32, Mask::kWindowed, false, 147712, forward_sm90_bf16_d32_windowed},
+    {"forward_sm90_fp16_d64_full", Family::kSm90, Direction::kForward, Dtype::kFp16, 64, Mask::kFull, false, 147712, forward_sm90_fp16_d64_full},
+    {"forward_sm90_fp16_d64_causal", Family::kSm90, Direction::kForward, Dtype::kFp16, 64, Mask::kCausal, false, 147712, forward_sm90_fp16_d64_causal},
+    {"forward_sm90_fp16_d64_windowed", Family::kSm90, Direction::kForward, Dtype::kFp16, 64, Mask::kWindowed, false, 147712, forward_sm90_fp16_d64_windowed},
+    {"forward_sm90_bf16_d64_full", Family::kSm90, Direction::kForward, Dtype::kBf16, 64, Mask::kFull, false, 147712, forward_sm90_bf16_d64_full},
+    {"forward_sm90_bf16_d64_causal", Family::kSm90, Direction::kForward, Dtype::kBf16, 64, Mask::kCausal, false, 147712, forward_sm90_bf16_d64_causal},
+    {"forward_sm90_bf16_d64_windowed", Family::kSm90, Direction::kForward, Dtype::kBf16, 64, Mask::kWindowed, false, 147712, forward_sm90_bf16_d64_windowed},
+    {"forward_sm90_fp16_d96_full", Family::kSm90, Direction::kForward, Dtype::kFp16, 96, Mask::kFull, false, 196864, forward_sm90_fp16_d96_full},
+    {"forward_sm90_fp16_d96_causal", Family::kSm90, Direction::kForward, Dtype::kFp16, 96, Mask::kCausal, false, 196864, forward_sm90_fp16_d96_causal},
+    {"forward_sm90_fp16_d96_windowed", Family::kSm90, Direction::kForward, Dtype::kFp16, 96, Mask::kWindowed, false, 196864, forward_sm90_fp16_d96_windowed},
+    {"forward_sm90_bf16_d96_full", Family::kSm90, Direction::kForward, Dtype::kBf16, 96, Mask::kFull, false, 196864, forward_sm90_bf16_d96_full},
+    {"forward_sm90_bf16_d96_causal", Family::kSm90, Direction::kForward, Dtype::kBf16, 96, Mask::kCausal, false, 196864, forward_sm90_bf16_d96_causal},
+    {"forward_sm90_bf16_d96_windowed", Family::kSm90, Direction::kForward, Dtype::kBf16, 96, Mask::kWindowed, false, 196864, forward_sm90_bf16_d96_windowed},
+    {"forward_sm90_fp16_d128_full", Family::kSm90, Direction::kForward, Dtype::kFp16, 128, Mask::kFull, false, 221440, forward_sm90_fp16_d128_full},
+    {"forward_sm90_fp16_d128_causal", Family::kSm90, Direction::kForward, Dtype::kFp16, 128, Mask::kCausal, false, 221440, forward_sm90_fp16_d128_causal},
+    {"forward_sm90_fp16_d128_windowed", Family::kSm90, Direction::kForward, Dtype::kFp16, 128, Mask::kWindowed, false, 221440, forward_sm90_fp16_d128_windowed},
+    {"forward_sm90_bf16_d128_full", Family::kSm90, Direction::kForward, Dtype::kBf16, 128, Mask::kFull, false, 221440, forward_sm90_bf16_d128_full},
+    {"forward_sm90_bf16_d128_causal", Family::kSm90, Direction::kForward, Dtype::kBf16, 128, Mask::kCausal, false, 221440, forward_sm90_bf16_d128_causal},
+    {"forward_sm90_bf16_d128_windowed", Family::kSm90, Direction::kForward, Dtype::kBf16, 128, Mask::kWindowed, false, 221440, forward_sm90_bf16_d128_windowed},
+    {"forward_sm90_fp16_d192_full", Family::kSm90, Direction::kForward, Dtype::kFp16, 192, Mask::kFull, false, 196864, forward_sm90_fp16_d192_full},
+    {"forward_sm90_fp16_d192_causal", Family::kSm90, Direction::kForward, Dtype::kFp16, 192, Mask::kCausal, false, 196864, forward_sm90_fp16_d192_causal},
+    {"forward_sm90_fp16_d192_windowed", Family::kSm90, Direction::kForward, Dtype::kFp16, 192, Mask::kWindowed, false, 196864, forward_sm90_fp16_d192_windowed},
+    {"forward_sm90_bf16_d192_full", Family::kSm90, Direction::kForward, Dtype::kBf16, 192, Mask::kFull, false, 196864, forward_sm90_bf16_d192_full},
+    {"forward_sm90_bf16_d192_causal", Family::kSm90, Direction::kForward, Dtype::kBf16, 192, Mask::kCausal, false, 196864, forward_sm90_bf16_d192_causal},
+    {"forward_sm90_bf16_d192_windowed", Family::kSm90, Direction::kForward, Dtype::kBf16, 192, Mask::kWindowed, false, 196864, forward_sm90_bf16_d192_windowed},
+    {"forward_sm90_fp16_d256_full", Family::kSm90, Direction::kForward, Dtype::kFp16, 256, Mask::kFull, false, 229632, forward_sm90_fp16_d256_full},
+    {"forward_sm90_fp16_d256_causal", Family::kSm90, Direction::kForward, Dtype::kFp16, 256, Mask::kCausal, false, 229632, forward_sm90_fp16_d256_causal},
+    {"forward_sm90_fp16_d256_windowed", Family::kSm90, Direction::kForward, Dtype::kFp16, 256, Mask::kWindowed, false, 229632, forward_sm90_fp16_d256_windowed},
+    {"forward_sm90_bf16_d256_full", Family::kSm90, Direction::kForward, Dtype::kBf16, 256, Mask::kFull, false, 229632, forward_sm90_bf16_d256_full},
+    {"forward_sm90_bf16_d256_causal", Family::kSm90, Direction::kForward, Dtype::kBf16, 256, Mask::kCausal, false, 229632, forward_sm90_bf16_d256_causal},
+    {"forward_sm90_bf16_d256_windowed", Family::kSm90, Direction::kForward, Dtype::kBf16, 256, Mask::kWindowed, false, 229632, forward_sm90_bf16_d256_windowed},
     {nullptr, Family::kAuto, Direction::kForward, Dtype::kFp16, 0, Mask::kFull, false, 0, nullptr},
 };
-const int kNumKernels = 72;
+const int kNumKernels = 108;
 
 // family, compute capability, with PTX
 const FamilyTarget kTargets[] = {
     {Family::kSm80, 80, false},
-    {Family::kSm80, 90, false},
     {Family::kSm80, 100, false},
     {Family::kSm80, 110, false},
     {Family::kSm86, 86, false},
     {Family::kSm86, 89, false},
     {Family::kSm86, 120, false},
+    {Family::kSm90, 90, false},
     {Family::kAuto, 0, false},
 };
 const int kNumTargets = 7;
@@ -172,9 +244,10 @@ const int kNumTargets = 7;
 const FamilyInfo kFamilies[] = {
     {Family::kSm80, "sm80", 166912},
     {Family::kSm86, "sm86", 101376},
+    {Family::kSm90, "sm90", 232448},
     {Family::kAuto, "auto", 0},
 };
-const int kNumFamilies = 2;
+const int kNumFamilies = 3;
 
 // Every head dim that a kernel can have, in this library or not.
 const int kHeadDims[] = {32, 64, 96, 128, 192, 256};

@@ -36,14 +36,12 @@ struct TileSchedule {
             batch_head % num_heads};
   }
 
-  int64_t num_tiles() const { return tiles_m * batch_heads; }
+  __host__ __device__ int64_t num_tiles() const { return tiles_m * batch_heads; }
 };
 
-// Bytes of keys and values that a section may hold. An A100 has 40 MB of L2 in two halves that each cache
-// what their side reads.
-constexpr int64_t kSectionBytes = int64_t{16} << 20;
-
-inline TileSchedule make_schedule(const ForwardParams& params, int block_m, Mask mask) {
+// `section_bytes` of keys and values may form a section: what stays in L2 while a section runs.
+inline TileSchedule make_schedule(const ForwardParams& params, int block_m, Mask mask,
+                                  int64_t section_bytes) {
   const int64_t batches = int64_t{params.batch} + (params.cu_seqlens_q != nullptr ? 1 : 0);
   TileSchedule schedule{};
   schedule.tiles_m = (int64_t{params.seqlen_q} + block_m - 1) / block_m;
@@ -51,9 +49,10 @@ inline TileSchedule make_schedule(const ForwardParams& params, int block_m, Mask
   schedule.batch_heads = batches * params.num_heads;
   schedule.section_heads = 1;
   if (mask == Mask::kCausal) {
-    const int64_t head_bytes = std::max<int64_t>(int64_t{4} * params.seqlen_k * params.head_dim, 1);
+    const int64_t head_bytes =
+        std::max<int64_t>(int64_t{2} * params.seqlen_k * (params.head_dim + params.head_dim_v), 1);
     const int64_t group = params.num_heads / params.num_heads_k;
-    const int64_t heads = std::max<int64_t>(kSectionBytes / head_bytes, 1) * group;
+    const int64_t heads = std::max<int64_t>(section_bytes / head_bytes, 1) * group;
     schedule.section_heads = std::min(heads, schedule.batch_heads);
   }
   return schedule;

@@ -9,6 +9,13 @@
 
 namespace flash_attn {
 
+// Plain softmax(scale Q K^T) V runs the kernel without score modifiers; a scale that is not positive needs
+// them, because the plain kernel takes the maximum before it scales.
+inline bool needs_modifiers(const ForwardParams& params) {
+  return params.alibi_slopes != nullptr || params.softcap > 0.0f || params.dropout_p > 0.0f ||
+         !(params.softmax_scale > 0.0f);
+}
+
 struct ScoreModifiers {
   float scale_log2;     // applied when there is no softcap
   float softcap_log2;   // softcap * log2(e); 0 without softcap

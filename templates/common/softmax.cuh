@@ -49,20 +49,28 @@ struct OnlineSoftmax {
     return result;
   }
 
-  // Brings the running maximum up to date; `output` and the sums follow.
-  template <int kOutputTiles>
-  __device__ __forceinline__ void rescale(const float (&block_max)[kRows],
-                                          float (&output)[kTilesM][kOutputTiles][4], float scale) {
+  // Brings the running maximum up to date; the sums follow, and O is to be multiplied by `factor`.
+  __device__ __forceinline__ void advance(float (&factor)[kRows], const float (&block_max)[kRows],
+                                          float scale) {
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
       const float new_max = fmaxf(max[row], block_max[row]);
-      const float factor = new_max == -INFINITY ? 1.0f : ptx::exp2_approx((max[row] - new_max) * scale);
+      factor[row] = new_max == -INFINITY ? 1.0f : ptx::exp2_approx((max[row] - new_max) * scale);
       max[row] = new_max;
-      sum[row] *= factor;
+      sum[row] *= factor[row];
+    }
+  }
+
+  // Multiplies each row of O by its factor.
+  template <int kOutputTiles>
+  __device__ static __forceinline__ void rescale(float (&output)[kTilesM][kOutputTiles][4],
+                                                 const float (&factor)[kRows]) {
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
 #pragma unroll
       for (int n = 0; n < kOutputTiles; ++n) {
-        output[row / 2][n][2 * (row % 2)] *= factor;
-        output[row / 2][n][2 * (row % 2) + 1] *= factor;
+        output[row / 2][n][2 * (row % 2)] *= factor[row];
+        output[row / 2][n][2 * (row % 2) + 1] *= factor[row];
       }
     }
   }

@@ -1,6 +1,7 @@
 // The choice of a kernel: the best family that the device can run and that this library holds.
 #include "host/dispatch.h"
 
+#include <algorithm>
 #include <cstdio>
 
 #include "host/status.h"
@@ -59,7 +60,7 @@ struct Wanted {
 
   explicit Wanted(const ForwardParams& params)
       : dtype(static_cast<Dtype>(params.dtype)),
-        head_dim(kernel_head_dim(params.head_dim)),
+        head_dim(kernel_head_dim(std::max(params.head_dim, params.head_dim_v))),
         mask(mask_class(params)),
         family(static_cast<Family>(params.family)) {}
 

@@ -8,6 +8,7 @@ struct Device {
   int capability;    // 10 * major + minor
   int shared_bytes;  // that one thread block may have
   int shared_bytes_per_multiprocessor;
+  int multiprocessors;
 };
 
 // Shared memory that the system takes for each resident thread block.

@@ -45,7 +45,8 @@ Status query_device(int index, Device& device) {
   } queries[] = {{cudaDevAttrComputeCapabilityMajor, &major},
                  {cudaDevAttrComputeCapabilityMinor, &minor},
                  {cudaDevAttrMaxSharedMemoryPerBlockOptin, &device.shared_bytes},
-                 {cudaDevAttrMaxSharedMemoryPerMultiprocessor, &device.shared_bytes_per_multiprocessor}};
+                 {cudaDevAttrMaxSharedMemoryPerMultiprocessor, &device.shared_bytes_per_multiprocessor},
+                 {cudaDevAttrMultiProcessorCount, &device.multiprocessors}};
   for (const auto& query : queries) {
     const Status status = check_cuda(cudaDeviceGetAttribute(query.value, query.attribute, index),
                                      "cudaDeviceGetAttribute", "the device");

@@ -20,6 +20,7 @@
 #include "common/accumulator.cuh"
 #include "common/dropout.cuh"
 #include "common/mask.cuh"
+#include "common/query_block.cuh"
 #include "common/schedule.cuh"
 #include "common/scores.cuh"
 #include "common/sequence.cuh"
@@ -35,43 +36,13 @@
 
 namespace flash_attn::sm80 {
 
+// An A100 has 40 MB of L2 in two halves that each cache what their side reads.
+constexpr int64_t kSectionBytes = int64_t{16} << 20;
+
 struct ForwardArguments {
   ForwardParams params;
   TileSchedule schedule;
 };
-
-// What one thread block computes: the queries [first_row, first_row + rows) of one head of one sequence.
-struct QueryBlock {
-  const ForwardParams& params;
-  const Sequence& sequence;
-  int batch;
-  int head;
-  int first_row;
-  int rows;
-
-  template <class Element>
-  __device__ __forceinline__ const Element* query() const {
-    return sequence.q_rows<Element>(params, head, first_row);
-  }
-  template <class Element>
-  __device__ __forceinline__ Element* out() const {
-    return sequence.out_rows<Element>(params, head, first_row);
-  }
-  __device__ __forceinline__ float* lse() const { return sequence.lse_rows(params, head, first_row); }
-};
-
-// Queries that see no key: O = 0, LSE = +inf.
-template <class Config>
-__device__ void store_empty(const QueryBlock& queries) {
-  const int chunks = queries.params.head_dim / 8;
-  auto* out = queries.out<typename Config::Element>();
-  for (int i = threadIdx.x; i < queries.rows * chunks; i += Config::kThreads) {
-    *reinterpret_cast<uint4*>(out + i / chunks * queries.params.out_row_stride + i % chunks * 8) =
-        make_uint4(0, 0, 0, 0);
-  }
-  if (queries.params.softmax_lse == nullptr) return;
-  for (int row = threadIdx.x; row < queries.rows; row += Config::kThreads) queries.lse()[row] = INFINITY;
-}
 
 // Writes this warp's part of O, each row times its `factor`, through the shared memory that held Q, so that
 // the stores to global memory are 16 bytes wide.
@@ -96,8 +67,8 @@ __device__ __forceinline__ void store_output(const QueryBlock& queries, const Wa
 #pragma unroll 4
   for (int i = lane; i < Config::kWarpRows * Config::kTilesD; i += 32) {
     const int row = part.row + i / Config::kTilesD, chunk = part.dim / 8 + i % Config::kTilesD;
-    if (row >= queries.rows || chunk * 8 >= queries.params.head_dim) continue;
-    *reinterpret_cast<uint4*>(out + row * queries.params.out_row_stride + chunk * 8) =
+    if (row >= queries.rows || chunk * 8 >= queries.params->head_dim_v) continue;
+    *reinterpret_cast<uint4*>(out + row * queries.params->out_row_stride + chunk * 8) =
         ptx::load_shared_16(shared + Shared::offset(row, chunk));
   }
 }
@@ -133,13 +104,13 @@ __device__ __forceinline__ void finish(const QueryBlock& queries, const WarpPart
   softmax.finish(factor, [&](float (&row_sum)[2 * Config::kTilesM]) {
     if constexpr (Config::kPairs) pair.combine_rows(row_sum, [](float a, float b) { return a + b; });
   });
-  const bool stores_lse = queries.params.softmax_lse != nullptr && threadIdx.x % 4 == 0 && part.key == 0;
+  const bool stores_lse = queries.params->softmax_lse != nullptr && threadIdx.x % 4 == 0 && part.key == 0;
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int i = 0; i < 2 * Config::kTilesM; ++i) {
     const int row = part.row + i / 2 * 16 + i % 2 * 8 + lane / 4;
     if (stores_lse && row < queries.rows) queries.lse()[row] = softmax.log_sum_exp(i, scale_log2);
-    if constexpr (kModifiers) factor[i] /= 1.0f - queries.params.dropout_p;
+    if constexpr (kModifiers) factor[i] /= 1.0f - queries.params->dropout_p;
   }
   store_output<Config>(queries, part, output, factor, shared);
 }
@@ -169,7 +140,9 @@ __device__ __forceinline__ void update_softmax(OnlineSoftmax<Config::kTilesM>& s
   }
   if (lags) {
     if constexpr (Config::kPairs) pair.combine_rows(block_max, fmaxf);
-    softmax.rescale(block_max, output, scale_log2);
+    float factor[2 * Config::kTilesM];
+    softmax.advance(factor, block_max, scale_log2);
+    softmax.rescale(output, factor);
   }
   softmax.exponentiate(scores, scale_log2);
 }
@@ -180,13 +153,13 @@ __device__ __forceinline__ void attend(const QueryBlock& queries, uint8_t* share
   using Element = typename Config::Element;
   using CopyQuery = TileCopy<Element, Config::kBlockM, Config::kHeadDim, Config::kThreads>;
   using CopyKeys = TileCopy<Element, Config::kBlockN, Config::kHeadDim, Config::kThreads>;
-  const ForwardParams& params = queries.params;
+  const ForwardParams& params = *queries.params;
   const int seqlen_k = queries.sequence.seqlen_k;
 
   const AttentionMask<Config::kMask> mask(params, queries.sequence.seqlen_q, seqlen_k);
   const KeyBlocks<Config::kMask, Config::kBlockN> blocks(mask, queries.first_row,
                                                          queries.first_row + queries.rows - 1);
-  if (blocks.begin >= blocks.end) return store_empty<Config>(queries);
+  if (blocks.begin >= blocks.end) return store_empty<Element>(queries, threadIdx.x, Config::kThreads);
 
   const int key_head = queries.head / (params.num_heads / params.num_heads_k);
   const uint32_t shared = ptx::shared_address(shared_memory);
@@ -194,8 +167,8 @@ __device__ __forceinline__ void attend(const QueryBlock& queries, uint8_t* share
   CopyKeys copy_k(shared_k, queries.sequence.k_rows<Element>(params, key_head), params.k_row_stride);
   CopyKeys copy_v(shared_k + Config::kKeyBytes, queries.sequence.v_rows<Element>(params, key_head),
                   params.v_row_stride);
-  const auto issue = [&](CopyKeys& copy, int64_t row_stride, int block) {
-    copy.issue(row_stride, seqlen_k - block * Config::kBlockN, params.head_dim);
+  const auto issue = [&](CopyKeys& copy, int64_t row_stride, int head_dim, int block) {
+    copy.issue(row_stride, seqlen_k - block * Config::kBlockN, head_dim);
     copy.move(-1, row_stride);
     ptx::cp_async_commit();
   };
@@ -205,7 +178,7 @@ __device__ __forceinline__ void attend(const QueryBlock& queries, uint8_t* share
   copy_v.move(block, params.v_row_stride);
   CopyQuery(shared, queries.query<Element>(), params.q_row_stride)
       .issue(params.q_row_stride, queries.rows, params.head_dim);
-  issue(copy_k, params.k_row_stride, block);
+  issue(copy_k, params.k_row_stride, params.head_dim, block);
 
   const WarpPart<Config> part;
   const FragmentAddresses<Config> addresses(shared, part);
@@ -217,7 +190,7 @@ __device__ __forceinline__ void attend(const QueryBlock& queries, uint8_t* share
   for (; block >= blocks.begin; --block) {
     ptx::cp_async_wait<0>();
     __syncthreads();
-    issue(copy_v, params.v_row_stride, block);
+    issue(copy_v, params.v_row_stride, params.head_dim_v, block);
 
     Accumulator<Config::kTilesM, Config::kTilesN> scores;
     const int row = queries.first_row + part.row, key = block * Config::kBlockN + part.key;
@@ -228,7 +201,7 @@ __device__ __forceinline__ void attend(const QueryBlock& queries, uint8_t* share
     if (blocks.needs_mask(block)) apply_mask(scores, mask, row, key);
 
     update_softmax<Config>(softmax, scores, output, scale_log2, pair, [&] {
-      if (block > blocks.begin) issue(copy_k, params.k_row_stride, block - 1);
+      if (block > blocks.begin) issue(copy_k, params.k_row_stride, params.head_dim, block - 1);
     });
     if constexpr (kModifiers) {
       if (params.dropout_p > 0.0f) {
@@ -249,23 +222,18 @@ __global__ void __launch_bounds__(Config::kThreads, Config::Tile::kMinBlocks)
   const Sequence sequence(params, tile.batch);
   const auto queries = [&](int first_row) {
     const int rows = min(sequence.seqlen_q - first_row, Config::kBlockM);
-    return QueryBlock{params, sequence, tile.batch, tile.head, first_row, rows};
+    return QueryBlock{&params, sequence, tile.batch, tile.head, first_row, rows};
   };
   const int first_row = tile.m_block * Config::kBlockM;
   if (tile.batch == params.batch) {
     // The rows past the last varlen sequence may be more than the tiles of the longest sequence.
     const int64_t step = arguments.schedule.tiles_m * Config::kBlockM;
-    for (int64_t row = first_row; row < sequence.seqlen_q; row += step) store_empty<Config>(queries(row));
+    for (int64_t row = first_row; row < sequence.seqlen_q; row += step) {
+      store_empty<typename Config::Element>(queries(row), threadIdx.x, Config::kThreads);
+    }
   } else if (first_row < sequence.seqlen_q) {
     attend<Config, kModifiers>(queries(first_row), shared_memory);
   }
-}
-
-// Plain softmax(scale Q K^T) V runs the kernel without score modifiers; a scale that is not positive needs
-// them, because the plain kernel takes the maximum before it scales.
-inline bool needs_modifiers(const ForwardParams& params) {
-  return params.alibi_slopes != nullptr || params.softcap > 0.0f || params.dropout_p > 0.0f ||
-         !(params.softmax_scale > 0.0f);
 }
 
 // Runs the first configuration of which a multiprocessor of `device` holds as many thread blocks as it asks
@@ -278,7 +246,8 @@ Status launch_forward(const ForwardParams& params, const Device& device, cudaStr
     if (needed > device.shared_bytes_per_multiprocessor)
       return launch_forward<Others...>(params, device, stream, name);
   }
-  const ForwardArguments arguments{params, make_schedule(params, Config::kBlockM, Config::kMask)};
+  const ForwardArguments arguments{params,
+                                   make_schedule(params, Config::kBlockM, Config::kMask, kSectionBytes)};
   const bool modifiers = needs_modifiers(params);
   static std::atomic<uint64_t> prepared[2];
   return launch_kernel(modifiers ? forward_kernel<Config, true> : forward_kernel<Config, false>, name,

@@ -1,0 +1,74 @@
+// The epilogue: completes the sums, writes LSE and the normalised O straight from registers.
+#pragma once
+
+#include <cstdint>
+
+#include "common/accumulator.cuh"
+#include "common/query_block.cuh"
+#include "common/softmax.cuh"
+#include "sm90/config.cuh"
+
+namespace flash_attn::sm90 {
+
+// Transposes a 4x4 matrix of which each lane of a quad holds a row.
+__device__ __forceinline__ void transpose_quad(uint32_t (&row)[4]) {
+  const bool odd = threadIdx.x % 2, high = threadIdx.x / 2 % 2;
+#pragma unroll
+  for (int i = 0; i < 4; i += 2) {
+    const uint32_t other = __shfl_xor_sync(0xffffffff, odd ? row[i] : row[i + 1], 1);
+    (odd ? row[i] : row[i + 1]) = other;
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t other = __shfl_xor_sync(0xffffffff, high ? row[i] : row[i + 2], 2);
+    (high ? row[i] : row[i + 2]) = other;
+  }
+}
+
+// Writes O, each row times its `factor`. A quad transposes four tiles of 8 columns, so that each lane stores
+// 16 bytes.
+template <class Config>
+__device__ __forceinline__ void store_output(const QueryBlock& queries, int first_row,
+                                             const Accumulator<1, Config::kTilesD>& output,
+                                             const float (&factor)[2]) {
+  const int lane = threadIdx.x % 32;
+  auto* out = queries.out<typename Config::Element>();
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int row = first_row + i * 8 + lane / 4;
+#pragma unroll
+    for (int n = 0; n < Config::kTilesD; n += 4) {
+      uint32_t chunk[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float* o = output[0][n + j] + 2 * i;
+        chunk[j] = pack<Config::kDtype>(o[0] * factor[i], o[1] * factor[i]);
+      }
+      transpose_quad(chunk);
+      const int column = (n + lane % 4) * 8;
+      if (row < queries.rows && column < queries.params->head_dim_v) {
+        *reinterpret_cast<uint4*>(out + row * queries.params->out_row_stride + column) =
+            make_uint4(chunk[0], chunk[1], chunk[2], chunk[3]);
+      }
+    }
+  }
+}
+
+template <class Config, bool kModifiers>
+__device__ __forceinline__ void finish(const QueryBlock& queries, OnlineSoftmax<1>& softmax,
+                                       const Accumulator<1, Config::kTilesD>& output, float scale_log2) {
+  const int lane = threadIdx.x % 32, first_row = threadIdx.x % 128 / 32 * 16;
+  float factor[2];
+  softmax.finish(factor, [](float (&)[2]) {});
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int row = first_row + i * 8 + lane / 4;
+    if (queries.params->softmax_lse != nullptr && lane % 4 == 0 && row < queries.rows) {
+      queries.lse()[row] = softmax.log_sum_exp(i, scale_log2);
+    }
+    if constexpr (kModifiers) factor[i] /= 1.0f - queries.params->dropout_p;
+  }
+  store_output<Config>(queries, first_row, output, factor);
+}
+
+}  // namespace flash_attn::sm90

@@ -1,0 +1,402 @@
+// Forward attention for Hopper: TMA copies, wgmma products, warp specialisation (FlashAttention-3, algorithm
+// 2).
+//
+// One thread block per multiprocessor works through tiles of kBlockM queries of one head. A producer thread
+// copies Q, K and V into shared memory; each consumer warpgroup computes 64 rows of O. Inside a warpgroup the
+// product S of the next block of keys runs during the softmax of this one's, and the product P V behind it.
+//
+//   barrier    arrivals             says
+//   q_full     producer + bytes     Q of the tile has arrived
+//   q_empty    1 per warpgroup      every product with Q is done
+//   k_full     producer + bytes     a block of K has arrived (one barrier per stage, as for the next three)
+//   k_empty    1 per warpgroup      every product with it is done
+//   v_full, v_empty                 the same for V
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+
+#include "common/accumulator.cuh"
+#include "common/mask.cuh"
+#include "common/query_block.cuh"
+#include "common/schedule.cuh"
+#include "common/scores.cuh"
+#include "common/sequence.cuh"
+#include "common/softmax.cuh"
+#include "host/device.h"
+#include "host/launch.h"
+#include "ptx/barrier.cuh"
+#include "ptx/mbarrier.cuh"
+#include "ptx/shared_memory.cuh"
+#include "ptx/tensor_copy.cuh"
+#include "ptx/warpgroup.cuh"
+#include "sm90/config.cuh"
+#include "sm90/epilogue.cuh"
+#include "sm90/products.cuh"
+#include "sm90/tensors.cuh"
+
+namespace flash_attn::sm90 {
+
+// An H200 has 60 MB of L2.
+constexpr int64_t kSectionBytes = int64_t{32} << 20;
+
+struct ForwardArguments {
+  TensorMaps maps;
+  ForwardParams params;
+  TileSchedule schedule;
+};
+
+// Addresses in shared memory.
+template <class Config>
+struct SharedLayout {
+  uint32_t base;
+
+  __device__ __forceinline__ explicit SharedLayout(const uint8_t* shared_memory)
+      : base(ptx::shared_address(shared_memory)) {}
+
+  __device__ __forceinline__ uint32_t query(int stage) const { return base + stage * Config::kQueryBytes; }
+  __device__ __forceinline__ uint32_t key(int stage) const {
+    return query(Config::kQueryStages) + stage * Config::kKeyBytes;
+  }
+  __device__ __forceinline__ uint32_t value(int stage) const {
+    return key(Config::kStages) + stage * Config::kValueBytes;
+  }
+  __device__ __forceinline__ uint32_t q_full(int stage) const { return value(Config::kStages) + 32 * stage; }
+  __device__ __forceinline__ uint32_t q_empty(int stage) const { return q_full(stage) + 8; }
+  __device__ __forceinline__ uint32_t tile(int stage) const { return q_full(stage) + 16; }
+  __device__ __forceinline__ uint32_t k_full(int stage) const {
+    return q_full(Config::kQueryStages) + 32 * stage;
+  }
+  __device__ __forceinline__ uint32_t k_empty(int stage) const { return k_full(stage) + 8; }
+  __device__ __forceinline__ uint32_t v_full(int stage) const { return k_full(stage) + 16; }
+  __device__ __forceinline__ uint32_t v_empty(int stage) const { return k_full(stage) + 24; }
+
+  __device__ __forceinline__ void init_barriers() const {
+    for (int stage = 0; stage < Config::kQueryStages; ++stage) {
+      ptx::mbarrier_init(q_full(stage), 1);
+      ptx::mbarrier_init(q_empty(stage), Config::kConsumers);
+    }
+    for (int stage = 0; stage < Config::kStages; ++stage) {
+      ptx::mbarrier_init(k_full(stage), 1);
+      ptx::mbarrier_init(k_empty(stage), Config::kConsumers);
+      ptx::mbarrier_init(v_full(stage), 1);
+      ptx::mbarrier_init(v_empty(stage), Config::kConsumers);
+    }
+    ptx::mbarrier_init_fence();
+  }
+};
+
+// Position in a ring of buffers: the stage, and the parity of its full barrier's phase.
+template <int kStages>
+struct RingPosition {
+  int stage = 0;
+  uint32_t parity = 0;
+
+  __device__ __forceinline__ void advance() {
+    if (++stage == kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// The queries of a tile, or of one warpgroup's 64 rows of it, and the blocks of keys that they see.
+template <class Config>
+struct Work {
+  QueryBlock queries;
+  AttentionMask<Config::kMask> mask;
+  KeyBlocks<Config::kMask, Config::kBlockN> blocks;
+
+  __device__ __forceinline__ Work(const ForwardParams& params, const Sequence& sequence,
+                                  const TileSchedule::Tile& tile, int first_row, int max_rows)
+      : queries{&params,   sequence,  tile.batch,
+                tile.head, first_row, min(sequence.seqlen_q - first_row, max_rows)},
+        mask(params, sequence.seqlen_q, sequence.seqlen_k),
+        blocks(mask, first_row, first_row + queries.rows - 1) {
+    if (queries.rows <= 0 || blocks.begin > blocks.end) blocks.end = blocks.begin;
+  }
+
+  __device__ __forceinline__ bool has_keys() const { return blocks.begin < blocks.end; }
+};
+
+// Hands out tiles: the first one of each thread block is its own index, the next ones come from a counter in
+// global memory, so that blocks with short tiles take more of them. Without a counter a block takes every
+// gridDim.x-th tile.
+struct TileQueue {
+  int32_t* counter;
+  int num_tiles;
+
+  __device__ __forceinline__ int next(int index) const {
+    if (counter == nullptr) return index + gridDim.x;
+    const int taken = atomicAdd(counter, 1);
+    if (taken == num_tiles - 1) *counter = 0;  // every tile's successor has been asked for
+    return taken + gridDim.x;
+  }
+};
+
+// The producer: one thread.
+template <class Config>
+__device__ __forceinline__ void produce(const ForwardArguments& arguments,
+                                        const SharedLayout<Config>& shared) {
+  const ForwardParams& params = arguments.params;
+  const TileQueue queue{params.tile_counter, static_cast<int>(arguments.schedule.num_tiles())};
+  RingPosition<Config::kStages> k_ring, v_ring;
+  RingPosition<Config::kQueryStages> q_ring;
+  // Hands a tile to the consumers, with Q or nothing to read; batch -1 ends their work.
+  const auto publish = [&](const TileSchedule::Tile& tile, int bytes) {
+    ptx::mbarrier_wait(shared.q_empty(q_ring.stage), q_ring.parity ^ 1);
+    ptx::store_shared_16(shared.tile(q_ring.stage), make_uint4(tile.m_block, tile.batch, tile.head, 0));
+    ptx::mbarrier_arrive_expect(shared.q_full(q_ring.stage), bytes);
+  };
+  for (int index = blockIdx.x; index < queue.num_tiles; index = queue.next(index)) {
+    const TileSchedule::Tile tile = arguments.schedule.tile(index);
+    const Work<Config> work(params, Sequence(params, tile.batch), tile, tile.m_block * Config::kBlockM,
+                            Config::kBlockM);
+    if (!work.has_keys()) {
+      publish(tile, 0);
+      q_ring.advance();
+      continue;
+    }
+    const int key_head = work.queries.head / (params.num_heads / params.num_heads_k);
+    const auto load_key = [&](int block) {
+      ptx::mbarrier_wait(shared.k_empty(k_ring.stage), k_ring.parity ^ 1);
+      ptx::mbarrier_arrive_expect(shared.k_full(k_ring.stage), Config::kKeyBytes);
+      copy_keys<Config, Config::kSlabs>(shared.key(k_ring.stage), arguments.maps.k,
+                                        shared.k_full(k_ring.stage), work.queries.sequence, block, key_head);
+      k_ring.advance();
+    };
+    const auto load_value = [&](int block) {
+      ptx::mbarrier_wait(shared.v_empty(v_ring.stage), v_ring.parity ^ 1);
+      ptx::mbarrier_arrive_expect(shared.v_full(v_ring.stage), Config::kValueBytes);
+      copy_keys<Config, Config::kSlabsV>(shared.value(v_ring.stage), arguments.maps.v,
+                                         shared.v_full(v_ring.stage), work.queries.sequence, block, key_head);
+      v_ring.advance();
+    };
+    int block = work.blocks.end - 1;
+    load_key(block);
+    publish(tile, Config::kQueryBytes);
+    copy_queries<Config>(shared.query(q_ring.stage), arguments.maps.q, shared.q_full(q_ring.stage),
+                         work.queries);
+    q_ring.advance();
+    for (; block > work.blocks.begin; --block) {
+      load_key(block - 1);
+      load_value(block);
+    }
+    load_value(block);
+  }
+  publish({0, -1, 0}, 0);
+}
+
+// One consumer warpgroup.
+template <class Config, bool kModifiers>
+struct Consumer {
+  const ForwardArguments& arguments;
+  const ForwardParams& params;
+  const SharedLayout<Config>& shared;
+  int warpgroup;
+  bool leader;
+  float scale_log2;
+  RingPosition<Config::kStages> k_ring, v_ring;
+  RingPosition<Config::kQueryStages> q_ring;
+
+  __device__ __forceinline__ Consumer(const ForwardArguments& arguments, const SharedLayout<Config>& shared,
+                                      int warpgroup)
+      : arguments(arguments),
+        params(arguments.params),
+        shared(shared),
+        warpgroup(warpgroup),
+        leader(threadIdx.x % 128 == 0),
+        scale_log2(kModifiers ? 1.0f : params.softmax_scale * kLog2E) {}
+
+  __device__ __forceinline__ void release(uint32_t barrier) const {
+    if (leader) ptx::mbarrier_arrive(barrier);
+  }
+  __device__ __forceinline__ void synchronize() const { ptx::barrier_sync(1 + warpgroup, 128); }
+
+  __device__ __forceinline__ void run() {
+    while (true) {
+      ptx::mbarrier_wait(shared.q_full(q_ring.stage), q_ring.parity);
+      const uint4 fields = ptx::load_shared_16(shared.tile(q_ring.stage));
+      const TileSchedule::Tile tile{int(fields.x), int(fields.y), int(fields.z)};
+      if (tile.batch < 0) return;
+      const Sequence sequence(params, tile.batch);
+      const int first_row = tile.m_block * Config::kBlockM;
+      const Work<Config> all(params, sequence, tile, first_row, Config::kBlockM);
+      const Work<Config> mine(params, sequence, tile, first_row + warpgroup * 64, 64);
+      if (mine.has_keys()) {
+        skip_blocks(all.blocks.end - mine.blocks.end);
+        attend(mine);
+        skip_blocks(mine.blocks.begin - all.blocks.begin);
+      } else {
+        synchronize();
+        release(shared.q_empty(q_ring.stage));
+        skip_blocks(all.blocks.end - all.blocks.begin);
+        if (mine.queries.rows > 0)
+          store_empty<typename Config::Element>(mine.queries, threadIdx.x % 128, 128);
+      }
+      q_ring.advance();
+    }
+  }
+
+  // Blocks of keys that other warpgroups' queries see and this one's do not.
+  __device__ __forceinline__ void skip_blocks(int count) {
+    for (; count > 0; --count) {
+      ptx::mbarrier_wait(shared.k_full(k_ring.stage), k_ring.parity);
+      release(shared.k_empty(k_ring.stage));
+      k_ring.advance();
+      ptx::mbarrier_wait(shared.v_full(v_ring.stage), v_ring.parity);
+      release(shared.v_empty(v_ring.stage));
+      v_ring.advance();
+    }
+  }
+
+  // Scores of a block become probabilities; true if O must be multiplied by `factor`.
+  __device__ __forceinline__ bool update_softmax(const Work<Config>& work, OnlineSoftmax<1>& softmax,
+                                                 Accumulator<1, Config::kTilesN>& scores, float (&factor)[2],
+                                                 int block) const {
+    const int row = work.queries.first_row + threadIdx.x % 128 / 32 * 16, key = block * Config::kBlockN;
+    if constexpr (kModifiers) {
+      apply_modifiers(scores, ScoreModifiers(params, work.queries.batch, work.queries.head),
+                      work.mask.diagonal, row, key);
+    }
+    if (work.blocks.needs_mask(block)) apply_mask(scores, work.mask, row, key);
+    float block_max[2];
+    softmax.block_max(block_max, scores);
+    const bool lags = __any_sync(0xffffffff, softmax.lags(block_max, scale_log2));
+    if (lags) softmax.advance(factor, block_max, scale_log2);
+    softmax.exponentiate(scores, scale_log2);
+    if constexpr (kModifiers) {
+      if (params.dropout_p > 0.0f) {
+        apply_dropout(scores, Dropout(params, work.queries.batch * params.num_heads + work.queries.head), row,
+                      key);
+      }
+    }
+    return lags;
+  }
+
+  __device__ __forceinline__ void attend(const Work<Config>& work) {
+    Accumulator<1, Config::kTilesN> scores;
+    Accumulator<1, Config::kTilesD> output = {};
+    uint32_t probs[Config::kTilesN / 2][4];
+    OnlineSoftmax<1> softmax;
+    float factor[2];
+    const uint32_t query = shared.query(q_ring.stage) + warpgroup * 64 * 128;
+
+    int block = work.blocks.end - 1;
+    ptx::mbarrier_wait(shared.k_full(k_ring.stage), k_ring.parity);
+    issue_scores<Config>(scores, query, shared.key(k_ring.stage));
+    ptx::wgmma_wait<0>();
+    finish_scores(scores, block == work.blocks.begin);
+    update_softmax(work, softmax, scores, factor, block);
+    ptx::mbarrier_wait(shared.v_full(v_ring.stage), v_ring.parity);
+    if (needs_zeros(work, block)) zero_values(work, block);
+    round_probs<Config>(probs, scores);
+
+    while (block > work.blocks.begin) {
+      --block;
+      ptx::mbarrier_wait(shared.k_full(k_ring.stage), k_ring.parity);
+      issue_scores<Config>(scores, query, shared.key(k_ring.stage));
+      issue_output<Config>(output, probs, shared.value(v_ring.stage));
+      ptx::wgmma_wait<1>();
+      finish_scores(scores, block == work.blocks.begin);
+      const bool lags = update_softmax(work, softmax, scores, factor, block);
+      const uint32_t v_empty = shared.v_empty(v_ring.stage);
+      v_ring.advance();
+      // The next V is waited for here so that ptxas, which moves nothing across the loop in this wait, does
+      // not let the softmax wait for the product.
+      ptx::settle(scores);
+      ptx::mbarrier_wait(shared.v_full(v_ring.stage), v_ring.parity);
+      ptx::wgmma_wait<0>();
+      ptx::settle(output);
+      release(v_empty);
+      if (lags) softmax.rescale(output, factor);
+      round_probs<Config>(probs, scores);
+    }
+
+    issue_output<Config>(output, probs, shared.value(v_ring.stage));
+    ptx::wgmma_wait<0>();
+    ptx::settle(output);
+    release(shared.v_empty(v_ring.stage));
+    v_ring.advance();
+    finish<Config, kModifiers>(work.queries, softmax, output, scale_log2);
+  }
+
+  // The scores have been waited for: releases K, and Q after the `last` of them.
+  __device__ __forceinline__ void finish_scores(Accumulator<1, Config::kTilesN>& scores, bool last) {
+    ptx::settle(scores);
+    release(shared.k_empty(k_ring.stage));
+    k_ring.advance();
+    if (last) release(shared.q_empty(q_ring.stage));
+  }
+
+  // Rows of V past the end of a sequence may be another's, or not initialised; their probabilities are 0, but
+  // 0 * NaN is not. Rows past the end of the tensor arrive as zeros.
+  __device__ __forceinline__ bool needs_zeros(const Work<Config>& work, int block) const {
+    return (params.cu_seqlens_q != nullptr || params.seqused_k != nullptr) &&
+           (block + 1) * Config::kBlockN > work.queries.sequence.seqlen_k;
+  }
+
+  // Each warpgroup for itself: all of them write the same.
+  __device__ __forceinline__ void zero_values(const Work<Config>& work, int block) const {
+    const int first = work.queries.sequence.seqlen_k - block * Config::kBlockN;
+    const int chunks = (Config::kBlockN - first) * 8;
+    for (int i = threadIdx.x % 128; i < Config::kSlabsV * chunks; i += 128) {
+      ptx::store_shared_16(
+          shared.value(v_ring.stage) + i / chunks * Config::kKeySlabBytes + first * 128 + i % chunks * 16,
+          make_uint4(0, 0, 0, 0));
+    }
+    ptx::fence_async_proxy();
+    synchronize();
+  }
+};
+
+template <class Config, bool kModifiers>
+__global__ void __launch_bounds__(Config::kThreads, 1)
+    forward_kernel(const __grid_constant__ ForwardArguments arguments) {
+  extern __shared__ __align__(1024) uint8_t shared_memory[];
+  const SharedLayout<Config> shared(shared_memory);
+  if (threadIdx.x == 0) shared.init_barriers();
+  __syncthreads();
+  // The warpgroup's number as the compiler can tell that it is the same for a whole warp.
+  const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);
+  if (warpgroup == 0) {
+    ptx::give_registers<Config::kProducerRegisters>();
+    if (threadIdx.x == 0) produce<Config>(arguments, shared);
+  } else {
+    ptx::take_registers<Config::kConsumerRegisters>();
+    Consumer<Config, kModifiers>(arguments, shared, warpgroup - 1).run();
+  }
+}
+
+// Whether the tile was made for calls such as this one.
+template <class Config>
+bool suits(const ForwardParams& params) {
+  const int mean_keys = Config::kMask == Mask::kCausal ? params.seqlen_k / 2 : params.seqlen_k;
+  return params.head_dim_v <= Config::kHeadDimV &&
+         (Config::Tile::kMaxKeys == 0 || mean_keys <= Config::Tile::kMaxKeys);
+}
+
+// Runs the first configuration that suits the call; the last one in any case.
+template <class Config, class... Others>
+Status launch_forward(const ForwardParams& params, const Device& device, cudaStream_t stream,
+                      const char* name) {
+  if constexpr (sizeof...(Others) > 0) {
+    if (!suits<Config>(params)) return launch_forward<Others...>(params, device, stream, name);
+  }
+  ForwardArguments arguments{};
+  arguments.params = params;
+  arguments.schedule = make_schedule(params, Config::kBlockM, Config::kMask, kSectionBytes);
+  const Status status = make_tensor_maps<Config>(arguments.maps, params, name);
+  if (status != Status::kOk) return status;
+  const int64_t blocks = std::min<int64_t>(arguments.schedule.num_tiles(), device.multiprocessors);
+  const bool modifiers = needs_modifiers(params);
+  static std::atomic<uint64_t> prepared[2];
+  return launch_kernel(modifiers ? forward_kernel<Config, true> : forward_kernel<Config, false>, name,
+                       device.index, blocks, Config::kThreads, Config::kSharedBytes, stream, arguments,
+                       prepared[modifiers]);
+}
+
+}  // namespace flash_attn::sm90

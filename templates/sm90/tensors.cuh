@@ -1,0 +1,69 @@
+// Q, K and V as the TMA unit sees them.
+#pragma once
+
+#include <cstdint>
+
+#include "common/query_block.cuh"
+#include "common/sequence.cuh"
+#include "host/tensor_map.h"
+#include "ptx/tensor_copy.cuh"
+#include "sm90/config.cuh"
+
+namespace flash_attn::sm90 {
+
+// (head_dim, row, head, batch) each, read in boxes of 64 columns and the rows of a tile.
+struct TensorMaps {
+  CUtensorMap q;
+  CUtensorMap k;
+  CUtensorMap v;
+};
+
+template <class Config>
+__device__ __forceinline__ void copy_queries(uint32_t shared, const CUtensorMap& map, uint32_t barrier,
+                                             const QueryBlock& queries) {
+#pragma unroll
+  for (int slab = 0; slab < Config::kSlabs; ++slab) {
+    ptx::copy_tensor(shared + slab * Config::kQuerySlabBytes, map, barrier, slab * 64,
+                     queries.sequence.q_row + queries.first_row, queries.head, queries.sequence.q_batch);
+  }
+}
+
+// K or V.
+template <class Config, int kSlabs>
+__device__ __forceinline__ void copy_keys(uint32_t shared, const CUtensorMap& map, uint32_t barrier,
+                                          const Sequence& sequence, int block, int key_head) {
+#pragma unroll
+  for (int slab = 0; slab < kSlabs; ++slab) {
+    ptx::copy_tensor(shared + slab * Config::kKeySlabBytes, map, barrier, slab * 64,
+                     sequence.k_row + block * Config::kBlockN, key_head, sequence.k_batch);
+  }
+}
+
+template <class Config>
+Status make_tensor_maps(TensorMaps& maps, const ForwardParams& params, const char* name) {
+  const bool varlen = params.cu_seqlens_q != nullptr;
+  const int64_t batch = varlen ? 1 : params.batch, d = params.head_dim;
+  const int64_t rows_q = varlen ? params.total_q : params.seqlen_q;
+  const int64_t rows_k = varlen ? params.total_k : params.seqlen_k;
+  const TensorBox q{params.q,
+                    4,
+                    {d, rows_q, params.num_heads, batch},
+                    {params.q_row_stride, params.q_head_stride, params.q_batch_stride},
+                    {64, Config::kBlockM, 1, 1}};
+  const TensorBox k{params.k,
+                    4,
+                    {d, rows_k, params.num_heads_k, batch},
+                    {params.k_row_stride, params.k_head_stride, params.k_batch_stride},
+                    {64, Config::kBlockN, 1, 1}};
+  const TensorBox v{params.v,
+                    4,
+                    {params.head_dim_v, rows_k, params.num_heads_k, batch},
+                    {params.v_row_stride, params.v_head_stride, params.v_batch_stride},
+                    {64, Config::kBlockN, 1, 1}};
+  Status status = make_tensor_map(maps.q, q, Config::kDtype, name);
+  if (status == Status::kOk) status = make_tensor_map(maps.k, k, Config::kDtype, name);
+  if (status == Status::kOk) status = make_tensor_map(maps.v, v, Config::kDtype, name);
+  return status;
+}
+
+}  // namespace flash_attn::sm90
