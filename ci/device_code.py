@@ -40,10 +40,9 @@ def expected(kernels: Iterable[str], targets: Iterable[str]) -> frozenset[str]:
 def _code(target: str) -> tuple[str, str]:
     """Family and code of a target: sm80 and sm_90 of ``sm80:90+ptx``."""
     match = re.fullmatch(r"(sm\d+):(\d+)(\+ptx)?", target)
-    arch = axes.ARCHS.get(int(match[2])) if match else None
-    if match is None or arch is None:
+    if match is None or match[1] not in axes.FAMILIES or int(match[2]) not in axes.ARCHS:
         raise CiError(f"unknown target {target!r} in its manifest")
-    return match[1], f"sm_{arch.code}"
+    return match[1], f"sm_{selection.Target(match[1], int(match[2])).code}"
 
 
 def parse(text: str) -> frozenset[str]:

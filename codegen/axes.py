@@ -15,6 +15,8 @@ class Family:
 
     ``directions`` lists what has been written for the family; a family without any is known but cannot be
     built. ``template_dir`` is the folder under ``templates/`` and the C++ namespace that hold its kernels.
+    ``code_suffix`` "a" asks nvcc for instructions that only the family's own architectures have: no other
+    GPU, newer ones included, runs that code or its PTX.
     """
 
     name: str
@@ -26,15 +28,15 @@ class Family:
     regs_per_sm: int = 65536
     regs_per_thread: int = 255
     smem_reserved_per_block: int = 1 * KIB
+    code_suffix: str = ""
 
 
 @dataclass(frozen=True)
 class Arch:
-    """A compute capability: the family that serves it, its nvcc target and the first CUDA that knows it."""
+    """A compute capability, the family that serves it and the first CUDA that knows it."""
 
     capability: int
     family: str
-    code: str
     min_cuda: tuple[int, int]
 
 
@@ -44,21 +46,21 @@ FAMILIES = {
         Family("sm75", "sm75", ("fp16",), (), 64 * KIB, 64 * KIB),
         Family("sm80", "sm80", DTYPES, ("forward",), 163 * KIB, 164 * KIB),
         Family("sm86", "sm80", DTYPES, ("forward",), 99 * KIB, 100 * KIB),
-        Family("sm90", "sm90", DTYPES, ("forward",), 227 * KIB, 228 * KIB),
+        Family("sm90", "sm90", DTYPES, ("forward",), 227 * KIB, 228 * KIB, code_suffix="a"),
     )
 }
 
 ARCHS = {
     arch.capability: arch
     for arch in (
-        Arch(75, "sm75", "75", (10, 0)),
-        Arch(80, "sm80", "80", (11, 0)),
-        Arch(86, "sm86", "86", (11, 1)),
-        Arch(89, "sm86", "89", (11, 8)),
-        Arch(90, "sm90", "90a", (12, 0)),
-        Arch(100, "sm80", "100", (12, 8)),
-        Arch(110, "sm80", "110", (13, 0)),
-        Arch(120, "sm86", "120", (12, 8)),
+        Arch(75, "sm75", (10, 0)),
+        Arch(80, "sm80", (11, 0)),
+        Arch(86, "sm86", (11, 1)),
+        Arch(89, "sm86", (11, 8)),
+        Arch(90, "sm90", (12, 0)),
+        Arch(100, "sm80", (12, 8)),
+        Arch(110, "sm80", (13, 0)),
+        Arch(120, "sm86", (12, 8)),
     )
 }
 

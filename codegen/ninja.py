@@ -76,8 +76,7 @@ def gencode_flags(targets: Iterable[Target]) -> tuple[str, ...]:
     """One ``-gencode`` per code, in order of capability; PTX only where asked for."""
     codes: dict[str, bool] = {}
     for target in sorted(targets, key=lambda target: target.capability):
-        code = axes.ARCHS[target.capability].code
-        codes[code] = codes.get(code, False) or target.ptx
+        codes[target.code] = codes.get(target.code, False) or target.ptx
     return tuple(
         f"-gencode=arch=compute_{code},code=[sm_{code}{f',compute_{code}' if ptx else ''}]"
         for code, ptx in codes.items()

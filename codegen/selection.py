@@ -43,6 +43,11 @@ class Target:
         return f"{self.family}:{self.capability}{'+ptx' if self.ptx else ''}"
 
     @property
+    def code(self) -> str:
+        """What nvcc calls the target, without its prefix: ``80`` of sm_80, ``90a`` of sm_90a."""
+        return f"{self.capability}{axes.FAMILIES[self.family].code_suffix}"
+
+    @property
     def arch(self) -> str:
         """The item of FLASH_ATTN_ARCHS that selects this target."""
         default = axes.ARCHS[self.capability].family == self.family
@@ -194,6 +199,11 @@ def _target(item: str) -> Target:
         raise SelectionError(
             f"FLASH_ATTN_ARCHS: {item} belongs to family {family.name}, which has no kernels yet"
             f" (families with kernels: {built})"
+        )
+    if family.code_suffix and (match["ptx"] or arch.family != family.name):
+        raise SelectionError(
+            f"FLASH_ATTN_ARCHS: {item}: kernels of family {family.name} run on no other GPU than their own:"
+            f" allowed is {family.name}:{family.name.removeprefix('sm')}, without +ptx"
         )
     return Target(family.name, arch.capability, match["ptx"] is not None)
 

@@ -18,9 +18,10 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <limits>
 
 #include "common/accumulator.cuh"
-#include "common/mask.cuh"
+#include "common/dropout.cuh"
 #include "common/query_block.cuh"
 #include "common/schedule.cuh"
 #include "common/scores.cuh"
@@ -35,8 +36,10 @@
 #include "ptx/warpgroup.cuh"
 #include "sm90/config.cuh"
 #include "sm90/epilogue.cuh"
+#include "sm90/pipeline.cuh"
 #include "sm90/products.cuh"
 #include "sm90/tensors.cuh"
+#include "sm90/work.cuh"
 
 namespace flash_attn::sm90 {
 
@@ -47,94 +50,6 @@ struct ForwardArguments {
   TensorMaps maps;
   ForwardParams params;
   TileSchedule schedule;
-};
-
-// Addresses in shared memory.
-template <class Config>
-struct SharedLayout {
-  uint32_t base;
-
-  __device__ __forceinline__ explicit SharedLayout(const uint8_t* shared_memory)
-      : base(ptx::shared_address(shared_memory)) {}
-
-  __device__ __forceinline__ uint32_t query(int stage) const { return base + stage * Config::kQueryBytes; }
-  __device__ __forceinline__ uint32_t key(int stage) const {
-    return query(Config::kQueryStages) + stage * Config::kKeyBytes;
-  }
-  __device__ __forceinline__ uint32_t value(int stage) const {
-    return key(Config::kStages) + stage * Config::kValueBytes;
-  }
-  __device__ __forceinline__ uint32_t q_full(int stage) const { return value(Config::kStages) + 32 * stage; }
-  __device__ __forceinline__ uint32_t q_empty(int stage) const { return q_full(stage) + 8; }
-  __device__ __forceinline__ uint32_t tile(int stage) const { return q_full(stage) + 16; }
-  __device__ __forceinline__ uint32_t k_full(int stage) const {
-    return q_full(Config::kQueryStages) + 32 * stage;
-  }
-  __device__ __forceinline__ uint32_t k_empty(int stage) const { return k_full(stage) + 8; }
-  __device__ __forceinline__ uint32_t v_full(int stage) const { return k_full(stage) + 16; }
-  __device__ __forceinline__ uint32_t v_empty(int stage) const { return k_full(stage) + 24; }
-
-  __device__ __forceinline__ void init_barriers() const {
-    for (int stage = 0; stage < Config::kQueryStages; ++stage) {
-      ptx::mbarrier_init(q_full(stage), 1);
-      ptx::mbarrier_init(q_empty(stage), Config::kConsumers);
-    }
-    for (int stage = 0; stage < Config::kStages; ++stage) {
-      ptx::mbarrier_init(k_full(stage), 1);
-      ptx::mbarrier_init(k_empty(stage), Config::kConsumers);
-      ptx::mbarrier_init(v_full(stage), 1);
-      ptx::mbarrier_init(v_empty(stage), Config::kConsumers);
-    }
-    ptx::mbarrier_init_fence();
-  }
-};
-
-// Position in a ring of buffers: the stage, and the parity of its full barrier's phase.
-template <int kStages>
-struct RingPosition {
-  int stage = 0;
-  uint32_t parity = 0;
-
-  __device__ __forceinline__ void advance() {
-    if (++stage == kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
-
-// The queries of a tile, or of one warpgroup's 64 rows of it, and the blocks of keys that they see.
-template <class Config>
-struct Work {
-  QueryBlock queries;
-  AttentionMask<Config::kMask> mask;
-  KeyBlocks<Config::kMask, Config::kBlockN> blocks;
-
-  __device__ __forceinline__ Work(const ForwardParams& params, const Sequence& sequence,
-                                  const TileSchedule::Tile& tile, int first_row, int max_rows)
-      : queries{&params,   sequence,  tile.batch,
-                tile.head, first_row, min(sequence.seqlen_q - first_row, max_rows)},
-        mask(params, sequence.seqlen_q, sequence.seqlen_k),
-        blocks(mask, first_row, first_row + queries.rows - 1) {
-    if (queries.rows <= 0 || blocks.begin > blocks.end) blocks.end = blocks.begin;
-  }
-
-  __device__ __forceinline__ bool has_keys() const { return blocks.begin < blocks.end; }
-};
-
-// Hands out tiles: the first one of each thread block is its own index, the next ones come from a counter in
-// global memory, so that blocks with short tiles take more of them. Without a counter a block takes every
-// gridDim.x-th tile.
-struct TileQueue {
-  int32_t* counter;
-  int num_tiles;
-
-  __device__ __forceinline__ int next(int index) const {
-    if (counter == nullptr) return index + gridDim.x;
-    const int taken = atomicAdd(counter, 1);
-    if (taken == num_tiles - 1) *counter = 0;  // every tile's successor has been asked for
-    return taken + gridDim.x;
-  }
 };
 
 // The producer: one thread.
@@ -234,10 +149,19 @@ struct Consumer {
         synchronize();
         release(shared.q_empty(q_ring.stage));
         skip_blocks(all.blocks.end - all.blocks.begin);
-        if (mine.queries.rows > 0)
-          store_empty<typename Config::Element>(mine.queries, threadIdx.x % 128, 128);
+        store_empty_rows(mine.queries);
       }
       q_ring.advance();
+    }
+  }
+
+  // The rows past the last varlen sequence may be more than the tiles of the longest sequence.
+  __device__ __forceinline__ void store_empty_rows(QueryBlock queries) const {
+    const int64_t step = arguments.schedule.tiles_m * Config::kBlockM;
+    for (int64_t row = queries.first_row; row < queries.sequence.seqlen_q; row += step) {
+      queries.first_row = static_cast<int>(row);
+      queries.rows = min(queries.sequence.seqlen_q - queries.first_row, 64);
+      store_empty<typename Config::Element>(queries, threadIdx.x % 128, 128);
     }
   }
 
@@ -303,11 +227,11 @@ struct Consumer {
       ptx::wgmma_wait<1>();
       finish_scores(scores, block == work.blocks.begin);
       const bool lags = update_softmax(work, softmax, scores, factor, block);
+      // The next V is waited for here, before the product with this one: ptxas moves no exponential across
+      // the loop in this wait, but it would move them all behind the wait for the product.
+      ptx::settle(scores);
       const uint32_t v_empty = shared.v_empty(v_ring.stage);
       v_ring.advance();
-      // The next V is waited for here so that ptxas, which moves nothing across the loop in this wait, does
-      // not let the softmax wait for the product.
-      ptx::settle(scores);
       ptx::mbarrier_wait(shared.v_full(v_ring.stage), v_ring.parity);
       ptx::wgmma_wait<0>();
       ptx::settle(output);
@@ -389,6 +313,10 @@ Status launch_forward(const ForwardParams& params, const Device& device, cudaStr
   ForwardArguments arguments{};
   arguments.params = params;
   arguments.schedule = make_schedule(params, Config::kBlockM, Config::kMask, kSectionBytes);
+  if (arguments.schedule.num_tiles() > std::numeric_limits<int32_t>::max() - device.multiprocessors) {
+    return fail(Status::kInvalidArgument, "%s would need %lld tiles; the limit is 2^31 less one per SM", name,
+                static_cast<long long>(arguments.schedule.num_tiles()));
+  }
   const Status status = make_tensor_maps<Config>(arguments.maps, params, name);
   if (status != Status::kOk) return status;
   const int64_t blocks = std::min<int64_t>(arguments.schedule.num_tiles(), device.multiprocessors);

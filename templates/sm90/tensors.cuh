@@ -44,18 +44,20 @@ Status make_tensor_maps(TensorMaps& maps, const ForwardParams& params, const cha
   const bool varlen = params.cu_seqlens_q != nullptr;
   const int64_t batch = varlen ? 1 : params.batch, d = params.head_dim;
   const int64_t rows_q = varlen ? params.total_q : params.seqlen_q;
-  const int64_t rows_k = varlen ? params.total_k : params.seqlen_k;
+  // Without a single key nothing is read of K and V, but a tensor map wants an address and a size.
+  const bool no_keys = varlen && params.total_k == 0;
+  const int64_t rows_k = no_keys ? 1 : varlen ? params.total_k : params.seqlen_k;
   const TensorBox q{params.q,
                     4,
                     {d, rows_q, params.num_heads, batch},
                     {params.q_row_stride, params.q_head_stride, params.q_batch_stride},
                     {64, Config::kBlockM, 1, 1}};
-  const TensorBox k{params.k,
+  const TensorBox k{no_keys ? params.q : params.k,
                     4,
                     {d, rows_k, params.num_heads_k, batch},
                     {params.k_row_stride, params.k_head_stride, params.k_batch_stride},
                     {64, Config::kBlockN, 1, 1}};
-  const TensorBox v{params.v,
+  const TensorBox v{no_keys ? params.q : params.v,
                     4,
                     {params.head_dim_v, rows_k, params.num_heads_k, batch},
                     {params.v_row_stride, params.v_head_stride, params.v_batch_stride},

@@ -101,7 +101,7 @@ def wheel_bytes(name, manifest=(), **files):
     tags = "".join(f"Tag: {python}-{abi}-{platform}\n" for platform in platforms.split("."))
     build = {
         "project_version": version("PROJECT_VERSION"),
-        "targets": ["sm80:80", "sm80:90+ptx", "sm86:86"],
+        "targets": ["sm80:80", "sm80:100+ptx", "sm86:86", "sm90:90"],
         "head_dims": [64, 128],
         "dtypes": ["bf16"],
         "directions": ["forward"],

@@ -12,21 +12,21 @@ arch = sm_80
 compressed
 symbols:
 FUNC          WEAK    DEFAULT    -       $__internal_0_$__cuda_sm20_rcp_rn_f32_slowpath
-{ENTRY.format("23ForwardSm80Bf16D128Full")}
+{ENTRY.format("23ForwardSm80Bf16D256Full")}
 
 Fatbin elf code:
 ================
 arch = sm_90
 symbols:
-{ENTRY.format("28ForwardSm80Bf16D128FullRoomy")}
+{ENTRY.format("28ForwardSm80Bf16D256FullRoomy")}
 FUNC  GLOBAL DEFAULT ENTRY  _ZN10flash_attn20dropout_probs_kernelENS_5OtherE
 """
 
 
 def test_the_kernels_of_the_device_code():
-    kernels, targets = ["forward_sm80_bf16_d128_full"], ["sm80:80", "sm80:90+ptx", "sm86:86"]
+    kernels, targets = ["forward_sm80_bf16_d256_full"], ["sm80:80", "sm80:90+ptx", "sm86:86"]
     assert device_code.parse(DUMP) == device_code.expected(kernels, targets)
-    assert device_code.parse(DUMP) == {f"forward_sm80_bf16_d128_full sm_{cc}" for cc in (80, 90)}
+    assert device_code.parse(DUMP) == {f"forward_sm80_bf16_d256_full sm_{cc}" for cc in (80, 90)}
     assert device_code.expected(["forward_sm86_bf16_d64_full"], ["sm80:80"]) == frozenset()
 
 

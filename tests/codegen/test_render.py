@@ -77,7 +77,7 @@ def test_a_new_head_dim_is_data(monkeypatch):
 def test_a_new_family_is_data(monkeypatch):
     family = axes.Family("sm95", "sm95", ("bf16",), ("forward",), 200 * axes.KIB, 201 * axes.KIB)
     monkeypatch.setitem(axes.FAMILIES, "sm95", family)
-    monkeypatch.setitem(axes.ARCHS, 95, axes.Arch(95, "sm95", "95a", (13, 0)))
+    monkeypatch.setitem(axes.ARCHS, 95, axes.Arch(95, "sm95", (13, 0)))
     monkeypatch.setitem(tiles.FORWARD_TILES, "sm95", tiles.FORWARD_TILES["sm80"])
     chosen = selection.from_environment({"FLASH_ATTN_ARCHS": "95"})
     files = render.render_sources(chosen)

@@ -12,8 +12,8 @@ def targets(value, gpus=()):
     ("value", "expected"),
     [
         ("80", ["sm80:80"]),
-        ("80;90", ["sm80:80", "sm80:90"]),
-        ("90, 80 86", ["sm80:80", "sm80:90", "sm86:86"]),
+        ("80;90", ["sm80:80", "sm90:90"]),
+        ("90, 80 86", ["sm80:80", "sm86:86", "sm90:90"]),
         ("89", ["sm86:89"]),
         ("100 110 120+ptx", ["sm80:100", "sm80:110", "sm86:120+ptx"]),
         ("sm86:90", ["sm86:90"]),
@@ -21,7 +21,7 @@ def targets(value, gpus=()):
         ("80;80+ptx;80", ["sm80:80+ptx"]),
         ("SM80:80+PTX", ["sm80:80+ptx"]),
         ("none", []),
-        ("all", ["sm80:80", "sm80:90", "sm80:100", "sm80:110", "sm86:86", "sm86:89", "sm86:120"]),
+        ("all", ["sm80:80", "sm80:100", "sm80:110", "sm86:86", "sm86:89", "sm86:120", "sm90:90"]),
     ],
 )
 def test_archs(value, expected):
@@ -31,7 +31,7 @@ def test_archs(value, expected):
 @pytest.mark.parametrize(
     ("gpus", "expected"),
     [
-        ([90, 90], ["sm80:90"]),
+        ([90, 90], ["sm90:90"]),
         ([80, 89], ["sm80:80", "sm86:89"]),
         ([87], []),
         ([103], ["sm80:100"]),
@@ -50,7 +50,7 @@ def test_native_says_why_there_are_no_kernels():
     assert (
         skipped == "the GPU of compute capability 7.5 has no kernels: skipped; no kernels, CPU backend only"
     )
-    assert from_environment({}, lambda: [90]).summary == "kernels for sm80:90"
+    assert from_environment({}, lambda: [90]).summary == "kernels for sm90:90"
 
 
 def test_native_is_detected_only_when_asked_for():
@@ -90,8 +90,9 @@ def test_detection_falls_back_to_nvidia_smi(monkeypatch, tmp_path):
         ("80+sass", "unknown value '80+sass'"),
         ("all;80", "unknown value 'all'"),
         ("sm70:80", "unknown family in 'sm70:80'; known: sm75, sm80, sm86, sm90"),
-        ("75", "75 belongs to family sm75, which has no kernels yet (families with kernels: sm80, sm86)"),
-        ("sm90:90", "family sm90, which has no kernels yet"),
+        ("75", "75 belongs to family sm75, which has no kernels yet (families with kernels: sm80, sm86, sm90)"),
+        ("90+ptx", "90+ptx: kernels of family sm90 run on no other GPU than their own: allowed is sm90:90"),
+        ("sm90:80", "sm90:80: kernels of family sm90 run on no other GPU than their own"),
     ],
 )
 def test_wrong_archs(value, words):
@@ -129,7 +130,7 @@ def test_known_variables_that_do_not_select_are_accepted():
 
 
 def test_both_names_of_the_archs_variable():
-    assert from_environment({"FLASH_ATTN_CUDA_ARCHS": "90"}).targets == (Target("sm80", 90),)
+    assert from_environment({"FLASH_ATTN_CUDA_ARCHS": "90"}).targets == (Target("sm90", 90),)
     both = {"FLASH_ATTN_ARCHS": "80;90", "FLASH_ATTN_CUDA_ARCHS": "80, 90"}
     assert len(from_environment(both).targets) == 2
     with pytest.raises(SelectionError, match="disagree"):
@@ -146,7 +147,7 @@ def test_axis_lists_keep_the_axis_order_and_default_to_all():
 
 
 def test_arch_is_the_item_that_selects_a_target():
-    for item in ("80", "90+ptx", "sm86:90", "sm80:86+ptx"):
+    for item in ("80", "90", "100+ptx", "sm86:90", "sm80:86+ptx"):
         (target,) = from_environment({"FLASH_ATTN_ARCHS": item}).targets
         assert target.arch == item
 
@@ -155,7 +156,7 @@ def test_slug_is_stable_and_tells_selections_apart():
     def slug(**variables):
         return from_environment({f"FLASH_ATTN_{name}": value for name, value in variables.items()}).slug
 
-    assert slug(ARCHS="90;80") == slug(ARCHS="80 90") == "sm80.80.90"
+    assert slug(ARCHS="100;80") == slug(ARCHS="80 100") == "sm80.80.100"
     assert slug(ARCHS="80", HEAD_DIMS="128", DTYPES="bf16") == "sm80.80-d128-bf16"
     assert slug(ARCHS="86+ptx;sm80:90") == "sm80.90-sm86.86ptx"
     assert slug(ARCHS="none") == "none"

@@ -1,9 +1,9 @@
 import pytest
 
 from codegen import axes, tiles
-from codegen.tiles import ForwardTile, TileError
+from codegen.tiles import ForwardTile, HopperTile, TileError
 
-SM80, SM86 = axes.FAMILIES["sm80"], axes.FAMILIES["sm86"]
+SM80, SM86, SM90 = (axes.FAMILIES[name] for name in ("sm80", "sm86", "sm90"))
 
 
 def test_every_tile_of_the_table_fits():
@@ -18,7 +18,7 @@ def test_the_table_holds_no_row_that_nothing_reads():
     for rows in tiles.FORWARD_TILES.values():
         assert set(rows) == set(axes.HEAD_DIMS)
         for row in rows.values():
-            assert set(row) <= {"default", "roomy", *axes.MASKS}
+            assert set(row) <= {"default", *tiles.VARIANTS, *axes.MASKS}
 
 
 def test_arithmetic():
@@ -37,7 +37,7 @@ def test_pairs_of_warps_halve_the_columns_and_exchange_through_shared_memory():
 
 def refusal(tile, family, head_dim):
     with pytest.raises(TileError) as error:
-        tiles.check_forward_tile(tile, family, head_dim, "causal")
+        tiles.check_tile(tile, family, head_dim, "causal")
     return str(error.value)
 
 
@@ -100,11 +100,41 @@ def test_a_roomy_tile_may_need_more_of_a_multiprocessor_than_the_family_has(monk
     roomy = ForwardTile(64, 64, 4, 2, 2)
     assert "per SM" in refusal(roomy, SM80, 256)
     monkeypatch.setitem(tiles.FORWARD_TILES["sm80"][256], "roomy", roomy)
-    assert tiles.roomy_tile("sm80", 256) == roomy
-    assert tiles.roomy_tile("sm80", 32) is None
+    assert tiles.tile_variants("sm80", 256) == {"roomy": roomy}
+    assert tiles.tile_variants("sm80", 32) == {}
 
 
 def test_a_roomy_tile_must_fit_a_block(monkeypatch):
     monkeypatch.setitem(tiles.FORWARD_TILES["sm86"][256], "roomy", ForwardTile(128, 64, 8, 1))
     with pytest.raises(TileError, match="shared memory per block"):
-        tiles.roomy_tile("sm86", 256)
+        tiles.tile_variants("sm86", 256)
+
+
+def test_hopper_arithmetic():
+    tile = HopperTile(block_m=128, block_n=80, stages=2, query_stages=1)
+    assert tile.smem_bytes(256) == 2 * (128 * 256 + 4 * 80 * 256) + tile.BARRIER_BYTES
+    assert tile.smem_bytes(96) == tile.smem_bytes(128)
+    assert tile.register_floor(256) == 128 + 40 + 20 + tiles.HOPPER_REGISTER_OVERHEAD
+    narrow = HopperTile(block_m=128, block_n=80, stages=2, query_stages=1, head_dim_v=64)
+    assert tile.smem_bytes(256) - narrow.smem_bytes(256) == 2 * 80 * 192 * 2
+
+
+@pytest.mark.parametrize(
+    ("tile", "words"),
+    [
+        (HopperTile(160, 64, 2, 1), "block_m = 160, not 128 or 192"),
+        (HopperTile(256, 64, 2, 1), "block_m = 256, not 128 or 192"),
+        (HopperTile(128, 72, 2, 1), "block_n = 72, not a multiple of 16 up to 256"),
+        (HopperTile(128, 64, 1, 1), "stages = 1: the next V is waited for before this one is released"),
+        (HopperTile(192, 112, 2, 1), "(dv + block_n) / 2 + block_n / 4 + overhead = 172 > 160"),
+        (HopperTile(128, 128, 4, 1), "Q, K and V stages and barriers = 295168 > 232448 bytes"),
+    ],
+)
+def test_wrong_hopper_tiles(tile, words):
+    assert words in refusal(tile, SM90, 128)
+
+
+def test_every_width_of_wgmma_has_an_instruction():
+    widths = tiles.wgmma_columns()
+    assert set(axes.HEAD_DIMS) <= set(widths)
+    assert all(n % 8 == 0 and 8 <= n <= 256 for n in widths)

@@ -6,7 +6,7 @@ FULL = units.list_units(selection.full_selection())
 
 
 def test_the_full_matrix():
-    assert len(FULL) == 2 * len(axes.HEAD_DIMS) * len(axes.DTYPES) * len(axes.MASKS)
+    assert len(FULL) == 3 * len(axes.HEAD_DIMS) * len(axes.DTYPES) * len(axes.MASKS)
     assert len({unit.key for unit in FULL}) == len({unit.path for unit in FULL}) == len(FULL)
     assert len({unit.config for unit in FULL}) == len(FULL)
 
@@ -37,7 +37,12 @@ def test_a_trimmed_selection():
         {"FLASH_ATTN_ARCHS": "80;90", "FLASH_ATTN_HEAD_DIMS": "128", "FLASH_ATTN_DTYPES": "bf16"}
     )
     keys = [unit.key for unit in units.list_units(chosen)]
-    assert keys == [f"forward_sm80_bf16_d128_{mask}" for mask in axes.MASKS]
+    assert keys == [f"forward_{family}_bf16_d128_{mask}" for family in ("sm80", "sm90") for mask in axes.MASKS]
+
+
+def test_a_unit_names_the_tiles_that_its_launcher_prefers():
+    unit = next(u for u in FULL if u.key == "forward_sm90_bf16_d192_full")
+    assert list(unit.configs) == ["ForwardSm90Bf16D192FullNarrow", "ForwardSm90Bf16D192Full"]
 
 
 def test_nothing_selected():

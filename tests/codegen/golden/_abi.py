@@ -4,7 +4,7 @@ import ctypes
 import struct
 from enum import IntEnum
 
-LAYOUT_HASH = 0xB73138D9708A42CD
+LAYOUT_HASH = 0xE6DCFB2071C1F55D
 """Must equal flash_attn_layout_hash() of the library."""
 
 HEAD_DIMS = (32, 64, 96, 128, 192, 256)
@@ -63,10 +63,10 @@ class ForwardParams(ctypes.Structure):
     """
 
     _fields_ = (
-        ("q", ctypes.c_void_p),  # (batch, seqlen_q, num_heads, d), or (total_q, num_heads, d)
-        ("k", ctypes.c_void_p),  # (batch, seqlen_k, num_heads_k, d), or (total_k, num_heads_k, d)
-        ("v", ctypes.c_void_p),  # as k
-        ("out", ctypes.c_void_p),  # as q
+        ("q", ctypes.c_void_p),  # (batch, seqlen_q, num_heads, head_dim), or (total_q, num_heads, head_dim)
+        ("k", ctypes.c_void_p),  # (batch, seqlen_k, num_heads_k, head_dim), or (total_k, num_heads_k, head_dim)
+        ("v", ctypes.c_void_p),  # as k, with head_dim_v
+        ("out", ctypes.c_void_p),  # as q, with head_dim_v
         ("softmax_lse", ctypes.c_void_p),  # (batch, num_heads, seqlen_q), (num_heads, total_q), or null
         ("cu_seqlens_q", ctypes.c_void_p),  # (batch + 1), or null: where each sequence starts in q
         ("cu_seqlens_k", ctypes.c_void_p),  # (batch + 1), null iff cu_seqlens_q: sequence starts in k, v
@@ -75,6 +75,7 @@ class ForwardParams(ctypes.Structure):
         ("alibi_slopes", ctypes.c_void_p),  # (num_heads), or (batch, num_heads), or null
         ("rng_state", ctypes.c_void_p),  # (2): Philox seed and offset, read where dropout_p > 0
         ("probs", ctypes.c_void_p),  # output of flash_attn_dropout_probs, see there
+        ("tile_counter", ctypes.c_void_p),  # zero, also after the call, used by no other meanwhile; or null
         ("q_batch_stride", ctypes.c_int64),  # from one batch to the next
         ("q_row_stride", ctypes.c_int64),  # from one row to the next
         ("q_head_stride", ctypes.c_int64),  # from one head to the next
@@ -91,12 +92,14 @@ class ForwardParams(ctypes.Structure):
         ("lse_head_stride", ctypes.c_int64),  # from one head to the next
         ("alibi_batch_stride", ctypes.c_int64),  # from one batch to the next
         ("total_q", ctypes.c_int64),  # rows of q; past cu_seqlens_q[batch]: out = 0, lse = +inf
+        ("total_k", ctypes.c_int64),  # rows of k and v
         ("batch", ctypes.c_int32),  # number of sequences
         ("num_heads", ctypes.c_int32),  # heads of q, a multiple of num_heads_k
         ("num_heads_k", ctypes.c_int32),  # heads of k and v
         ("seqlen_q", ctypes.c_int32),  # rows per sequence of q, the longest if varlen
         ("seqlen_k", ctypes.c_int32),  # rows per sequence of k, the longest if varlen
-        ("head_dim", ctypes.c_int32),  # elements per head, a multiple of 8; the next larger kernel is used
+        ("head_dim", ctypes.c_int32),  # elements per head of q and k, a multiple of 8
+        ("head_dim_v", ctypes.c_int32),  # the same of v and out; the kernel is the next larger for both
         ("window_left", ctypes.c_int32),  # keys visible left of the diagonal, -1 = unlimited
         ("window_right", ctypes.c_int32),  # keys visible right of the diagonal, -1 = unlimited; 0 = causal
         ("dtype", ctypes.c_int32),  # Dtype of q, k, v, out
@@ -108,8 +111,8 @@ class ForwardParams(ctypes.Structure):
     )
 
 
-FORWARD_PARAMS = struct.Struct("<12Q16q11i3f")
-"""Packs the fields of ForwardParams, in order, into 280 bytes; a pointer is an int, null is 0."""
+FORWARD_PARAMS = struct.Struct("<13Q17q12i3f4x")
+"""Packs the fields of ForwardParams, in order, into 304 bytes; a pointer is an int, null is 0."""
 
 FUNCTIONS: dict[str, tuple[type, tuple[type, ...]]] = {
     "flash_attn_forward": (ctypes.c_int32, (ctypes.c_void_p, ctypes.c_void_p)),

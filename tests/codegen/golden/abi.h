@@ -7,7 +7,7 @@
 
 namespace flash_attn {
 
-constexpr uint64_t kLayoutHash = 0xB73138D9708A42CDu;
+constexpr uint64_t kLayoutHash = 0xE6DCFB2071C1F55Du;
 
 // Element type of q, k, v and out.
 enum class Dtype : int32_t {
@@ -49,10 +49,10 @@ enum class Status : int32_t {
 // Arguments of one attention forward call. Sequences are packed (varlen) iff cu_seqlens_q is not null:
 // then batch strides are ignored and row i of sequence b is cu_seqlens[b] + i. Strides are in elements.
 struct ForwardParams {
-  const void* q;  // (batch, seqlen_q, num_heads, d), or (total_q, num_heads, d)
-  const void* k;  // (batch, seqlen_k, num_heads_k, d), or (total_k, num_heads_k, d)
-  const void* v;  // as k
-  void* out;  // as q
+  const void* q;  // (batch, seqlen_q, num_heads, head_dim), or (total_q, num_heads, head_dim)
+  const void* k;  // (batch, seqlen_k, num_heads_k, head_dim), or (total_k, num_heads_k, head_dim)
+  const void* v;  // as k, with head_dim_v
+  void* out;  // as q, with head_dim_v
   float* softmax_lse;  // (batch, num_heads, seqlen_q), (num_heads, total_q), or null
   const int32_t* cu_seqlens_q;  // (batch + 1), or null: where each sequence starts in q
   const int32_t* cu_seqlens_k;  // (batch + 1), null iff cu_seqlens_q: sequence starts in k, v
@@ -61,6 +61,7 @@ struct ForwardParams {
   const float* alibi_slopes;  // (num_heads), or (batch, num_heads), or null
   const int64_t* rng_state;  // (2): Philox seed and offset, read where dropout_p > 0
   void* probs;  // output of flash_attn_dropout_probs, see there
+  int32_t* tile_counter;  // zero, also after the call, used by no other meanwhile; or null
   int64_t q_batch_stride;  // from one batch to the next
   int64_t q_row_stride;  // from one row to the next
   int64_t q_head_stride;  // from one head to the next
@@ -77,12 +78,14 @@ struct ForwardParams {
   int64_t lse_head_stride;  // from one head to the next
   int64_t alibi_batch_stride;  // from one batch to the next
   int64_t total_q;  // rows of q; past cu_seqlens_q[batch]: out = 0, lse = +inf
+  int64_t total_k;  // rows of k and v
   int32_t batch;  // number of sequences
   int32_t num_heads;  // heads of q, a multiple of num_heads_k
   int32_t num_heads_k;  // heads of k and v
   int32_t seqlen_q;  // rows per sequence of q, the longest if varlen
   int32_t seqlen_k;  // rows per sequence of k, the longest if varlen
-  int32_t head_dim;  // elements per head, a multiple of 8; the next larger kernel is used
+  int32_t head_dim;  // elements per head of q and k, a multiple of 8
+  int32_t head_dim_v;  // the same of v and out; the kernel is the next larger for both
   int32_t window_left;  // keys visible left of the diagonal, -1 = unlimited
   int32_t window_right;  // keys visible right of the diagonal, -1 = unlimited; 0 = causal
   int32_t dtype;  // Dtype of q, k, v, out
@@ -92,7 +95,7 @@ struct ForwardParams {
   float softcap;  // scores are softcap * tanh(score / softcap), 0 = off
   float dropout_p;  // probability of dropping an element of P
 };
-static_assert(sizeof(ForwardParams) == 280);
+static_assert(sizeof(ForwardParams) == 304);
 static_assert(offsetof(ForwardParams, q) == 0);
 static_assert(offsetof(ForwardParams, k) == 8);
 static_assert(offsetof(ForwardParams, v) == 16);
@@ -105,36 +108,39 @@ static_assert(offsetof(ForwardParams, leftpad_k) == 64);
 static_assert(offsetof(ForwardParams, alibi_slopes) == 72);
 static_assert(offsetof(ForwardParams, rng_state) == 80);
 static_assert(offsetof(ForwardParams, probs) == 88);
-static_assert(offsetof(ForwardParams, q_batch_stride) == 96);
-static_assert(offsetof(ForwardParams, q_row_stride) == 104);
-static_assert(offsetof(ForwardParams, q_head_stride) == 112);
-static_assert(offsetof(ForwardParams, k_batch_stride) == 120);
-static_assert(offsetof(ForwardParams, k_row_stride) == 128);
-static_assert(offsetof(ForwardParams, k_head_stride) == 136);
-static_assert(offsetof(ForwardParams, v_batch_stride) == 144);
-static_assert(offsetof(ForwardParams, v_row_stride) == 152);
-static_assert(offsetof(ForwardParams, v_head_stride) == 160);
-static_assert(offsetof(ForwardParams, out_batch_stride) == 168);
-static_assert(offsetof(ForwardParams, out_row_stride) == 176);
-static_assert(offsetof(ForwardParams, out_head_stride) == 184);
-static_assert(offsetof(ForwardParams, lse_batch_stride) == 192);
-static_assert(offsetof(ForwardParams, lse_head_stride) == 200);
-static_assert(offsetof(ForwardParams, alibi_batch_stride) == 208);
-static_assert(offsetof(ForwardParams, total_q) == 216);
-static_assert(offsetof(ForwardParams, batch) == 224);
-static_assert(offsetof(ForwardParams, num_heads) == 228);
-static_assert(offsetof(ForwardParams, num_heads_k) == 232);
-static_assert(offsetof(ForwardParams, seqlen_q) == 236);
-static_assert(offsetof(ForwardParams, seqlen_k) == 240);
-static_assert(offsetof(ForwardParams, head_dim) == 244);
-static_assert(offsetof(ForwardParams, window_left) == 248);
-static_assert(offsetof(ForwardParams, window_right) == 252);
-static_assert(offsetof(ForwardParams, dtype) == 256);
-static_assert(offsetof(ForwardParams, device) == 260);
-static_assert(offsetof(ForwardParams, family) == 264);
-static_assert(offsetof(ForwardParams, softmax_scale) == 268);
-static_assert(offsetof(ForwardParams, softcap) == 272);
-static_assert(offsetof(ForwardParams, dropout_p) == 276);
+static_assert(offsetof(ForwardParams, tile_counter) == 96);
+static_assert(offsetof(ForwardParams, q_batch_stride) == 104);
+static_assert(offsetof(ForwardParams, q_row_stride) == 112);
+static_assert(offsetof(ForwardParams, q_head_stride) == 120);
+static_assert(offsetof(ForwardParams, k_batch_stride) == 128);
+static_assert(offsetof(ForwardParams, k_row_stride) == 136);
+static_assert(offsetof(ForwardParams, k_head_stride) == 144);
+static_assert(offsetof(ForwardParams, v_batch_stride) == 152);
+static_assert(offsetof(ForwardParams, v_row_stride) == 160);
+static_assert(offsetof(ForwardParams, v_head_stride) == 168);
+static_assert(offsetof(ForwardParams, out_batch_stride) == 176);
+static_assert(offsetof(ForwardParams, out_row_stride) == 184);
+static_assert(offsetof(ForwardParams, out_head_stride) == 192);
+static_assert(offsetof(ForwardParams, lse_batch_stride) == 200);
+static_assert(offsetof(ForwardParams, lse_head_stride) == 208);
+static_assert(offsetof(ForwardParams, alibi_batch_stride) == 216);
+static_assert(offsetof(ForwardParams, total_q) == 224);
+static_assert(offsetof(ForwardParams, total_k) == 232);
+static_assert(offsetof(ForwardParams, batch) == 240);
+static_assert(offsetof(ForwardParams, num_heads) == 244);
+static_assert(offsetof(ForwardParams, num_heads_k) == 248);
+static_assert(offsetof(ForwardParams, seqlen_q) == 252);
+static_assert(offsetof(ForwardParams, seqlen_k) == 256);
+static_assert(offsetof(ForwardParams, head_dim) == 260);
+static_assert(offsetof(ForwardParams, head_dim_v) == 264);
+static_assert(offsetof(ForwardParams, window_left) == 268);
+static_assert(offsetof(ForwardParams, window_right) == 272);
+static_assert(offsetof(ForwardParams, dtype) == 276);
+static_assert(offsetof(ForwardParams, device) == 280);
+static_assert(offsetof(ForwardParams, family) == 284);
+static_assert(offsetof(ForwardParams, softmax_scale) == 288);
+static_assert(offsetof(ForwardParams, softcap) == 292);
+static_assert(offsetof(ForwardParams, dropout_p) == 296);
 
 }  // namespace flash_attn
 

@@ -35,9 +35,10 @@ const int kNumTargets = 2;
 const FamilyInfo kFamilies[] = {
     {Family::kSm80, "sm80", 166912},
     {Family::kSm86, "sm86", 101376},
+    {Family::kSm90, "sm90", 232448},
     {Family::kAuto, "auto", 0},
 };
-const int kNumFamilies = 2;
+const int kNumFamilies = 3;
 
 // Every head dim that a kernel can have, in this library or not.
 const int kHeadDims[] = {32, 64, 96, 128, 192, 256};

@@ -1,0 +1,50 @@
+// The tiles of queries that a thread block computes, and what each of its warpgroups has to do of one.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "common/mask.cuh"
+#include "common/query_block.cuh"
+#include "common/schedule.cuh"
+#include "common/sequence.cuh"
+#include "sm90/config.cuh"
+
+namespace flash_attn::sm90 {
+
+// The queries of a tile, or of one warpgroup's 64 rows of it, and the blocks of keys that they see.
+template <class Config>
+struct Work {
+  QueryBlock queries;
+  AttentionMask<Config::kMask> mask;
+  KeyBlocks<Config::kMask, Config::kBlockN> blocks;
+
+  __device__ __forceinline__ Work(const ForwardParams& params, const Sequence& sequence,
+                                  const TileSchedule::Tile& tile, int first_row, int max_rows)
+      : queries{&params,   sequence,  tile.batch,
+                tile.head, first_row, min(sequence.seqlen_q - first_row, max_rows)},
+        mask(params, sequence.seqlen_q, sequence.seqlen_k),
+        blocks(mask, first_row, first_row + queries.rows - 1) {
+    if (queries.rows <= 0 || blocks.begin > blocks.end) blocks.end = blocks.begin;
+  }
+
+  __device__ __forceinline__ bool has_keys() const { return blocks.begin < blocks.end; }
+};
+
+// Hands out tiles: the first one of each thread block is its own index, the next ones come from a counter in
+// global memory, so that blocks with short tiles take more of them. Without a counter a block takes every
+// gridDim.x-th tile.
+struct TileQueue {
+  int32_t* counter;
+  int num_tiles;
+
+  __device__ __forceinline__ int next(int index) const {
+    if (counter == nullptr) return index + gridDim.x;
+    const int taken = atomicAdd(counter, 1);
+    if (taken == num_tiles - 1) *counter = 0;  // every tile's successor has been asked for
+    return taken + gridDim.x;
+  }
+};
+
+}  // namespace flash_attn::sm90
