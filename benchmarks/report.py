@@ -91,18 +91,19 @@ def short_commit(commit: str) -> str:
 def markdown(rows: Sequence[Row], names: Sequence[str], facts: Mapping[str, Any]) -> str:
     """The forward table with its circumstances, for the README; rows are head dim and mask, columns seqlens.
 
-    A cell has our TFLOP/s and in brackets the ratio to the first peer.
+    A cell has our TFLOP/s and in brackets the ratio to each peer.
     """
     seqlens = sorted({row.setting.seqlen for row in rows})
     cells_of: dict[tuple[int, str], dict[int, str]] = {}
     for row in rows:
-        setting, ratio = row.setting, row.ratio(names[0], names[1])
+        setting, ratios = row.setting, [row.ratio(names[0], peer) for peer in names[1:]]
+        texts = ["-" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
         line = cells_of.setdefault((setting.head_dim, setting.mask), {})
-        line[setting.seqlen] = f"{row.tflops[names[0]]:.0f} ({'-' if ratio is None else f'{ratio:.2f}'})"
+        line[setting.seqlen] = f"{row.tflops[names[0]]:.0f} ({', '.join(texts)})"
     lines = [
         f"{facts['device']}, driver {facts['driver']}, torch {facts['torch']}, {facts['dtype']}, "
         f"kernel family {facts['family']}, {facts['date']}, commit {short_commit(facts['commit'])}. "
-        f"TFLOP/s by sequence length, in brackets our speed over {names[1]}'s:",
+        f"TFLOP/s by sequence length, in brackets our speed over that of {' and '.join(names[1:])}:",
         "",
         "| head dim, mask | " + " | ".join(map(str, seqlens)) + " |",
         "|---|" + "---|" * len(seqlens),

@@ -20,22 +20,24 @@ struct AttentionMask {
   int diagonal;
   int window_left;
   int window_right;
+  int group;  // of query heads that are packed: rows are queries times group
 
   AttentionMask() = default;
-  __device__ AttentionMask(const ForwardParams& params, int seqlen_q, int seqlen_k)
+  __device__ AttentionMask(const ForwardParams& params, int seqlen_q, int seqlen_k, int group = 1)
       : seqlen_k(seqlen_k),
         diagonal(seqlen_k - seqlen_q),
         window_left(params.window_left),
-        window_right(kMask == Mask::kCausal ? 0 : params.window_right) {}
+        window_right(kMask == Mask::kCausal ? 0 : params.window_right),
+        group(group) {}
 
-  // Keys visible to query `row` are [first_key(row), end_key(row)); the range may be empty.
+  // Keys visible to `row` are [first_key(row), end_key(row)); the range may be empty.
   __device__ __forceinline__ int end_key(int row) const {
     if (!kRight || (kLeft && window_right < 0)) return seqlen_k;
-    return min(seqlen_k, row + diagonal + window_right + 1);
+    return min(seqlen_k, row / group + diagonal + window_right + 1);
   }
 
   __device__ __forceinline__ int first_key(int row) const {
-    return kLeft && window_left >= 0 ? max(0, row + diagonal - window_left) : 0;
+    return kLeft && window_left >= 0 ? max(0, row / group + diagonal - window_left) : 0;
   }
 };
 

@@ -40,18 +40,19 @@ struct TileSchedule {
 };
 
 // `section_bytes` of keys and values may form a section: what stays in L2 while a section runs.
-inline TileSchedule make_schedule(const ForwardParams& params, int block_m, Mask mask,
-                                  int64_t section_bytes) {
+// `packed` query heads share a tile, see QueryBlock.
+inline TileSchedule make_schedule(const ForwardParams& params, int block_m, Mask mask, int64_t section_bytes,
+                                  int packed = 1) {
   const int64_t batches = int64_t{params.batch} + (params.cu_seqlens_q != nullptr ? 1 : 0);
   TileSchedule schedule{};
-  schedule.tiles_m = (int64_t{params.seqlen_q} + block_m - 1) / block_m;
-  schedule.num_heads = params.num_heads;
-  schedule.batch_heads = batches * params.num_heads;
+  schedule.tiles_m = (int64_t{params.seqlen_q} * packed + block_m - 1) / block_m;
+  schedule.num_heads = params.num_heads / packed;
+  schedule.batch_heads = batches * schedule.num_heads;
   schedule.section_heads = 1;
   if (mask == Mask::kCausal) {
     const int64_t head_bytes =
         std::max<int64_t>(int64_t{2} * params.seqlen_k * (params.head_dim + params.head_dim_v), 1);
-    const int64_t group = params.num_heads / params.num_heads_k;
+    const int64_t group = schedule.num_heads / params.num_heads_k;
     const int64_t heads = std::max<int64_t>(section_bytes / head_bytes, 1) * group;
     schedule.section_heads = std::min(heads, schedule.batch_heads);
   }

@@ -63,12 +63,11 @@ __device__ __forceinline__ void store_output(const QueryBlock& queries, const Wa
     }
   }
   __syncwarp();
-  auto* out = queries.out<typename Config::Element>();
 #pragma unroll 4
   for (int i = lane; i < Config::kWarpRows * Config::kTilesD; i += 32) {
     const int row = part.row + i / Config::kTilesD, chunk = part.dim / 8 + i % Config::kTilesD;
     if (row >= queries.rows || chunk * 8 >= queries.params->head_dim_v) continue;
-    *reinterpret_cast<uint4*>(out + row * queries.params->out_row_stride + chunk * 8) =
+    *reinterpret_cast<uint4*>(queries.out<typename Config::Element>(row) + chunk * 8) =
         ptx::load_shared_16(shared + Shared::offset(row, chunk));
   }
 }
@@ -109,7 +108,7 @@ __device__ __forceinline__ void finish(const QueryBlock& queries, const WarpPart
 #pragma unroll
   for (int i = 0; i < 2 * Config::kTilesM; ++i) {
     const int row = part.row + i / 2 * 16 + i % 2 * 8 + lane / 4;
-    if (stores_lse && row < queries.rows) queries.lse()[row] = softmax.log_sum_exp(i, scale_log2);
+    if (stores_lse && row < queries.rows) *queries.lse(row) = softmax.log_sum_exp(i, scale_log2);
     if constexpr (kModifiers) factor[i] /= 1.0f - queries.params->dropout_p;
   }
   store_output<Config>(queries, part, output, factor, shared);
@@ -222,7 +221,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::Tile::kMinBlocks)
   const Sequence sequence(params, tile.batch);
   const auto queries = [&](int first_row) {
     const int rows = min(sequence.seqlen_q - first_row, Config::kBlockM);
-    return QueryBlock{&params, sequence, tile.batch, tile.head, first_row, rows};
+    return QueryBlock{&params, sequence, tile.batch, tile.head, 1, first_row, rows};
   };
   const int first_row = tile.m_block * Config::kBlockM;
   if (tile.batch == params.batch) {

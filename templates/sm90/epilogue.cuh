@@ -32,10 +32,10 @@ __device__ __forceinline__ void store_output(const QueryBlock& queries, int firs
                                              const Accumulator<1, Config::kTilesD>& output,
                                              const float (&factor)[2]) {
   const int lane = threadIdx.x % 32;
-  auto* out = queries.out<typename Config::Element>();
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int row = first_row + i * 8 + lane / 4;
+    auto* out = queries.out<typename Config::Element>(row);
 #pragma unroll
     for (int n = 0; n < Config::kTilesD; n += 4) {
       uint32_t chunk[4];
@@ -47,8 +47,7 @@ __device__ __forceinline__ void store_output(const QueryBlock& queries, int firs
       transpose_quad(chunk);
       const int column = (n + lane % 4) * 8;
       if (row < queries.rows && column < queries.params->head_dim_v) {
-        *reinterpret_cast<uint4*>(out + row * queries.params->out_row_stride + column) =
-            make_uint4(chunk[0], chunk[1], chunk[2], chunk[3]);
+        *reinterpret_cast<uint4*>(out + column) = make_uint4(chunk[0], chunk[1], chunk[2], chunk[3]);
       }
     }
   }
@@ -64,7 +63,7 @@ __device__ __forceinline__ void finish(const QueryBlock& queries, OnlineSoftmax<
   for (int i = 0; i < 2; ++i) {
     const int row = first_row + i * 8 + lane / 4;
     if (queries.params->softmax_lse != nullptr && lane % 4 == 0 && row < queries.rows) {
-      queries.lse()[row] = softmax.log_sum_exp(i, scale_log2);
+      *queries.lse(row) = softmax.log_sum_exp(i, scale_log2);
     }
     if constexpr (kModifiers) factor[i] /= 1.0f - queries.params->dropout_p;
   }

@@ -50,10 +50,20 @@ struct ForwardArguments {
   TensorMaps maps;
   ForwardParams params;
   TileSchedule schedule;
+  int group;  // query heads that share keys, kPacked only
 };
 
+// The kernels of one configuration: softmax(scale Q K^T) V; with score modifiers; with a group of query heads
+// packed into the rows of a tile, for calls with few queries.
+enum class Variant { kPlain, kModified, kPacked };
+
+template <Variant kVariant>
+__device__ __forceinline__ int packed_group(const ForwardArguments& arguments) {
+  return kVariant == Variant::kPacked ? arguments.group : 1;
+}
+
 // The producer: one thread.
-template <class Config>
+template <class Config, Variant kVariant>
 __device__ __forceinline__ void produce(const ForwardArguments& arguments,
                                         const SharedLayout<Config>& shared) {
   const ForwardParams& params = arguments.params;
@@ -68,14 +78,14 @@ __device__ __forceinline__ void produce(const ForwardArguments& arguments,
   };
   for (int index = blockIdx.x; index < queue.num_tiles; index = queue.next(index)) {
     const TileSchedule::Tile tile = arguments.schedule.tile(index);
-    const Work<Config> work(params, Sequence(params, tile.batch), tile, tile.m_block * Config::kBlockM,
-                            Config::kBlockM);
+    const Work<Config> work(params, Sequence(params, tile.batch), tile, packed_group<kVariant>(arguments),
+                            tile.m_block * Config::kBlockM, Config::kBlockM);
     if (!work.has_keys()) {
       publish(tile, 0);
       q_ring.advance();
       continue;
     }
-    const int key_head = work.queries.head / (params.num_heads / params.num_heads_k);
+    const int key_head = work.queries.head * work.queries.group / (params.num_heads / params.num_heads_k);
     const auto load_key = [&](int block) {
       ptx::mbarrier_wait(shared.k_empty(k_ring.stage), k_ring.parity ^ 1);
       ptx::mbarrier_arrive_expect(shared.k_full(k_ring.stage), Config::kKeyBytes);
@@ -106,8 +116,9 @@ __device__ __forceinline__ void produce(const ForwardArguments& arguments,
 }
 
 // One consumer warpgroup.
-template <class Config, bool kModifiers>
+template <class Config, Variant kVariant>
 struct Consumer {
+  static constexpr bool kModifiers = kVariant == Variant::kModified;
   const ForwardArguments& arguments;
   const ForwardParams& params;
   const SharedLayout<Config>& shared;
@@ -139,8 +150,9 @@ struct Consumer {
       if (tile.batch < 0) return;
       const Sequence sequence(params, tile.batch);
       const int first_row = tile.m_block * Config::kBlockM;
-      const Work<Config> all(params, sequence, tile, first_row, Config::kBlockM);
-      const Work<Config> mine(params, sequence, tile, first_row + warpgroup * 64, 64);
+      const int group = packed_group<kVariant>(arguments);
+      const Work<Config> all(params, sequence, tile, group, first_row, Config::kBlockM);
+      const Work<Config> mine(params, sequence, tile, group, first_row + warpgroup * 64, 64);
       if (mine.has_keys()) {
         skip_blocks(all.blocks.end - mine.blocks.end);
         attend(mine);
@@ -158,9 +170,10 @@ struct Consumer {
   // The rows past the last varlen sequence may be more than the tiles of the longest sequence.
   __device__ __forceinline__ void store_empty_rows(QueryBlock queries) const {
     const int64_t step = arguments.schedule.tiles_m * Config::kBlockM;
-    for (int64_t row = queries.first_row; row < queries.sequence.seqlen_q; row += step) {
+    const int rows = queries.sequence.seqlen_q * queries.group;
+    for (int64_t row = queries.first_row; row < rows; row += step) {
       queries.first_row = static_cast<int>(row);
-      queries.rows = min(queries.sequence.seqlen_q - queries.first_row, 64);
+      queries.rows = min(rows - queries.first_row, 64);
       store_empty<typename Config::Element>(queries, threadIdx.x % 128, 128);
     }
   }
@@ -277,7 +290,7 @@ struct Consumer {
   }
 };
 
-template <class Config, bool kModifiers>
+template <class Config, Variant kVariant>
 __global__ void __launch_bounds__(Config::kThreads, 1)
     forward_kernel(const __grid_constant__ ForwardArguments arguments) {
   extern __shared__ __align__(1024) uint8_t shared_memory[];
@@ -288,10 +301,10 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);
   if (warpgroup == 0) {
     ptx::give_registers<Config::kProducerRegisters>();
-    if (threadIdx.x == 0) produce<Config>(arguments, shared);
+    if (threadIdx.x == 0) produce<Config, kVariant>(arguments, shared);
   } else {
     ptx::take_registers<Config::kConsumerRegisters>();
-    Consumer<Config, kModifiers>(arguments, shared, warpgroup - 1).run();
+    Consumer<Config, kVariant>(arguments, shared, warpgroup - 1).run();
   }
 }
 
@@ -303,6 +316,17 @@ bool suits(const ForwardParams& params) {
          (Config::Tile::kMaxKeys == 0 || mean_keys <= Config::Tile::kMaxKeys);
 }
 
+// How many query heads to pack into the rows of a tile: the whole group that shares keys, or 1. It pays where
+// a tile has more rows than there are queries.
+inline int group_to_pack(const ForwardParams& params, int block_m) {
+  const int group = params.num_heads / params.num_heads_k;
+  if (block_m % group != 0 || needs_modifiers(params)) return 1;
+  const auto filled = [&](int64_t rows) {
+    return static_cast<double>(rows) / static_cast<double>((rows + block_m - 1) / block_m * block_m);
+  };
+  return filled(params.seqlen_q) < 0.9 * filled(int64_t{params.seqlen_q} * group) ? group : 1;
+}
+
 // Runs the first configuration that suits the call; the last one in any case.
 template <class Config, class... Others>
 Status launch_forward(const ForwardParams& params, const Device& device, cudaStream_t stream,
@@ -312,19 +336,22 @@ Status launch_forward(const ForwardParams& params, const Device& device, cudaStr
   }
   ForwardArguments arguments{};
   arguments.params = params;
-  arguments.schedule = make_schedule(params, Config::kBlockM, Config::kMask, kSectionBytes);
+  arguments.group = group_to_pack(params, Config::kBlockM);
+  arguments.schedule = make_schedule(params, Config::kBlockM, Config::kMask, kSectionBytes, arguments.group);
   if (arguments.schedule.num_tiles() > std::numeric_limits<int32_t>::max() - device.multiprocessors) {
     return fail(Status::kInvalidArgument, "%s would need %lld tiles; the limit is 2^31 less one per SM", name,
                 static_cast<long long>(arguments.schedule.num_tiles()));
   }
-  const Status status = make_tensor_maps<Config>(arguments.maps, params, name);
+  const Status status = make_tensor_maps<Config>(arguments.maps, params, arguments.group, name);
   if (status != Status::kOk) return status;
   const int64_t blocks = std::min<int64_t>(arguments.schedule.num_tiles(), device.multiprocessors);
-  const bool modifiers = needs_modifiers(params);
-  static std::atomic<uint64_t> prepared[2];
-  return launch_kernel(modifiers ? forward_kernel<Config, true> : forward_kernel<Config, false>, name,
-                       device.index, blocks, Config::kThreads, Config::kSharedBytes, stream, arguments,
-                       prepared[modifiers]);
+  constexpr decltype(&forward_kernel<Config, Variant::kPlain>) kKernels[] = {
+      forward_kernel<Config, Variant::kPlain>, forward_kernel<Config, Variant::kModified>,
+      forward_kernel<Config, Variant::kPacked>};
+  const int variant = needs_modifiers(params) ? 1 : arguments.group > 1 ? 2 : 0;
+  static std::atomic<uint64_t> prepared[3];
+  return launch_kernel(kKernels[variant], name, device.index, blocks, Config::kThreads, Config::kSharedBytes,
+                       stream, arguments, prepared[variant]);
 }
 
 }  // namespace flash_attn::sm90

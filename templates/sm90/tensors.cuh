@@ -11,7 +11,9 @@
 
 namespace flash_attn::sm90 {
 
-// (head_dim, row, head, batch) each, read in boxes of 64 columns and the rows of a tile.
+// Read in boxes of 64 columns and the rows of a tile. K and V are (head_dim, row, head, batch), Q is
+// (head_dim, head of a packed group, row, group, batch) so that a box holds the heads of a group for each of
+// its rows.
 struct TensorMaps {
   CUtensorMap q;
   CUtensorMap k;
@@ -23,8 +25,9 @@ __device__ __forceinline__ void copy_queries(uint32_t shared, const CUtensorMap&
                                              const QueryBlock& queries) {
 #pragma unroll
   for (int slab = 0; slab < Config::kSlabs; ++slab) {
-    ptx::copy_tensor(shared + slab * Config::kQuerySlabBytes, map, barrier, slab * 64,
-                     queries.sequence.q_row + queries.first_row, queries.head, queries.sequence.q_batch);
+    ptx::copy_tensor(shared + slab * Config::kQuerySlabBytes, map, barrier, slab * 64, 0,
+                     queries.sequence.q_row + queries.first_row / queries.group, queries.head,
+                     queries.sequence.q_batch);
   }
 }
 
@@ -40,18 +43,19 @@ __device__ __forceinline__ void copy_keys(uint32_t shared, const CUtensorMap& ma
 }
 
 template <class Config>
-Status make_tensor_maps(TensorMaps& maps, const ForwardParams& params, const char* name) {
+Status make_tensor_maps(TensorMaps& maps, const ForwardParams& params, int group, const char* name) {
   const bool varlen = params.cu_seqlens_q != nullptr;
   const int64_t batch = varlen ? 1 : params.batch, d = params.head_dim;
   const int64_t rows_q = varlen ? params.total_q : params.seqlen_q;
   // Without a single key nothing is read of K and V, but a tensor map wants an address and a size.
   const bool no_keys = varlen && params.total_k == 0;
   const int64_t rows_k = no_keys ? 1 : varlen ? params.total_k : params.seqlen_k;
-  const TensorBox q{params.q,
-                    4,
-                    {d, rows_q, params.num_heads, batch},
-                    {params.q_row_stride, params.q_head_stride, params.q_batch_stride},
-                    {64, Config::kBlockM, 1, 1}};
+  const TensorBox q{
+      params.q,
+      5,
+      {d, group, rows_q, params.num_heads / group, batch},
+      {params.q_head_stride, params.q_row_stride, group * params.q_head_stride, params.q_batch_stride},
+      {64, group, Config::kBlockM / group, 1, 1}};
   const TensorBox k{no_keys ? params.q : params.k,
                     4,
                     {d, rows_k, params.num_heads_k, batch},

@@ -13,7 +13,8 @@
 
 namespace flash_attn::sm90 {
 
-// The queries of a tile, or of one warpgroup's 64 rows of it, and the blocks of keys that they see.
+// The rows of a tile, or one warpgroup's 64 of them, and the blocks of keys that they see. `group` query
+// heads are packed.
 template <class Config>
 struct Work {
   QueryBlock queries;
@@ -21,10 +22,15 @@ struct Work {
   KeyBlocks<Config::kMask, Config::kBlockN> blocks;
 
   __device__ __forceinline__ Work(const ForwardParams& params, const Sequence& sequence,
-                                  const TileSchedule::Tile& tile, int first_row, int max_rows)
-      : queries{&params,   sequence,  tile.batch,
-                tile.head, first_row, min(sequence.seqlen_q - first_row, max_rows)},
-        mask(params, sequence.seqlen_q, sequence.seqlen_k),
+                                  const TileSchedule::Tile& tile, int group, int first_row, int max_rows)
+      : queries{&params,
+                sequence,
+                tile.batch,
+                tile.head,
+                group,
+                first_row,
+                min(sequence.seqlen_q * group - first_row, max_rows)},
+        mask(params, sequence.seqlen_q, sequence.seqlen_k, group),
         blocks(mask, first_row, first_row + queries.rows - 1) {
     if (queries.rows <= 0 || blocks.begin > blocks.end) blocks.end = blocks.begin;
   }
