@@ -178,14 +178,17 @@ struct Consumer {
     }
   }
 
-  // Blocks of keys that other warpgroups' queries see and this one's do not.
+  // Blocks of keys that other warpgroups' queries see and this one's do not. Its warps meet before they are
+  // released: one that came late would find the barriers a phase too far and wait for ever. (Products make the
+  // warps of a warpgroup meet by themselves.)
   __device__ __forceinline__ void skip_blocks(int count) {
     for (; count > 0; --count) {
       ptx::mbarrier_wait(shared.k_full(k_ring.stage), k_ring.parity);
-      release(shared.k_empty(k_ring.stage));
-      k_ring.advance();
       ptx::mbarrier_wait(shared.v_full(v_ring.stage), v_ring.parity);
+      synchronize();
+      release(shared.k_empty(k_ring.stage));
       release(shared.v_empty(v_ring.stage));
+      k_ring.advance();
       v_ring.advance();
     }
   }
