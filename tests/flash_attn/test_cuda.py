@@ -96,7 +96,7 @@ def test_an_lse_that_nobody_wants_is_not_allocated():
     with pytest.MonkeyPatch.context() as patch:
         install(patch, recorder)
         out, lse, _, _ = _cuda.forward(
-            q, k, v, None, (q.shape, k.shape), SCORING, False, None, need_lse=False
+            q, k, v, None, (q.shape, k.shape, v.shape), SCORING, False, None, need_lse=False
         )
     assert lse is None and out.shape == q.shape
     assert recorder.calls[0][0].softmax_lse == 0
