@@ -48,7 +48,7 @@ class Cache(NamedTuple):
         self.k[where], self.v[where] = k, v
 
     def read(self, b: int, length: int) -> tuple[Tensor, Tensor]:
-        """Return keys (1, n, hk, d) and values (1, n, hk, dv) of sequence `b` behind its padding, to `length`."""
+        """Return keys (1, n, hk, d), values (1, n, hk, dv) of entry `b` up to `length`, without padding."""
         if self.block_table is not None:
             blocks = self.block_table[b]
             return gather_pages(self.k, blocks, length), gather_pages(self.v, blocks, length)
