@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import inf
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 from flash_attn import _abi, _library
 from flash_attn._layout import empty_out, probs_shape, round_multiple
 from flash_attn._philox import new_rng_state
+from flash_attn._tile_counter import tile_counter
 from flash_attn._validation import Scoring, Shapes
 
 Outputs = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
@@ -26,14 +27,23 @@ Sizes = tuple[int, int, int, int, int, int]
 DTYPES = {torch.float16: int(_abi.Dtype.FP16), torch.bfloat16: int(_abi.Dtype.BF16)}
 DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 OLDEST_CAPABILITY = (7, 5)
+HOPPER = (9, 0)
 PROBS_AT = _abi.ForwardParams.probs.offset
 FIXED_LENGTH = (0, 0, 0, 0)
 PACKED: tuple[int, ...] = (0,)
 NOT_PACKED: tuple[int, ...] = ()
 
 _pack = _abi.FORWARD_PARAMS.pack
-_libraries: dict[int, _library.Library] = {}
-"""The library, under each device that was found able to run it."""
+
+
+class _Device(NamedTuple):
+    """A GPU that was found able to run the library."""
+
+    library: _library.Library
+    counts_tiles: bool
+
+
+_devices: dict[int, _Device] = {}
 
 
 def _public_raw_stream(device: int) -> int:
@@ -43,7 +53,7 @@ def _public_raw_stream(device: int) -> int:
 _raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", _public_raw_stream)
 
 
-def _prepare(device: int) -> _library.Library:
+def _prepare(device: int) -> _Device:
     """Check a GPU and load the library, at the first call on it."""
     capability = torch.cuda.get_device_capability(device)
     if capability < OLDEST_CAPABILITY:
@@ -51,7 +61,7 @@ def _prepare(device: int) -> _library.Library:
         raise RuntimeError(
             f"q must be on a GPU of compute capability 7.5 (Turing) or newer, got {name}, which has {found}"
         )
-    return _libraries.setdefault(device, _library.load())
+    return _devices.setdefault(device, _Device(_library.load(), capability == HOPPER))
 
 
 def _fail(status: int, q: Tensor, head_dim: int, library: _library.Library) -> NoReturn:
@@ -81,6 +91,15 @@ def aligned(x: Tensor) -> Tensor:
         return x
     padding = -x.shape[-1] % 8
     return pad(x, (0, padding)) if padding else x.clone(memory_format=torch.contiguous_format)
+
+
+def _dropout_buffers(
+    q: Tensor, sizes: Sizes, return_softmax: bool, generator: torch.Generator | None
+) -> tuple[Tensor | None, Tensor]:
+    """Return (S_dmask, unset and only if asked for, rng_state)."""
+    batch, seqlen_q, seqlen_k, _, num_heads, _ = sizes
+    probs = q.new_empty(probs_shape(batch, num_heads, seqlen_q, seqlen_k)) if return_softmax else None
+    return probs, new_rng_state(q.device, generator)
 
 
 def _attend(
@@ -116,26 +135,25 @@ def _attend(
         slopes = slopes.contiguous()
         slopes_at, slopes_stride = slopes.data_ptr(), num_heads if slopes.dim() == 2 else 0
     if dropout_p:
-        rng_state = new_rng_state(q.device, generator)
+        probs, rng_state = _dropout_buffers(q, sizes, return_softmax, generator)
         rng_at = rng_state.data_ptr()
-        if return_softmax:
-            size = probs_shape(batch, num_heads, seqlen_q, seqlen_k)
-            probs = torch.empty(size, dtype=q.dtype, device=q.device)
     if not (batch and seqlen_q and seqlen_k and num_heads):
         out.zero_()
         if lse is not None:
             lse.fill_(inf)
         return probs, rng_state
     device = q.get_device()
-    library = _libraries.get(device) or _prepare(device)
+    stream = _raw_stream(device)
+    library, counts_tiles = _devices.get(device) or _prepare(device)
+    counter = tile_counter(device, stream) if counts_tiles else None
     packed = _pack(
-        q_at, k_at, v_at, o_at, 0 if lse is None else lse.data_ptr(), *sequences, slopes_at, rng_at, 0, 0,
+        q_at, k_at, v_at, o_at, 0 if lse is None else lse.data_ptr(), *sequences, slopes_at, rng_at, 0,
+        0 if counter is None else counter.data_ptr(),
         q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, o_batch, o_row, o_head,
         *lse_strides, slopes_stride, total_q, k.shape[0],
         batch, num_heads, num_heads_k, seqlen_q, seqlen_k, head_dim, head_dim_v, window_left, window_right,
         DTYPES[q.dtype], device, library.family, softmax_scale, softcap, dropout_p,
     )  # fmt: skip
-    stream = _raw_stream(device)
     status = library.forward(packed, stream)
     if probs is not None and not status:
         address = probs.data_ptr().to_bytes(8, "little")
