@@ -110,7 +110,7 @@ def varlen_attention(
             q[None, row : row + nq], k[None, first:last], v[None, first:last], mine, dtype
         )
         parts.append(o[0])
-        lse[:, row : row + nq] = part_lse[0].detach()
+        lse[:, row : row + nq] = part_lse[0]
         row, col = row + nq, col + nk
     parts.append(out[row:])
     return torch.cat(parts), lse

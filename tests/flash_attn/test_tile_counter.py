@@ -1,4 +1,4 @@
-"""Which calls share a tile counter, without a GPU: CPU tensors for CUDA's, streams that record being awaited."""
+"""Which calls share a tile counter, without a GPU: CPU tensors for CUDA's, streams that only record."""
 
 from __future__ import annotations
 
