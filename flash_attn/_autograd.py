@@ -38,7 +38,7 @@ def _function(name: str, q: Tensor) -> Any:
 
 
 class FlashAttention(torch.autograd.Function):
-    """q (b, sq, h, d), k and v (b, sk, hk, d) -> (out, softmax_lse, S_dmask).
+    """q (b, sq, h, d), k (b, sk, hk, d), v (b, sk, hk, dv) -> (out, softmax_lse, S_dmask).
 
     `scoring` is (dropout_p, softmax_scale, causal, window_left, window_right, softcap).
     """
@@ -67,7 +67,7 @@ class FlashAttention(torch.autograd.Function):
 
 
 class VarlenFlashAttention(torch.autograd.Function):
-    """Packed q (total_q, h, d), k and v (total_k, hk, d) -> (out, lse, S_dmask). `scoring` as above."""
+    """Packed q (total_q, h, d), k (total_k, hk, d), v (total_k, hk, dv) -> as above, as is `scoring`."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,

@@ -23,7 +23,7 @@ Outputs = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Some batch entries in the type that is computed in: q (B, h, sq, d), k and v (B, hk, sk, d)."""
+    """Batch entries in the type that is computed in: q (B, h, sq, d), k (B, hk, sk, d), v (B, hk, sk, dv)."""
 
     q: Tensor
     k: Tensor
@@ -107,7 +107,7 @@ def _heads_first(x: Tensor) -> Tensor:
 def _chunks(
     q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, first_batch: int
 ) -> Iterator[tuple[slice, _Chunk]]:
-    """Split q, k, v (b, s, h, d) into groups of batch entries whose scores for 16 rows fit the budget."""
+    """Split q, k (b, s, h, d) and v into groups of batch entries whose scores for 16 rows fit the budget."""
     batch, seqlen_q, num_heads, _ = q.shape
     step = _clamp(SCORES_AT_ONCE // max(1, num_heads * k.shape[1] * min(seqlen_q, 16)), batch)
     slopes = scoring.alibi_slopes
@@ -138,9 +138,10 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scoring: Scoring, first_batch: int = 0,
     rng_state: Tensor | None = None, probs: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Write out (b, sq, h, d), lse (b, h, sq) and the signed probabilities of q against k, v (b, sk, hk, d).
+    """Write out (b, sq, h, dv), lse (b, h, sq) and the signed probabilities of q against k and v.
 
-    `first_batch` is the index of q's first entry in the caller's batch.
+    k is (b, sk, hk, d), v (b, sk, hk, dv). `first_batch` is the index of q's first entry in the caller's
+    batch.
     """
     for part, chunk in _chunks(q, k, v, scoring, first_batch):
         for rows, cols in chunk.tiles():
@@ -158,7 +159,7 @@ def attend(
                 if probs is not None:
                     probs[part, :, at, seen] = torch.where(keep, p, -p).to(probs.dtype)
                 p = p * keep / (1.0 - scoring.dropout_p)
-            block = (chunk.grouped(p) @ chunk.v[:, :, seen]).view(*p.shape[:3], q.shape[-1])
+            block = (chunk.grouped(p) @ chunk.v[:, :, seen]).view(*p.shape[:3], v.shape[-1])
             out[part, at] = block.transpose(1, 2).to(out.dtype)
 
 
@@ -216,9 +217,9 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, shapes: Shapes, scoring: Scoring,
     return_softmax: bool, generator: torch.Generator | None,
 ) -> Outputs:  # fmt: skip
-    """Return (out, lse, S_dmask, rng_state) of q (b, sq, h, d), k and v (b, sk, hk, d)."""
-    (batch, seqlen_q, num_heads, _), (_, seqlen_k, _, _) = shapes
-    out = empty_out(q) if out is None else out
+    """Return (out, lse, S_dmask, rng_state) of q (b, sq, h, d), k (b, sk, hk, d), v (b, sk, hk, dv)."""
+    (batch, seqlen_q, num_heads, _), (_, seqlen_k, _, _), (_, _, _, head_dim_v) = shapes
+    out = empty_out(q, head_dim_v) if out is None else out
     lse = torch.empty(batch, num_heads, seqlen_q, dtype=lse_dtype(q.dtype), device=q.device)
     shape = probs_shape(batch, num_heads, seqlen_q, seqlen_k)
     probs, rng_state = _dropout_buffers(q, shape, scoring, return_softmax, generator)
@@ -254,7 +255,7 @@ def varlen_forward(
     """Return (out, lse (h, total_q), S_dmask, rng_state), by sequence; other rows are 0 with LSE +inf."""
     q_bounds, k_bounds = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     batch, (total_q, num_heads, _) = len(q_bounds) - 1, shapes[0]
-    out = empty_out(q) if out is None else out
+    out = empty_out(q, v.shape[-1]) if out is None else out
     out.zero_()
     lse = torch.full((num_heads, total_q), inf, dtype=lse_dtype(q.dtype), device=q.device)
     shape = probs_shape(batch, num_heads, max_seqlen_q, max_seqlen_k)

@@ -38,7 +38,7 @@ class Cache(NamedTuple):
         return b if self.batch_idx is None else int(self.batch_idx[b])
 
     def append(self, b: int, k: Tensor, v: Tensor) -> None:
-        """Write k, v (s_new, hk, d) behind what sequence `b` holds."""
+        """Write k (s_new, hk, d) and v (s_new, hk, dv) behind what sequence `b` holds."""
         positions = torch.arange(k.shape[0], device=k.device) + self.length(b)
         if self.block_table is None:
             where = (torch.full_like(positions, self.row(b)), positions)
@@ -48,7 +48,7 @@ class Cache(NamedTuple):
         self.k[where], self.v[where] = k, v
 
     def read(self, b: int, length: int) -> tuple[Tensor, Tensor]:
-        """Return keys and values (1, n, hk, d) of sequence `b` up to `length`, without leading padding."""
+        """Return keys (1, n, hk, d), values (1, n, hk, dv) of entry `b` up to `length`, without padding."""
         if self.block_table is not None:
             blocks = self.block_table[b]
             return gather_pages(self.k, blocks, length), gather_pages(self.v, blocks, length)
@@ -74,9 +74,12 @@ def forward_kvcache(
     q: Tensor, cache: Cache, k: Tensor | None, v: Tensor | None, rotary: Rotary | None, scoring: Scoring,
     out: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return (out, lse (b, h, sq)) of q (b, sq, h, d) over the cache, k and v (b, s_new, hk, d) appended."""
+    """Return (out, lse (b, h, sq)) of q (b, sq, h, d) over the cache, with k and v appended.
+
+    k is (b, s_new, hk, d), v (b, s_new, hk, dv).
+    """
     batch, seqlen_q, num_heads, _ = q.shape
-    out = empty_out(q) if out is None else out
+    out = empty_out(q, cache.v.shape[-1]) if out is None else out
     lse = torch.empty(batch, num_heads, seqlen_q, dtype=lse_dtype(q.dtype), device=q.device)
     moving = scoring.window_left >= 0 or scoring.window_right >= 0
     for b in range(batch):

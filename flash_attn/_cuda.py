@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import inf
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 from flash_attn import _abi, _library
 from flash_attn._layout import empty_out, probs_shape, round_multiple
 from flash_attn._philox import new_rng_state
+from flash_attn._tile_counter import tile_counter
 from flash_attn._validation import Scoring, Shapes
 
 Outputs = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
@@ -26,14 +27,23 @@ Sizes = tuple[int, int, int, int, int, int]
 DTYPES = {torch.float16: int(_abi.Dtype.FP16), torch.bfloat16: int(_abi.Dtype.BF16)}
 DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 OLDEST_CAPABILITY = (7, 5)
+HOPPER = (9, 0)
 PROBS_AT = _abi.ForwardParams.probs.offset
 FIXED_LENGTH = (0, 0, 0, 0)
 PACKED: tuple[int, ...] = (0,)
 NOT_PACKED: tuple[int, ...] = ()
 
 _pack = _abi.FORWARD_PARAMS.pack
-_libraries: dict[int, _library.Library] = {}
-"""The library, under each device that was found able to run it."""
+
+
+class _Device(NamedTuple):
+    """A GPU that was found able to run the library."""
+
+    library: _library.Library
+    counts_tiles: bool
+
+
+_devices: dict[int, _Device] = {}
 
 
 def _public_raw_stream(device: int) -> int:
@@ -43,7 +53,7 @@ def _public_raw_stream(device: int) -> int:
 _raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", _public_raw_stream)
 
 
-def _prepare(device: int) -> _library.Library:
+def _prepare(device: int) -> _Device:
     """Check a GPU and load the library, at the first call on it."""
     capability = torch.cuda.get_device_capability(device)
     if capability < OLDEST_CAPABILITY:
@@ -51,16 +61,16 @@ def _prepare(device: int) -> _library.Library:
         raise RuntimeError(
             f"q must be on a GPU of compute capability 7.5 (Turing) or newer, got {name}, which has {found}"
         )
-    return _libraries.setdefault(device, _library.load())
+    return _devices.setdefault(device, _Device(_library.load(), capability == HOPPER))
 
 
-def _fail(status: int, q: Tensor, library: _library.Library) -> NoReturn:
+def _fail(status: int, q: Tensor, head_dim: int, library: _library.Library) -> NoReturn:
     """Raise what a nonzero status means; a kernel that is missing comes with the command that builds it."""
     text = (library.last_error() or b"").decode() or f"status {status}"
     if status in (_abi.Status.NOT_BUILT, _abi.Status.UNSUPPORTED_DEVICE):
         major, minor = torch.cuda.get_device_capability(q.get_device())
         arch = _library.arch_of(10 * major + minor, library.family)
-        command = _library.build_command(arch, q.shape[-1], DTYPE_NAMES[q.dtype])
+        command = _library.build_command(arch, head_dim, DTYPE_NAMES[q.dtype])
         text = f"{text}; build it with `{command}`"
     raise RuntimeError(f"flash_attn: {text}")
 
@@ -83,16 +93,25 @@ def aligned(x: Tensor) -> Tensor:
     return pad(x, (0, padding)) if padding else x.clone(memory_format=torch.contiguous_format)
 
 
+def _dropout_buffers(
+    q: Tensor, sizes: Sizes, return_softmax: bool, generator: torch.Generator | None
+) -> tuple[Tensor | None, Tensor]:
+    """Return (S_dmask, unset and only if asked for, rng_state)."""
+    batch, seqlen_q, seqlen_k, _, num_heads, _ = sizes
+    probs = q.new_empty(probs_shape(batch, num_heads, seqlen_q, seqlen_k)) if return_softmax else None
+    return probs, new_rng_state(q.device, generator)
+
+
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, scoring: Scoring, sizes: Sizes,
-    head_dim: int, lse_strides: tuple[int, int], sequences: Sequence[int], return_softmax: bool,
+    head_dims: tuple[int, int], lse_strides: tuple[int, int], sequences: Sequence[int], return_softmax: bool,
     generator: torch.Generator | None,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """Write out and lse with one kernel; return (S_dmask, rng_state).
 
-    Tensors are (b, s, h, head_dim), or (total, h, head_dim) of packed sequences. `sizes` is (batch, seqlen_q,
-    seqlen_k, total_q, num_heads, num_heads_k), `sequences` the addresses of cu_seqlens_q, cu_seqlens_k,
-    seqused_k and leftpad_k, 0 for none.
+    Tensors are (b, s, h, n), or (total, h, n) of packed sequences; `head_dims` is n of q and k, and of v and
+    out. `sizes` is (batch, seqlen_q, seqlen_k, total_q, num_heads, num_heads_k), `sequences` the addresses of
+    cu_seqlens_q, cu_seqlens_k, seqused_k and leftpad_k, 0 for none.
     """
     batch_stride = PACKED if sequences[0] else NOT_PACKED
     q_batch, q_row, q_head, q_last = batch_stride + q.stride()
@@ -101,11 +120,12 @@ def _attend(
     o_batch, o_row, o_head, o_last = batch_stride + out.stride()
     q_at, k_at, v_at, o_at = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()
     k_v_strides = k_batch | k_row | k_head | v_batch | v_row | v_head
-    elements = head_dim | q_batch | q_row | q_head | k_v_strides | o_batch | o_row | o_head
+    head_dim, head_dim_v = head_dims
+    elements = head_dim | head_dim_v | q_batch | q_row | q_head | k_v_strides | o_batch | o_row | o_head
     addresses = q_at | k_at | v_at | o_at
     if elements & 7 or addresses & 15 or not q_last == k_last == v_last == o_last == 1:
         return _attend_copies(
-            q, k, v, out, lse, scoring, sizes, head_dim, lse_strides, sequences, return_softmax, generator
+            q, k, v, out, lse, scoring, sizes, head_dims, lse_strides, sequences, return_softmax, generator
         )  # fmt: skip
     batch, seqlen_q, seqlen_k, total_q, num_heads, num_heads_k = sizes
     softmax_scale, softcap, window_left, window_right, dropout_p, slopes = scoring
@@ -115,46 +135,46 @@ def _attend(
         slopes = slopes.contiguous()
         slopes_at, slopes_stride = slopes.data_ptr(), num_heads if slopes.dim() == 2 else 0
     if dropout_p:
-        rng_state = new_rng_state(q.device, generator)
+        probs, rng_state = _dropout_buffers(q, sizes, return_softmax, generator)
         rng_at = rng_state.data_ptr()
-        if return_softmax:
-            size = probs_shape(batch, num_heads, seqlen_q, seqlen_k)
-            probs = torch.empty(size, dtype=q.dtype, device=q.device)
     if not (batch and seqlen_q and seqlen_k and num_heads):
         out.zero_()
         if lse is not None:
             lse.fill_(inf)
         return probs, rng_state
     device = q.get_device()
-    library = _libraries.get(device) or _prepare(device)
+    stream = _raw_stream(device)
+    library, counts_tiles = _devices.get(device) or _prepare(device)
+    counter = tile_counter(device, stream) if counts_tiles else None
     packed = _pack(
-        q_at, k_at, v_at, o_at, 0 if lse is None else lse.data_ptr(), *sequences, slopes_at, rng_at, 0, 0,
+        q_at, k_at, v_at, o_at, 0 if lse is None else lse.data_ptr(), *sequences, slopes_at, rng_at, 0,
+        0 if counter is None else counter.data_ptr(),
         q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, o_batch, o_row, o_head,
         *lse_strides, slopes_stride, total_q, k.shape[0],
-        batch, num_heads, num_heads_k, seqlen_q, seqlen_k, head_dim, head_dim, window_left, window_right,
+        batch, num_heads, num_heads_k, seqlen_q, seqlen_k, head_dim, head_dim_v, window_left, window_right,
         DTYPES[q.dtype], device, library.family, softmax_scale, softcap, dropout_p,
     )  # fmt: skip
-    stream = _raw_stream(device)
     status = library.forward(packed, stream)
     if probs is not None and not status:
         address = probs.data_ptr().to_bytes(8, "little")
         status = library.dropout_probs(packed[:PROBS_AT] + address + packed[PROBS_AT + 8 :], stream)
     if status:
-        _fail(status, q, library)
+        _fail(status, q, max(head_dims), library)
     return probs, rng_state
 
 
 def _attend_copies(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, scoring: Scoring, sizes: Sizes,
-    head_dim: int, *arguments: Any,
+    head_dims: tuple[int, int], *arguments: Any,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """`_attend` with copies of those tensors that the kernels cannot read, or write, where they are."""
-    target, padded = out, round_multiple(head_dim, 8)
+    target, head_dim_v = out, head_dims[1]
+    padded = round_multiple(head_dims[0], 8), round_multiple(head_dim_v, 8)
     if not _readable(out):
-        target = torch.empty(*out.shape[:-1], padded, dtype=out.dtype, device=out.device)
+        target = torch.empty(*out.shape[:-1], padded[1], dtype=out.dtype, device=out.device)
     result = _attend(aligned(q), aligned(k), aligned(v), target, lse, scoring, sizes, padded, *arguments)
     if target is not out:
-        out.copy_(target[..., :head_dim])
+        out.copy_(target[..., :head_dim_v])
     return result
 
 
@@ -167,19 +187,20 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, shapes: Shapes, scoring: Scoring,
     return_softmax: bool, generator: torch.Generator | None, need_lse: bool = True,
 ) -> Outputs:  # fmt: skip
-    """Return (out, lse (b, h, sq) or None, S_dmask, rng_state) of q (b, sq, h, d), k and v (b, sk, hk, d).
+    """Return (out, lse (b, h, sq) or None, S_dmask, rng_state) of q (b, sq, h, d), k (b, sk, hk, d), v.
 
     Raises:
         RuntimeError: the GPU is too old, the kernel is not built, or CUDA reports an error.
     """
-    (batch, seqlen_q, num_heads, head_dim), (_, seqlen_k, num_heads_k, _) = shapes
+    (batch, seqlen_q, num_heads, head_dim), (_, seqlen_k, num_heads_k, _), (_, _, _, head_dim_v) = shapes
     if out is None:
-        out = empty_out(q)
+        out = empty_out(q, head_dim_v)
     lse_strides = num_heads * seqlen_q, seqlen_q
     lse = _empty_lse((batch, num_heads, seqlen_q), (*lse_strides, 1), q) if need_lse else None
     sizes = batch, seqlen_q, seqlen_k, batch * seqlen_q, num_heads, num_heads_k
     probs, rng_state = _attend(
-        q, k, v, out, lse, scoring, sizes, head_dim, lse_strides, FIXED_LENGTH, return_softmax, generator
+        q, k, v, out, lse, scoring, sizes, (head_dim, head_dim_v), lse_strides, FIXED_LENGTH, return_softmax,
+        generator,
     )  # fmt: skip
     return out, lse, probs, rng_state
 
@@ -190,20 +211,20 @@ def varlen_forward(
     leftpad_k: Tensor | None, seqused_k: Tensor | None, return_softmax: bool,
     generator: torch.Generator | None, need_lse: bool = True,
 ) -> Outputs:  # fmt: skip
-    """Return (out, lse (h, total_q) or None, S_dmask, rng_state) of q (total_q, h, d), k, v (total_k, hk, d).
+    """Return (out, lse (h, total_q) or None, S_dmask, rng_state) of q (total_q, h, d), k (total_k, hk, d), v.
 
     Raises:
         RuntimeError: as in `forward`.
     """
-    (total_q, num_heads, head_dim), (_, num_heads_k, _) = shapes
+    (total_q, num_heads, head_dim), (_, num_heads_k, _), (_, _, head_dim_v) = shapes
     if out is None:
-        out = empty_out(q)
+        out = empty_out(q, head_dim_v)
     lse = _empty_lse((num_heads, total_q), (total_q, 1), q) if need_lse else None
     given = cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k
     indices = [None if x is None else x.contiguous() for x in given]
     at = [0 if x is None else x.data_ptr() for x in indices]
     sizes = cu_seqlens_q.numel() - 1, max_seqlen_q, max_seqlen_k, total_q, num_heads, num_heads_k
     probs, rng_state = _attend(
-        q, k, v, out, lse, scoring, sizes, head_dim, (0, total_q), at, return_softmax, generator
+        q, k, v, out, lse, scoring, sizes, (head_dim, head_dim_v), (0, total_q), at, return_softmax, generator
     )  # fmt: skip
     return out, lse, probs, rng_state

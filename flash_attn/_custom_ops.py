@@ -118,8 +118,10 @@ def _flash_attn_varlen_backward(
     )[3]  # fmt: skip
 
 
-def _fake_outputs(q: Tensor, lse_shape: tuple[int, ...], probs: tuple[int, ...], has_probs: bool) -> Outputs:
-    out = empty_out(q)
+def _fake_outputs(
+    q: Tensor, v: Tensor, lse_shape: tuple[int, ...], probs: tuple[int, ...], has_probs: bool
+) -> Outputs:
+    out = empty_out(q, v.shape[-1])
     lse = q.new_empty(lse_shape, dtype=lse_dtype(q.dtype))
     return out, lse, q.new_empty(probs if has_probs else (0,)), q.new_empty((2,), dtype=torch.int64)
 
@@ -129,7 +131,7 @@ def _fake_forward(
 ):  # fmt: skip
     batch, seqlen_q, num_heads, _ = q.shape
     probs = probs_shape(batch, num_heads, seqlen_q, k.shape[1])
-    return _fake_outputs(q, (batch, num_heads, seqlen_q), probs, return_softmax and dropout_p > 0.0)
+    return _fake_outputs(q, v, (batch, num_heads, seqlen_q), probs, return_softmax and dropout_p > 0.0)
 
 
 def _fake_varlen_forward(
@@ -138,7 +140,7 @@ def _fake_varlen_forward(
 ):  # fmt: skip
     total_q, num_heads, _ = q.shape
     probs = probs_shape(cu_seqlens_q.shape[0] - 1, num_heads, max_seqlen_q, max_seqlen_k)
-    return _fake_outputs(q, (num_heads, total_q), probs, return_softmax and dropout_p > 0.0)
+    return _fake_outputs(q, v, (num_heads, total_q), probs, return_softmax and dropout_p > 0.0)
 
 
 def _fake_backward(dout, q, *unused, **unused_named):

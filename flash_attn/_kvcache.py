@@ -47,6 +47,8 @@ def _check_new(q: Tensor, cache: Cache, k: Tensor | None, v: Tensor | None) -> i
     check.check_batch(k, q.shape[0])
     if k.shape[2] != cache.k.shape[2]:
         check.fail(ValueError, "k", f"of k_cache's number of heads ({cache.k.shape[2]})", k.shape[2])
+    if v.shape[3] != cache.v.shape[3]:
+        check.fail(ValueError, "v", f"of v_cache's head dim ({cache.v.shape[3]})", v.shape[3])
     return k.shape[1]
 
 
@@ -111,7 +113,7 @@ def forward_kvcache(
     window_left: int, window_right: int, softcap: float, rotary_interleaved: bool, num_splits: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return (out, lse (b, h, sq)); k and v are rotated and appended to the cache in place. No gradients."""
-    q_shape, _ = check.check_qkv(q, k_cache, v_cache, 4, 4, ("q", "k_cache", "v_cache"))
+    q_shape, _, v_shape = check.check_qkv(q, k_cache, v_cache, 4, 4, ("q", "k_cache", "v_cache"))
     if q.is_meta:
         raise NotImplementedError("flash_attn_with_kvcache is not implemented for meta tensors")
     batch, seqlen_q, _, head_dim = q_shape
@@ -133,7 +135,7 @@ def forward_kvcache(
             last = int(cache.seqlens.max()) + max(s_new, seqlen_q if moving else 1) - 1
     rotary = _check_rotary(q, rotary_cos, rotary_sin, rotary_interleaved, k is not None, last)
     if out is not None:
-        check.check_like(out, "out", q, "q")
+        check.check_output(out, "out", q, v_shape)
     if q.is_cuda:
         not_on_cuda("flash_attn_with_kvcache")
     return forward_on_cpu(q, cache, k, v, rotary, scoring, out)

@@ -18,10 +18,17 @@ def maybe_contiguous(x: Tensor | None) -> Tensor | None:
     return x.contiguous() if x is not None and x.stride(-1) != 1 else x
 
 
-def empty_out(q: Tensor) -> Tensor:
-    """Allocate the output for `q` (..., d): laid out as q is, but the last dimension contiguous."""
-    out = torch.empty_like(q)
-    return out if out.stride()[-1] == 1 else torch.empty(q.shape, dtype=q.dtype, device=q.device)
+def empty_out(q: Tensor, head_dim_v: int) -> Tensor:
+    """Allocate the output (..., head_dim_v) for `q` (..., d).
+
+    It is laid out as q is if the head dims are equal and q's last dimension is contiguous, else contiguous.
+    """
+    shape = q.shape
+    if shape[-1] == head_dim_v:
+        out = torch.empty_like(q)
+        if out.stride()[-1] == 1:
+            return out
+    return torch.empty((*shape[:-1], head_dim_v), dtype=q.dtype, device=q.device)
 
 
 def lse_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -33,31 +33,27 @@ def refuse_gradient(*named: tuple[str, Tensor]) -> None:
             not_on_cuda(f"{name} requires grad, but the backward")
 
 
-def _check_out(out: Tensor | None, q: Tensor) -> None:
-    if out is not None:
-        check.check_like(out, "out", q, "q")
-
-
 def forward(
     q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, softmax_scale: float | None = None,
     causal: bool = False, window_left: int = -1, window_right: int = -1, softcap: float = 0.0,
     alibi_slopes: Tensor | None = None, return_softmax: bool = False, out: Tensor | None = None,
     generator: torch.Generator | None = None, need_lse: bool = True,
 ) -> Outputs:  # fmt: skip
-    """Return (out, lse (b, h, sq), S_dmask, rng_state) of q (b, sq, h, d), k and v (b, sk, hk, d).
+    """Return (out, lse (b, h, sq), S_dmask, rng_state) of q (b, sq, h, d), k (b, sk, hk, d) and v.
 
-    The last two are None without dropout, S_dmask also without `return_softmax`. Without `need_lse`, CUDA
-    does not compute the LSE: it is None.
+    v is (b, sk, hk, dv), out (b, sq, h, dv). The last two are None without dropout, S_dmask also without
+    `return_softmax`. Without `need_lse`, CUDA does not compute the LSE: it is None.
     """
     shapes = check.check_qkv(q, k, v, 4, 4)
-    (batch, seqlen_q, _, head_dim), (k_batch, seqlen_k, _, _) = shapes
+    (batch, seqlen_q, _, head_dim), (k_batch, seqlen_k, _, _), v_shape = shapes
     if k_batch != batch:
         check.check_batch(k, batch)
     scoring = check.check_scoring(
         q, head_dim, batch, seqlen_q, seqlen_k, dropout_p, softmax_scale, causal, window_left, window_right,
         softcap, alibi_slopes,
     )  # fmt: skip
-    _check_out(out, q)
+    if out is not None:
+        check.check_output(out, "out", q, v_shape)
     if q.is_cuda:
         return _cuda.forward(q, k, v, out, shapes, scoring, return_softmax, generator, need_lse)
     return _cpu.forward(q, k, v, out, shapes, scoring, return_softmax, generator)
@@ -115,7 +111,8 @@ def varlen_forward(
 ) -> Outputs:  # fmt: skip
     """Return (out, lse (h, total_q), S_dmask, rng_state) of packed q (total_q, h, d); None as in `forward`.
 
-    k and v are (total_k, hk, d), or with `block_table` (b, max_blocks) pages (num_blocks, page_size, hk, d).
+    k is (total_k, hk, d), or with `block_table` (b, max_blocks) pages (num_blocks, page_size, hk, d); v is as
+    k, with dv.
     """
     paged = block_table is not None
     shapes = check.check_qkv(q, k, v, 3, 4 if paged else 3)
@@ -129,7 +126,8 @@ def varlen_forward(
         q, shapes[0][2], batch, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, window_left,
         window_right, softcap, alibi_slopes,
     )  # fmt: skip
-    _check_out(out, q)
+    if out is not None:
+        check.check_output(out, "out", q, shapes[2])
     if paged and q.is_cuda:
         not_on_cuda("block_table")
     backend, last = (_cuda, need_lse) if q.is_cuda else (_cpu, block_table)
@@ -154,14 +152,14 @@ def backward(
     rng_state: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return (dq, dk, dv, softmax_d), written into the given buffers if there are some."""
-    (batch, seqlen_q, num_heads, head_dim), (_, seqlen_k, _, _) = check.check_qkv(q, k, v, 4, 4)
+    (batch, seqlen_q, num_heads, head_dim), (_, seqlen_k, _, _), v_shape = check.check_qkv(q, k, v, 4, 4)
     check.check_batch(k, batch)
     scoring = check.check_scoring(
         q, head_dim, batch, seqlen_q, seqlen_k, dropout_p, softmax_scale, causal, window_left, window_right,
         softcap, alibi_slopes,
     )  # fmt: skip
-    check.check_like(dout, "dout", q, "q")
-    check.check_like(out, "out", q, "q")
+    check.check_output(dout, "dout", q, v_shape)
+    check.check_output(out, "out", q, v_shape)
     check.check_lse(softmax_lse, (batch, num_heads, seqlen_q), q)
     check.check_rng_state(rng_state, scoring.dropout_p)
     dq, dk, dv = _gradient(dq, "dq", q, "q"), _gradient(dk, "dk", k, "k"), _gradient(dv, "dv", v, "v")
@@ -178,7 +176,7 @@ def varlen_backward(
     window_right: int, softcap: float, alibi_slopes: Tensor | None, rng_state: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return (dq, dk, dv, softmax_d), written into the given buffers if any; zero past the sequences."""
-    (total_q, num_heads, head_dim), (total_k, _, _) = check.check_qkv(q, k, v, 3, 3)
+    (total_q, num_heads, head_dim), (total_k, _, _), v_shape = check.check_qkv(q, k, v, 3, 3)
     batch, max_seqlen_q, max_seqlen_k = _check_varlen(
         q, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, total_k
     )  # fmt: skip
@@ -186,8 +184,8 @@ def varlen_backward(
         q, head_dim, batch, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, window_left,
         window_right, softcap, alibi_slopes,
     )  # fmt: skip
-    check.check_like(dout, "dout", q, "q")
-    check.check_like(out, "out", q, "q")
+    check.check_output(dout, "dout", q, v_shape)
+    check.check_output(out, "out", q, v_shape)
     check.check_lse(softmax_lse, (num_heads, total_q), q)
     check.check_rng_state(rng_state, scoring.dropout_p)
     dq, dk, dv = _gradient(dq, "dq", q, "q"), _gradient(dk, "dk", k, "k"), _gradient(dv, "dv", v, "v")

@@ -23,7 +23,7 @@ MAX_DROPOUT_P = 1.0 - 2.0**-24  # the last fp32 number below 1
 CUDA_DTYPES = frozenset({torch.float16, torch.bfloat16})
 CPU_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 Labels = tuple[str, str, str]
-Shapes = tuple[torch.Size, torch.Size]
+Shapes = tuple[torch.Size, torch.Size, torch.Size]
 QKV: Labels = ("q", "k", "v")
 
 
@@ -67,23 +67,30 @@ def _check_dtype(q: Tensor, name: str) -> None:
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor, rank_q: int, rank_k: int, labels: Labels = QKV) -> Shapes:
-    """Check types, dtypes, devices, ranks, heads and head dim of q, k, v; return the shapes of q and k.
+    """Check types, dtypes, devices, ranks, heads and head dims of q, k, v; return their shapes.
 
-    What is right on CUDA passes at one glance; anything else is looked at in detail.
+    The head dim of v may differ from that of q and k. What is right on CUDA passes at one glance; anything
+    else is looked at in detail.
     """
     if isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor):
-        dtype, device, q_shape, k_shape = q.dtype, q.device, q.shape, k.shape
+        dtype, device, q_shape, k_shape, v_shape = q.dtype, q.device, q.shape, k.shape, v.shape
         if (
             dtype in CUDA_DTYPES and k.dtype is dtype and v.dtype is dtype
             and (q.is_cuda or q.is_cpu) and k.device == device and v.device == device
-            and len(q_shape) == rank_q and len(k_shape) == rank_k and v.shape == k_shape
+            and len(q_shape) == rank_q and len(k_shape) == rank_k
+            and (v_shape == k_shape or _differ_in_head_dim(v_shape, k_shape))
             and 0 < q_shape[-1] <= MAX_HEAD_DIM and q_shape[-1] == k_shape[-1]
             and k_shape[-2] and not q_shape[-2] % k_shape[-2]
         ):  # fmt: skip
-            return q_shape, k_shape
+            return q_shape, k_shape, v_shape
     _check_kind(q, k, v, labels)
     _check_shapes(q, k, v, rank_q, rank_k, labels)
-    return q.shape, k.shape
+    return q.shape, k.shape, v.shape
+
+
+def _differ_in_head_dim(v_shape: torch.Size, k_shape: torch.Size) -> bool:
+    """Return whether the shape of v is right beside that of k although they are not equal."""
+    return v_shape[:-1] == k_shape[:-1] and 0 < v_shape[-1] <= MAX_HEAD_DIM
 
 
 def _check_kind(q: Tensor, k: Tensor, v: Tensor, labels: Labels) -> None:
@@ -101,14 +108,17 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, rank_q: int, rank_k: int, lab
     for x, name, rank in ((q, labels[0], rank_q), (k, labels[1], rank_k), (v, labels[2], rank_k)):
         if len(x.shape) != rank:
             fail(ValueError, name, f"a tensor of {rank} dimensions", f"shape {tuple(x.shape)}")
-    if v.shape != k.shape:
-        fail(ValueError, labels[2], f"of {labels[1]}'s shape {tuple(k.shape)}", tuple(v.shape))
+    if v.shape[:-1] != k.shape[:-1]:
+        allowed = f"of {labels[1]}'s shape {tuple(k.shape)} up to the head dim"
+        fail(ValueError, labels[2], allowed, tuple(v.shape))
     num_heads, head_dim = q.shape[-2:]
     num_heads_k = k.shape[-2]
     if not 0 < head_dim <= MAX_HEAD_DIM:
         fail(ValueError, labels[0], f"of head dim 1 to {MAX_HEAD_DIM}", head_dim)
     if k.shape[-1] != head_dim:
         fail(ValueError, labels[1], f"of {labels[0]}'s head dim ({head_dim})", k.shape[-1])
+    if not 0 < v.shape[-1] <= MAX_HEAD_DIM:
+        fail(ValueError, labels[2], f"of head dim 1 to {MAX_HEAD_DIM}", v.shape[-1])
     if num_heads_k == 0 or num_heads % num_heads_k:
         allowed = f"of a number of heads that divides {labels[0]}'s ({num_heads})"
         fail(ValueError, labels[1], allowed, num_heads_k)
@@ -282,14 +292,22 @@ def check_page_size(k: Tensor, name: str) -> None:
         fail(ValueError, name, allowed, k.shape[1])
 
 
-def check_like(x: Tensor, name: str, like: Tensor, like_name: str) -> None:
-    """Check that `x` has the shape, dtype and device of `like`."""
+def check_like(
+    x: Tensor, name: str, like: Tensor, like_name: str, shape: tuple[int, ...] | None = None
+) -> None:
+    """Check that `x` has the dtype and device of `like`, and its shape if no other is given."""
     _check_tensor(x, name)
     if x.dtype != like.dtype:
         fail(TypeError, name, f"of {like_name}'s dtype ({like.dtype})", x.dtype)
     _check_same_device(x, name, like, like_name)
-    if x.shape != like.shape:
-        fail(ValueError, name, f"of {like_name}'s shape {tuple(like.shape)}", tuple(x.shape))
+    shape = tuple(like.shape) if shape is None else shape
+    if tuple(x.shape) != shape:
+        fail(ValueError, name, f"of shape {shape}", tuple(x.shape))
+
+
+def check_output(x: Tensor, name: str, q: Tensor, v_shape: torch.Size) -> None:
+    """Check that `x` is as the output: like q (.., h, d), but of the head dim of v."""
+    check_like(x, name, q, "q", (*q.shape[:-1], v_shape[-1]))
 
 
 def check_lse(lse: Tensor, shape: tuple[int, ...], q: Tensor) -> None:

@@ -99,7 +99,8 @@ def flash_attn_func(
 
     Args:
         q: (b, sq, h, d). Only the last dimension need be contiguous; a copy is made if it is not.
-        k, v: (b, sk, hk, d), of q's dtype and device.
+        k: (b, sk, hk, d), of q's dtype and device.
+        v: (b, sk, hk, dv), likewise; dv may differ from d.
         dropout_p: probability in [0, 1) of dropping an attention probability; 0.0 in evaluation.
         softmax_scale: factor of q k^T, 1/sqrt(d) if None.
         causal: hide keys after the query's position.
@@ -112,7 +113,7 @@ def flash_attn_func(
         return_attn_probs: return more than `out`; for testing.
 
     Returns:
-        out (b, sq, h, d), or (out, softmax_lse, S_dmask) with `return_attn_probs`: softmax_lse (b, h, sq) is
+        out (b, sq, h, dv), or (out, softmax_lse, S_dmask) with `return_attn_probs`: softmax_lse (b, h, sq) is
         the natural logarithm of the sum of exp(scores), fp32 (fp64 for fp64 input); S_dmask is empty without
         dropout, else (b, h, sq rounded up to 128, sk rounded up to 128) with the probabilities before
         dropout, negative where dropped.
@@ -215,15 +216,16 @@ def flash_attn_varlen_func(
 
     Args:
         q: (total_q, h, d).
-        k, v: (total_k, hk, d), or with `block_table` pages (num_blocks, page_size, hk, d), page_size a
-            multiple of 16.
+        k: (total_k, hk, d), or with `block_table` pages (num_blocks, page_size, hk, d), page_size a multiple
+            of 16.
+        v: as k, with a head dim dv that may differ from d.
         cu_seqlens_q, cu_seqlens_k: int32 (b + 1,), cumulative sequence lengths, on q's device.
         max_seqlen_q, max_seqlen_k: at least the longest sequence: rows past them are not computed. Checked on
             CPU only.
         block_table: int32 (b, max_blocks), the pages of each sequence's keys; forward only.
 
     Returns:
-        out (total_q, h, d), or (out, softmax_lse, S_dmask): softmax_lse (h, total_q), S_dmask as in
+        out (total_q, h, dv), or (out, softmax_lse, S_dmask): softmax_lse (h, total_q), S_dmask as in
         `flash_attn_func`.
     """
     window_left, window_right = _window(window_size)
@@ -336,9 +338,10 @@ def flash_attn_with_kvcache(
 
     Args:
         q: (b, sq, h, d).
-        k_cache, v_cache: (b_cache, s_cache, hk, d), or with `block_table` pages (num_blocks, page_size, hk,
-            d) of a multiple of 16 keys; the last dimension contiguous.
-        k, v: (b, s_new, hk, d), written to the cache from position cache_seqlens on.
+        k_cache: (b_cache, s_cache, hk, d), or with `block_table` pages (num_blocks, page_size, hk, d) of a
+            multiple of 16 keys; the last dimension contiguous.
+        v_cache: as k_cache, with a head dim dv that may differ from d.
+        k, v: (b, s_new, hk, d) and (b, s_new, hk, dv), written to the cache from position cache_seqlens on.
         rotary_cos, rotary_sin: (s_ro, rotary_dim / 2), rotary_dim a multiple of 16 and at most d: rotate k,
             at position cache_seqlens + i, and q, at cache_seqlens + i if causal or windowed, else all of it
             at cache_seqlens.
@@ -355,7 +358,7 @@ def flash_attn_with_kvcache(
         softmax_scale, causal, window_size, softcap, alibi_slopes: as in `flash_attn_func`.
 
     Returns:
-        out (b, sq, h, d), or (out, softmax_lse (b, h, sq)) with `return_softmax_lse`.
+        out (b, sq, h, dv), or (out, softmax_lse (b, h, sq)) with `return_softmax_lse`.
 
     Raises:
         TypeError, ValueError, RuntimeError: as in `flash_attn_func`.

@@ -51,11 +51,11 @@ def has_kernel(dtype: torch.dtype, head_dim: int) -> bool:
 
 @pytest.fixture
 def require_kernel() -> Callable[..., None]:
-    """Skip the test where there is no forward kernel for a CUDA device, dtype and head dim."""
+    """Skip the test where there is no forward kernel for a CUDA device, dtype and head dims."""
 
-    def require(device: str, dtype: torch.dtype, head_dim: int) -> None:
-        if device == "cuda" and not has_kernel(dtype, head_dim):
-            pytest.skip(f"this build has no forward kernel for {dtype}, head dim {head_dim}")
+    def require(device: str, dtype: torch.dtype, *head_dims: int) -> None:
+        if device == "cuda" and not has_kernel(dtype, max(head_dims)):
+            pytest.skip(f"this build has no forward kernel for {dtype}, head dim {max(head_dims)}")
 
     return require
 

@@ -15,6 +15,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+HEAD_DIM_PAIRS = ((192, 128), (128, 192), (64, 96), (40, 24), (32, 256))
+"""Pairs of the head dim of q and k and that of v and out which differ."""
+
 
 @dataclass(frozen=True)
 class Options:
@@ -79,7 +82,7 @@ def probabilities(q: Tensor, k: Tensor, options: Options, dtype: torch.dtype) ->
 def attention(
     q: Tensor, k: Tensor, v: Tensor, options: Options, dtype: torch.dtype = torch.float64
 ) -> tuple[Tensor, Tensor]:
-    """Return out (b, sq, h, d) and lse (b, h, sq), computed in `dtype`."""
+    """Return out (b, sq, h, dv) and lse (b, h, sq) for v (b, sk, hk, dv), computed in `dtype`."""
     probs, lse = probabilities(q, k, options, dtype)
     if options.keep is not None:
         probs = probs * options.keep.to(dtype) / (1 - options.dropout_p)
@@ -91,8 +94,8 @@ def varlen_attention(
     q: Tensor, k: Tensor, v: Tensor, lengths_q: list[int], lengths_k: list[int], options: Options,
     dtype: torch.dtype = torch.float64, leftpad: list[int] | None = None, used: list[int] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return out (total_q, h, d) and lse (h, total_q) of packed sequences, one at a time."""
-    out = torch.zeros(q.shape, dtype=dtype, device=q.device)
+    """Return out (total_q, h, dv) and lse (h, total_q) of packed sequences, one at a time."""
+    out = torch.zeros(*q.shape[:-1], v.shape[-1], dtype=dtype, device=q.device)
     lse = torch.full((q.shape[1], q.shape[0]), math.inf, dtype=dtype, device=q.device)
     row, col, parts = 0, 0, []
     for b, (nq, nk) in enumerate(zip(lengths_q, lengths_k, strict=True)):
@@ -107,7 +110,7 @@ def varlen_attention(
             q[None, row : row + nq], k[None, first:last], v[None, first:last], mine, dtype
         )
         parts.append(o[0])
-        lse[:, row : row + nq] = part_lse[0].detach()
+        lse[:, row : row + nq] = part_lse[0]
         row, col = row + nq, col + nk
     parts.append(out[row:])
     return torch.cat(parts), lse

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracle import Options, assert_within, attention, gradients
+from oracle import HEAD_DIM_PAIRS, Options, assert_within, attention, gradients
 
 from flash_attn import (
     flash_attn_func,
@@ -24,15 +24,16 @@ MASKS = {
 LENGTHS = ((1, 1), (1, 147), (113, 203), (128, 217), (108, 256), (203, 113), (257, 1), (1, 5))
 
 
-def make(batch, seqlen_q, seqlen_k, heads, heads_k, head_dim, dtype):
+def make(batch, seqlen_q, seqlen_k, heads, heads_k, head_dim, dtype, head_dim_v=None):
     q = torch.randn(batch, seqlen_q, heads, head_dim).to(dtype).requires_grad_()
-    k, v = (torch.randn(batch, seqlen_k, heads_k, head_dim).to(dtype).requires_grad_() for _ in range(2))
+    dims = head_dim, head_dim if head_dim_v is None else head_dim_v
+    k, v = (torch.randn(batch, seqlen_k, heads_k, dim).to(dtype).requires_grad_() for dim in dims)
     return q, k, v
 
 
 def check(q, k, v, options):
-    dout = torch.randn_like(q)
     out = flash_attn_func(q, k, v, **options.arguments())
+    dout = torch.randn_like(out)
     actual = torch.autograd.grad(out, (q, k, v), dout)
 
     def run(dtype):
@@ -47,6 +48,12 @@ def check(q, k, v, options):
 @pytest.mark.parametrize("causal", [False, True])
 def test_head_dims(head_dim, causal):
     check(*make(1, 70, 90, 4, 2, head_dim, torch.bfloat16), Options(causal=causal))
+
+
+@pytest.mark.parametrize("head_dims", [*HEAD_DIM_PAIRS, (59, 17)], ids=str)
+@pytest.mark.parametrize("mask", ["full", "causal", "window"])
+def test_head_dim_of_v_differs(head_dims, mask):
+    check(*make(1, 70, 90, 4, 2, head_dims[0], torch.bfloat16, head_dims[1]), MASKS[mask])
 
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
@@ -94,8 +101,9 @@ def test_rows_that_see_no_key_get_no_gradient():
 @pytest.mark.parametrize(
     "options", [Options(causal=True), Options(softcap=3.0), Options(window_size=(3, 2))], ids=str
 )
-def test_gradcheck(options):
-    q, k, v = make(2, 7, 9, 4, 2, 3, torch.float64)
+@pytest.mark.parametrize("head_dim_v", [3, 5])
+def test_gradcheck(options, head_dim_v):
+    q, k, v = make(2, 7, 9, 4, 2, 3, torch.float64, head_dim_v)
     torch.autograd.gradcheck(lambda *x: flash_attn_func(*x, **options.arguments()), (q, k, v))
 
 

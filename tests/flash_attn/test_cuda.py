@@ -45,7 +45,7 @@ def library(monkeypatch):
 
 
 def install(monkeypatch, recorder):
-    monkeypatch.setattr(_cuda, "_libraries", {-1: recorder})
+    monkeypatch.setattr(_cuda, "_devices", {-1: _cuda._Device(recorder, counts_tiles=False)})
     monkeypatch.setattr(_cuda, "_raw_stream", lambda device: 4242)
     backend = SimpleNamespace(
         forward=_cuda.forward,
@@ -56,9 +56,10 @@ def install(monkeypatch, recorder):
     monkeypatch.setattr(_operations, "_cpu", backend)
 
 
-def make(batch=2, seqlen_q=10, seqlen_k=12, heads=4, heads_k=2, head_dim=64, dtype=BF16):
+def make(batch=2, seqlen_q=10, seqlen_k=12, heads=4, heads_k=2, head_dim=64, dtype=BF16, head_dim_v=None):
     q = torch.randn(batch, seqlen_q, heads, head_dim).to(dtype)
-    return q, *(torch.randn(batch, seqlen_k, heads_k, head_dim).to(dtype) for _ in range(2))
+    dims = head_dim, head_dim if head_dim_v is None else head_dim_v
+    return q, *(torch.randn(batch, seqlen_k, heads_k, dim).to(dtype) for dim in dims)
 
 
 def strides(params, name):
@@ -80,12 +81,14 @@ def test_packed_fields(library):
         assert strides(params, name) == x.stride()[:3]
     assert (params.lse_batch_stride, params.lse_head_stride) == lse.stride()[:2]
     assert (params.batch, params.num_heads, params.num_heads_k) == (2, 4, 2)
-    assert (params.seqlen_q, params.seqlen_k, params.head_dim, params.total_q) == (10, 12, 64, 20)
+    assert (params.seqlen_q, params.seqlen_k, params.total_q) == (10, 12, 20)
+    assert (params.head_dim, params.head_dim_v) == (64, 64)
     assert (params.window_left, params.window_right) == (-1, 0)
     assert params.dtype == _abi.Dtype.BF16 and params.device == -1 and params.family == 0
     assert params.softmax_scale == 0.125 and params.softcap == 3.0 and params.dropout_p == 0.0
     absent = "cu_seqlens_q", "cu_seqlens_k", "seqused_k", "leftpad_k", "alibi_slopes", "rng_state", "probs"
-    assert not any(getattr(params, name) for name in absent) and params.alibi_batch_stride == 0
+    assert not any(getattr(params, name) for name in (*absent, "tile_counter"))
+    assert params.alibi_batch_stride == 0
     assert probs is None and rng_state is None
     assert out.shape == q.shape and lse.shape == (2, 4, 10) and lse.dtype == torch.float32
 
@@ -96,7 +99,7 @@ def test_an_lse_that_nobody_wants_is_not_allocated():
     with pytest.MonkeyPatch.context() as patch:
         install(patch, recorder)
         out, lse, _, _ = _cuda.forward(
-            q, k, v, None, (q.shape, k.shape), SCORING, False, None, need_lse=False
+            q, k, v, None, (q.shape, k.shape, v.shape), SCORING, False, None, need_lse=False
         )
     assert lse is None and out.shape == q.shape
     assert recorder.calls[0][0].softmax_lse == 0
@@ -164,11 +167,45 @@ def test_head_dim_is_padded_to_a_multiple_of_8(library, head_dim, padded):
     q, k, v = make(head_dim=head_dim)
     out, *_ = run(q, k, v)
     params = library.calls[0][0]
-    assert params.head_dim == padded
+    assert params.head_dim == params.head_dim_v == padded
     assert params.softmax_scale == pytest.approx(head_dim**-0.5)
     assert out.shape == q.shape
     for name in ("q", "k", "v", "out"):
         assert all(s % 8 == 0 for s in strides(params, name)) and getattr(params, name) % 16 == 0
+
+
+@pytest.mark.parametrize(
+    "head_dim, head_dim_v, padded",
+    [
+        (192, 128, (192, 128)),
+        (64, 96, (64, 96)),
+        (59, 128, (64, 128)),
+        (128, 17, (128, 24)),
+        (1, 255, (8, 256)),
+    ],
+)
+@pytest.mark.parametrize("varlen", [False, True])
+def test_head_dim_of_v_differs(library, head_dim, head_dim_v, padded, varlen):
+    q, k, v = make(head_dim=head_dim, head_dim_v=head_dim_v)
+    if varlen:
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+        cu = torch.tensor([0, 12, 20]).int()
+        out, *_ = _operations.varlen_forward(q, k, v, cu, cu, 12, 12)
+    else:
+        out, *_ = run(q, k, v)
+    params = library.calls[0][0]
+    assert (params.head_dim, params.head_dim_v) == padded
+    assert params.softmax_scale == pytest.approx(head_dim**-0.5)
+    assert out.shape == (*q.shape[:-1], head_dim_v)
+    for name, x, columns in (
+        ("q", q, padded[0]),
+        ("k", k, padded[0]),
+        ("v", v, padded[1]),
+        ("out", out, padded[1]),
+    ):
+        copied = getattr(params, name) != x.data_ptr()
+        assert copied == (x.shape[-1] % 8 != 0), name
+        assert strides(params, name)[1:] == (x.shape[-2] * columns, columns), name
 
 
 def odd_layouts():
@@ -216,18 +253,20 @@ def test_given_out(library, contiguous):
     assert out is given and (params.out == given.data_ptr()) == contiguous
 
 
-@pytest.mark.parametrize("head_dim, step", [(59, 59), (64, 67), (64, 64)])
+@pytest.mark.parametrize("head_dim_v, step", [(59, 59), (64, 67), (64, 64), (24, 24), (17, 19)])
+@pytest.mark.parametrize("head_dim", [59, 64])
 @pytest.mark.parametrize("given", [False, True])
-def test_what_the_kernel_writes_comes_back(library, monkeypatch, head_dim, step, given):
+def test_what_the_kernel_writes_comes_back(library, monkeypatch, head_dim, head_dim_v, step, given):
     def write(packed, stream):
         params = library.unpack(packed)
         ctypes.memset(params.out, 0x3F, 2 * params.batch * params.out_batch_stride)
         return 0
 
     monkeypatch.setattr(library, "forward", write)
-    q, k, v = make(head_dim=head_dim)
-    target = torch.zeros(2, 10, 4, step, dtype=BF16)[..., :head_dim] if given else None
+    q, k, v = make(head_dim=head_dim, head_dim_v=head_dim_v)
+    target = torch.zeros(2, 10, 4, step, dtype=BF16)[..., :head_dim_v] if given else None
     out, *_ = run(q, k, v, out=target)
+    assert out.shape == (2, 10, 4, head_dim_v)
     assert (out.view(torch.int16) == 0x3F3F).all() and (out is target) == given
 
 
@@ -292,11 +331,12 @@ def test_forced_family(monkeypatch):
 
 @pytest.mark.parametrize("status", [_abi.Status.NOT_BUILT, _abi.Status.UNSUPPORTED_DEVICE])
 @pytest.mark.parametrize("family, arch", [(0, "90"), (86, "sm86:90")])
-def test_missing_kernel_comes_with_its_build_command(monkeypatch, status, family, arch):
+@pytest.mark.parametrize("head_dims", [(100, 100), (100, 40), (40, 100)], ids=str)
+def test_missing_kernel_comes_with_its_build_command(monkeypatch, status, family, arch, head_dims):
     install(monkeypatch, Recorder(status, family))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     with pytest.raises(RuntimeError) as caught:
-        run(*make(head_dim=100))
+        run(*make(head_dim=head_dims[0], head_dim_v=head_dims[1]))
     command = f"FLASH_ATTN_ARCHS={arch} FLASH_ATTN_HEAD_DIMS=128 FLASH_ATTN_DTYPES=bf16 pip install ."
     assert "forward_sm90_bf16_d64_full is not built" in str(caught.value)
     assert f"`{command}`" in str(caught.value)
@@ -312,7 +352,7 @@ def test_other_errors_carry_the_library_text(monkeypatch, status):
 def test_old_gpu_is_refused_before_the_launch(monkeypatch):
     recorder = Recorder()
     install(monkeypatch, recorder)
-    monkeypatch.setattr(_cuda, "_libraries", {})
+    monkeypatch.setattr(_cuda, "_devices", {})
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
     with pytest.raises(
@@ -326,9 +366,32 @@ def test_library_is_loaded_at_the_first_call(monkeypatch):
     recorder = Recorder()
     install(monkeypatch, recorder)
     loads = []
-    monkeypatch.setattr(_cuda, "_libraries", {})
+    monkeypatch.setattr(_cuda, "_devices", {})
     monkeypatch.setattr(_library, "load", lambda: loads.append(1) or recorder)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     run(*make())
     run(*make())
     assert len(recorder.calls) == 2 and len(loads) == 1
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (12, 0)], ids=str)
+def test_the_tile_counter_of_the_stream_is_given_on_hopper(monkeypatch, capability):
+    recorder, asked, counter = Recorder(), [], torch.zeros(1, dtype=torch.int32)
+    install(monkeypatch, recorder)
+    monkeypatch.setattr(_cuda, "_devices", {})
+    monkeypatch.setattr(_library, "load", lambda: recorder)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(_cuda, "tile_counter", lambda *where: asked.append(where) or counter)
+    run(*make())
+    run(*make(), dropout_p=0.5, return_softmax=True)
+    hopper = capability == (9, 0)
+    assert asked == [(-1, 4242)] * 2 * hopper
+    expected = counter.data_ptr() if hopper else 0
+    assert [params.tile_counter for params, _ in recorder.calls] == [expected] * 2
+
+
+def test_empty_calls_ask_for_no_tile_counter(monkeypatch):
+    install(monkeypatch, Recorder())
+    monkeypatch.setattr(_cuda, "_devices", {-1: _cuda._Device(Recorder(), counts_tiles=True)})
+    monkeypatch.setattr(_cuda, "tile_counter", lambda *where: pytest.fail("asked"))
+    run(*make(seqlen_k=0))

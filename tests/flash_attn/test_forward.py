@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from oracle import Options, assert_lse, assert_within, attention
+from oracle import HEAD_DIM_PAIRS, Options, assert_lse, assert_within, attention
 
 from flash_attn import flash_attn_func, flash_attn_kvpacked_func, flash_attn_qkvpacked_func
 
@@ -28,9 +28,10 @@ MASKS = {
 }
 
 
-def make_qkv(batch, seqlen_q, seqlen_k, heads, heads_k, head_dim, dtype, device):
+def make_qkv(batch, seqlen_q, seqlen_k, heads, heads_k, head_dim, dtype, device, head_dim_v=None):
     q = torch.randn(batch, seqlen_q, heads, head_dim, device=device).to(dtype)
-    k, v = (torch.randn(batch, seqlen_k, heads_k, head_dim, device=device).to(dtype) for _ in range(2))
+    dims = head_dim, head_dim if head_dim_v is None else head_dim_v
+    k, v = (torch.randn(batch, seqlen_k, heads_k, dim, device=device).to(dtype) for dim in dims)
     return q, k, v
 
 
@@ -51,6 +52,24 @@ def check(q, k, v, options, **arguments):
 def test_head_dims(device, require_kernel, head_dim, dtype, causal):
     require_kernel(device, dtype, head_dim)
     check(*make_qkv(2, 113, 203, 4, 2, head_dim, dtype, device), Options(causal=causal))
+
+
+@pytest.mark.parametrize("head_dims", [*HEAD_DIM_PAIRS, (59, 17), (1, 256)], ids=str)
+@pytest.mark.parametrize("mask", ["full", "causal", "window"])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 1)], ids=str)
+def test_head_dim_of_v_differs(device, require_kernel, head_dims, mask, heads):
+    require_kernel(device, torch.bfloat16, *head_dims)
+    tensors = make_qkv(2, 113, 203, *heads, head_dims[0], torch.bfloat16, device, head_dims[1])
+    check(*tensors, MASKS[mask])
+
+
+@pytest.mark.parametrize("head_dims", [(192, 128), (40, 24)], ids=str)
+@pytest.mark.parametrize("extra", ["softcap", "alibi_slopes", "softmax_scale"])
+def test_head_dim_of_v_differs_beside_modifiers(device, require_kernel, head_dims, extra):
+    require_kernel(device, torch.float16, *head_dims)
+    value = {"softcap": 5.0, "alibi_slopes": torch.rand(4, device=device), "softmax_scale": 0.3}[extra]
+    tensors = make_qkv(2, 70, 90, 4, 2, head_dims[0], torch.float16, device, head_dims[1])
+    check(*tensors, Options(causal=True, **{extra: value}))
 
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
@@ -134,11 +153,12 @@ def test_windows_that_are_unlimited(device, require_kernel, window):
 
 @pytest.mark.parametrize("batch, seqlen_q, seqlen_k", [(2, 0, 5), (2, 5, 0), (0, 5, 7), (2, 0, 0)])
 @pytest.mark.parametrize("causal", [False, True])
-def test_empty(device, require_kernel, batch, seqlen_q, seqlen_k, causal):
+@pytest.mark.parametrize("head_dim_v", [64, 24])
+def test_empty(device, require_kernel, batch, seqlen_q, seqlen_k, causal, head_dim_v):
     require_kernel(device, torch.bfloat16, 64)
-    q, k, v = make_qkv(batch, seqlen_q, seqlen_k, 4, 2, 64, torch.bfloat16, device)
+    q, k, v = make_qkv(batch, seqlen_q, seqlen_k, 4, 2, 64, torch.bfloat16, device, head_dim_v)
     out, lse, _ = flash_attn_func(q, k, v, causal=causal, return_attn_probs=True)
-    assert out.shape == q.shape and lse.shape == (batch, 4, seqlen_q)
+    assert out.shape == (batch, seqlen_q, 4, head_dim_v) and lse.shape == (batch, 4, seqlen_q)
     assert (out == 0).all() and (lse == math.inf).all()
 
 
@@ -179,6 +199,15 @@ def test_layouts(device, require_kernel, head_dim):
         out = flash_attn_func(x, x, x, causal=True)
         assert torch.equal(out, expected), name
         assert out.stride(-1) == 1
+
+
+def test_layouts_beside_another_head_dim_of_v(device, require_kernel):
+    require_kernel(device, torch.bfloat16, 64)
+    for name, v in layouts(device, torch.bfloat16, 24):
+        for _, x in layouts(device, torch.bfloat16, 59):
+            expected = flash_attn_func(x.contiguous(), x.contiguous(), v.contiguous(), causal=True)
+            out = flash_attn_func(x, x, v, causal=True)
+            assert torch.equal(out, expected) and out.is_contiguous(), name
 
 
 def test_expanded_batch(device, require_kernel):

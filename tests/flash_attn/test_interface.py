@@ -102,7 +102,7 @@ def test_import_is_light(first):
         f"import sys, {first}, flash_attn, flash_attn_2_cuda\n"
         "from flash_attn import _library, _cuda\n"
         "assert 'einops' not in sys.modules\n"
-        "assert _library.load.cache_info().currsize == 0 and not _cuda._libraries\n"
+        "assert _library.load.cache_info().currsize == 0 and not _cuda._devices\n"
         "maps = open('/proc/self/maps').read() if sys.platform == 'linux' else ''\n"
         "assert 'libflash_attn' not in maps\n"
         "assert not any(name in sys.modules for name in ('jinja2', 'codegen', 'triton', 'numpy.testing'))\n"
@@ -111,9 +111,9 @@ def test_import_is_light(first):
     assert run_python(code).strip() == "light"
 
 
-def make(*lengths, heads=(4, 2), head_dim=32):
-    q = torch.randn(2, lengths[0], heads[0], head_dim)
-    return q, *(torch.randn(2, lengths[1], heads[1], head_dim) for _ in range(2))
+def make(*lengths, heads=(4, 2), head_dims=(32, 32)):
+    q = torch.randn(2, lengths[0], heads[0], head_dims[0])
+    return q, *(torch.randn(2, lengths[1], heads[1], dim) for dim in head_dims)
 
 
 def test_helpers():
@@ -213,8 +213,8 @@ def test_generator_is_used():
 SCORES = (0.1, True, -1, -1, 0.0, None)
 
 
-def op_cases():
-    q, k, v = make(10, 12)
+def op_cases(head_dims):
+    q, k, v = make(10, 12, head_dims=head_dims)
     fixed = (q, k, v, 0.0, *SCORES)
     out, lse, _, rng_state = interface._flash_attn_forward(*fixed, False)
     grads = [torch.empty_like(x) for x in (q, k, v)]
@@ -234,8 +234,9 @@ def op_cases():
 
 
 @pytest.mark.parametrize("case", range(6))
-def test_custom_ops(case):
-    name, arguments = list(op_cases())[case]
+@pytest.mark.parametrize("head_dims", [(32, 32), (32, 24)], ids=str)
+def test_custom_ops(case, head_dims):
+    name, arguments = list(op_cases(head_dims))[case]
     wrapped = getattr(interface, f"_wrapped{name}")
     assert wrapped is getattr(torch.ops.flash_attn, name)
     drops = any(type(x) is float and x == 0.3 for x in arguments)
@@ -244,8 +245,9 @@ def test_custom_ops(case):
 
 
 @pytest.mark.parametrize("case", range(6))
-def test_fake_outputs_match(case):
-    name, arguments = list(op_cases())[case]
+@pytest.mark.parametrize("head_dims", [(32, 32), (32, 24)], ids=str)
+def test_fake_outputs_match(case, head_dims):
+    name, arguments = list(op_cases(head_dims))[case]
     wrapped = getattr(interface, f"_wrapped{name}")
     real = wrapped(*arguments)
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
@@ -256,9 +258,10 @@ def test_fake_outputs_match(case):
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compile(dynamic):
-    q, k, v = (x.requires_grad_() for x in make(10, 12))
-    dout = torch.randn_like(q)
+@pytest.mark.parametrize("head_dims", [(32, 32), (40, 24)], ids=str)
+def test_compile(dynamic, head_dims):
+    q, k, v = (x.requires_grad_() for x in make(10, 12, head_dims=head_dims))
+    dout = torch.randn(2, 10, 4, head_dims[1])
 
     def function(q, k, v):
         return flash_attn.flash_attn_func(q * 2, k, v, causal=True)

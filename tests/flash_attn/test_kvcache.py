@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from oracle import Options, assert_lse, assert_within, attention
+from oracle import HEAD_DIM_PAIRS, Options, assert_lse, assert_within, attention
 
 from flash_attn import flash_attn_with_kvcache
 
@@ -23,10 +23,10 @@ def int32(*values):
     return torch.tensor(values, dtype=torch.int32)
 
 
-def make(seqlen_q, dtype=torch.bfloat16, entries=BATCH, seqlen_new=0):
-    q = torch.randn(BATCH, seqlen_q, HEADS, HEAD_DIM).to(dtype)
-    cache = [torch.randn(entries, CAPACITY, HEADS_K, HEAD_DIM).to(dtype) for _ in range(2)]
-    new = [torch.randn(BATCH, seqlen_new, HEADS_K, HEAD_DIM).to(dtype) for _ in range(2)]
+def make(seqlen_q, dtype=torch.bfloat16, entries=BATCH, seqlen_new=0, head_dims=(HEAD_DIM, HEAD_DIM)):
+    q = torch.randn(BATCH, seqlen_q, HEADS, head_dims[0]).to(dtype)
+    cache = [torch.randn(entries, CAPACITY, HEADS_K, dim).to(dtype) for dim in head_dims]
+    new = [torch.randn(BATCH, seqlen_new, HEADS_K, dim).to(dtype) for dim in head_dims]
     return q, *cache, *new
 
 
@@ -59,10 +59,8 @@ def test_without_appending(seqlen_q, mask, seqlens, lengths):
     check(out, lse, q, [(k_cache[b, :n], v_cache[b, :n]) for b, n in enumerate(lengths)], MASKS[mask])
 
 
-@pytest.mark.parametrize("seqlen_q, seqlen_new", [(1, 1), (7, 7), (3, 9), (9, 3)])
-@pytest.mark.parametrize("mask", MASKS)
-def test_appending(seqlen_q, seqlen_new, mask):
-    q, k_cache, v_cache, k, v = make(seqlen_q, seqlen_new=seqlen_new)
+def check_appending(seqlen_q, seqlen_new, mask, head_dims):
+    q, k_cache, v_cache, k, v = make(seqlen_q, seqlen_new=seqlen_new, head_dims=head_dims)
     expected = k_cache.clone(), v_cache.clone()
     lengths = [0, 33, CAPACITY - seqlen_new]
     for b, n in enumerate(lengths):
@@ -71,6 +69,18 @@ def test_appending(seqlen_q, seqlen_new, mask):
     assert torch.equal(k_cache, expected[0]) and torch.equal(v_cache, expected[1])
     used = [slice(0, n + seqlen_new) for n in lengths]
     check(out, lse, q, [(expected[0][b, u], expected[1][b, u]) for b, u in enumerate(used)], MASKS[mask])
+
+
+@pytest.mark.parametrize("seqlen_q, seqlen_new", [(1, 1), (7, 7), (3, 9), (9, 3)])
+@pytest.mark.parametrize("mask", MASKS)
+def test_appending(seqlen_q, seqlen_new, mask):
+    check_appending(seqlen_q, seqlen_new, mask, (HEAD_DIM, HEAD_DIM))
+
+
+@pytest.mark.parametrize("head_dims", HEAD_DIM_PAIRS, ids=str)
+@pytest.mark.parametrize("mask", ["causal", "window"])
+def test_head_dim_of_v_differs(head_dims, mask):
+    check_appending(3, 9, mask, head_dims)
 
 
 def rotated(x, cos, sin, positions, interleaved):
@@ -131,13 +141,15 @@ def test_batch_idx_and_leftpad(appends):
 @pytest.mark.parametrize("page_size", [16, 32, 48])
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("rotary", [False, True])
-def test_paged_equals_unpaged(page_size, mask, rotary):
-    q, k_cache, v_cache, k, v = make(5, seqlen_new=5)
+@pytest.mark.parametrize("head_dim_v", [HEAD_DIM, 24])
+def test_paged_equals_unpaged(page_size, mask, rotary, head_dim_v):
+    q, k_cache, v_cache, k, v = make(5, seqlen_new=5, head_dims=(HEAD_DIM, head_dim_v))
     blocks = CAPACITY // page_size
     table = torch.randperm(BATCH * blocks + 3)[: BATCH * blocks].view(BATCH, blocks).int()
-    pages = [torch.zeros(BATCH * blocks + 3, page_size, HEADS_K, HEAD_DIM, dtype=q.dtype) for _ in range(2)]
+    shape = BATCH * blocks + 3, page_size, HEADS_K
+    pages = [torch.zeros(*shape, x.shape[-1], dtype=q.dtype) for x in (k_cache, v_cache)]
     for cache, paged in zip((k_cache, v_cache), pages, strict=True):
-        paged[table.flatten().long()] = cache.reshape(-1, page_size, HEADS_K, HEAD_DIM)
+        paged[table.flatten().long()] = cache.reshape(-1, *paged.shape[1:])
     arguments = {"k": k, "v": v, "cache_seqlens": int32(0, 14, 91)}
     if rotary:
         angles = torch.rand(CAPACITY, 8)

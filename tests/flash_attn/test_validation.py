@@ -41,6 +41,11 @@ FIXED = {
     "rank of v": (ValueError, "v", (Q, K, K[0]), {}),
     "batch sizes differ": (ValueError, "k", (Q, K[:1], K[:1]), {}),
     "k and v differ": (ValueError, "v", (Q, K, K[:, :5]), {}),
+    "batch sizes of k and v differ": (ValueError, "v", (Q, K, K[:1]), {}),
+    "heads of k and v differ": (ValueError, "v", (Q, K, K[:, :, :1]), {}),
+    "head dim 0 of v": (ValueError, "v", (Q, K, K[..., :0]), {}),
+    "head dim 257 of v": (ValueError, "v", (Q, K, zeros(2, 12, 2, 257)), {}),
+    "head dim 257 of v, fp32": (ValueError, "v", (Q.float(), K.float(), torch.zeros(2, 12, 2, 257)), {}),
     "dropout_p 1": (ValueError, "dropout_p", (Q, K, K), {"dropout_p": 1.0}),
     "dropout_p negative": (ValueError, "dropout_p", (Q, K, K), {"dropout_p": -0.1}),
     "dropout_p 1 in fp32": (ValueError, "dropout_p", (Q, K, K), {"dropout_p": 1 - 1e-9}),
@@ -106,6 +111,8 @@ VARLEN = {
     "max_seqlen_k beyond int32": (ValueError, "max_seqlen_k", {"max_seqlen_k": 2**40}),
     "max_seqlen_q a float": (TypeError, "max_seqlen_q", {"max_seqlen_q": 6.0}),
     "rank of q": (ValueError, "q", {"q": Q}),
+    "tokens of k and v differ": (ValueError, "v", {"v": zeros(11, 2, 32)}),
+    "head dim of v": (ValueError, "v", {"v": zeros(12, 2, 300)}),
     "alibi of another batch": (ValueError, "alibi_slopes", {"alibi_slopes": zeros(3, 4, dtype=FP32)}),
     "block_table int64": (TypeError, "block_table", {"k": PAGED, "v": PAGED,
                                                      "block_table": torch.zeros(2, 2, dtype=torch.int64)}),
@@ -180,16 +187,29 @@ BACKWARD = {
 }
 
 
-@pytest.mark.parametrize("name", BACKWARD)
-def test_backward(name):
-    kind, changes = BACKWARD[name]
+def backward_arguments(changes):
     base = {
         "dout": Q, "q": Q, "k": K, "v": K, "out": Q, "softmax_lse": zeros(2, 4, 10, dtype=FP32),
         "dq": Q.clone(), "dk": K.clone(), "dv": K.clone(), "dropout_p": 0.0, "softmax_scale": 1.0,
         "causal": False, "window_size_left": -1, "window_size_right": -1, "softcap": 0.0,
         "alibi_slopes": None, "deterministic": False,
     }  # fmt: skip
-    raises(kind, name, _flash_attn_backward, **(base | changes))
+    return base | changes
+
+
+@pytest.mark.parametrize("name", BACKWARD)
+def test_backward(name):
+    kind, changes = BACKWARD[name]
+    raises(kind, name, _flash_attn_backward, **backward_arguments(changes))
+
+
+@pytest.mark.parametrize("name", ["dout", "out", "dv"])
+def test_backward_of_another_head_dim_of_v(name):
+    """What has v's head dim, in v's and then in q's."""
+    right = {"dout": Q[..., :24], "out": Q[..., :24], "v": K[..., :24], "dv": K[..., :24].clone()}
+    _flash_attn_backward(**backward_arguments(right))
+    wrong = K if name == "dv" else Q
+    raises(ValueError, name, _flash_attn_backward, **backward_arguments(right | {name: wrong}))
 
 
 def test_varlen_backward():
@@ -207,6 +227,14 @@ def test_varlen_backward():
 @pytest.mark.parametrize("out, kind", [(Q.float(), TypeError), (Q[:1], ValueError), (3, TypeError)])
 def test_given_out(out, kind):
     raises(kind, "out", flash_attn_gpu.fwd, Q, K, K, out, None, 0.0, 1.0, False, -1, -1, 0.0, False, None)
+
+
+def test_given_out_of_another_head_dim():
+    tail = None, 0.0, 1.0, False, -1, -1, 0.0, False, None
+    given = zeros(2, 10, 4, 24)
+    assert flash_attn_gpu.fwd(Q, K, K[..., :24], given, *tail)[0] is given
+    raises(ValueError, "out", flash_attn_gpu.fwd, Q, K, K[..., :24], Q, *tail)
+    raises(ValueError, "out", flash_attn_gpu.fwd, Q, K, K, given, *tail)
 
 
 def cuda_like(dtype=BF16, requires_grad=False, device="cuda:0", shape=(2, 10, 4, 32)):

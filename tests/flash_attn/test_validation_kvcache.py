@@ -26,6 +26,11 @@ KVCACHE = {
     "strided k_cache": (ValueError, "k_cache", {"k_cache": zeros(2, 32, 2, 64)[..., ::2]}),
     "strided v_cache": (ValueError, "v_cache", {"v_cache": zeros(2, 32, 2, 64)[..., ::2]}),
     "caches differ": (ValueError, "v_cache", {"v_cache": CACHE[:, :16]}),
+    "heads of caches differ": (ValueError, "v_cache", {"v_cache": zeros(2, 32, 1, 32)}),
+    "head dim of v_cache": (ValueError, "v_cache", {"v_cache": zeros(2, 32, 2, 264)}),
+    "new head dim of v": (ValueError, "v", {"k": NEW, "v": NEW[..., :24], "cache_seqlens": 3}),
+    "new head dim of v as k's": (ValueError, "v", {
+        "v_cache": zeros(2, 32, 2, 24), "k": NEW, "v": NEW, "cache_seqlens": 3}),
     "cache dtype": (TypeError, "k_cache", {"k_cache": CACHE.float()}),
     "cache too small": (ValueError, "k_cache", {"k_cache": CACHE[:1], "v_cache": CACHE[:1]}),
     "new dtype": (TypeError, "k", {"k": NEW.float(), "v": NEW, "cache_seqlens": 3}),

@@ -7,7 +7,7 @@ from itertools import accumulate
 
 import pytest
 import torch
-from oracle import Options, assert_lse, assert_within, gradients, varlen_attention
+from oracle import HEAD_DIM_PAIRS, Options, assert_lse, assert_within, gradients, varlen_attention
 
 from flash_attn import (
     flash_attn_func,
@@ -38,10 +38,11 @@ def cumulative(lengths, device="cpu"):
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
 
 
-def make(lengths_q, lengths_k, heads, heads_k, head_dim, dtype, device, trailing=0):
+def make(lengths_q, lengths_k, heads, heads_k, head_dim, dtype, device, trailing=0, head_dim_v=None):
     total_q, total_k = sum(lengths_q) + trailing, sum(lengths_k) + trailing
     q = torch.randn(total_q, heads, head_dim, device=device).to(dtype)
-    k, v = (torch.randn(total_k, heads_k, head_dim, device=device).to(dtype) for _ in range(2))
+    dims = head_dim, head_dim if head_dim_v is None else head_dim_v
+    k, v = (torch.randn(total_k, heads_k, dim, device=device).to(dtype) for dim in dims)
     return q, k, v
 
 
@@ -75,6 +76,16 @@ def test_head_dims(device, require_kernel, head_dim, dtype):
     check(
         *make(*SEQUENCES["mixed"], 4, 1, head_dim, dtype, device), *SEQUENCES["mixed"], Options(causal=True)
     )
+
+
+@pytest.mark.parametrize("head_dims", HEAD_DIM_PAIRS, ids=str)
+@pytest.mark.parametrize("mask", ["full", "causal", "window"])
+@pytest.mark.parametrize("sequences", ["mixed", "empty first, middle, last"])
+def test_head_dim_of_v_differs(device, require_kernel, head_dims, mask, sequences):
+    require_kernel(device, torch.bfloat16, *head_dims)
+    lengths = SEQUENCES[sequences]
+    tensors = make(*lengths, 4, 2, head_dims[0], torch.bfloat16, device, 11, head_dims[1])
+    check(*tensors, *lengths, MASKS[mask])
 
 
 @pytest.mark.parametrize("extra", [{"softcap": 5.0}, {"softmax_scale": -0.3}], ids=str)
@@ -154,14 +165,11 @@ def test_max_seqlen_may_be_larger_or_a_tensor(device, require_kernel):
     assert torch.equal(flash_attn_varlen_func(q, k, v, cu, cu, torch.tensor(30), torch.tensor(30)), expected)
 
 
-@pytest.mark.parametrize("sequences", SEQUENCES)
-@pytest.mark.parametrize("mask", MASKS)
-def test_gradients(sequences, mask):
-    lengths, options = SEQUENCES[sequences], MASKS[mask]
-    tensors = make(*lengths, 4, 2, 32, torch.bfloat16, "cpu", trailing=11)
+def check_gradients(tensors, lengths, options):
+    """Compare gradients with the oracle's; the last 11 tokens belong to no sequence."""
     leaves = [x.requires_grad_() for x in tensors]
-    dout = torch.randn_like(tensors[0])
     out = flash_attn_varlen_func(*leaves, *bounds(*lengths, "cpu"), **options.arguments())
+    dout = torch.randn_like(out)
     actual = torch.autograd.grad(out, leaves, dout)
 
     def run(dtype):
@@ -173,6 +181,20 @@ def test_gradients(sequences, mask):
     for a, truth, yardstick in zip(actual, run(torch.float64), run(torch.bfloat16), strict=True):
         assert_within(a, truth, yardstick, factor=3.0)
         assert not a[-11:].any()
+
+
+@pytest.mark.parametrize("sequences", SEQUENCES)
+@pytest.mark.parametrize("mask", MASKS)
+def test_gradients(sequences, mask):
+    lengths = SEQUENCES[sequences]
+    check_gradients(make(*lengths, 4, 2, 32, torch.bfloat16, "cpu", 11), lengths, MASKS[mask])
+
+
+@pytest.mark.parametrize("head_dims", HEAD_DIM_PAIRS, ids=str)
+def test_gradients_where_the_head_dim_of_v_differs(head_dims):
+    lengths = SEQUENCES["mixed"]
+    tensors = make(*lengths, 4, 2, head_dims[0], torch.bfloat16, "cpu", 11, head_dims[1])
+    check_gradients(tensors, lengths, MASKS["causal window"])
 
 
 def test_packed_gradients():
@@ -194,12 +216,14 @@ def test_packed_gradients():
 
 @pytest.mark.parametrize("page_size", [16, 48, 256])
 @pytest.mark.parametrize("causal", [False, True])
-def test_paged_keys(page_size, causal):
+@pytest.mark.parametrize("head_dim_v", [32, 24])
+def test_paged_keys(page_size, causal, head_dim_v):
     lengths = [20, 3, 40], [300, 0, 257]
-    q, k, v = make(*lengths, 4, 2, 32, torch.bfloat16, "cpu")
+    q, k, v = make(*lengths, 4, 2, 32, torch.bfloat16, "cpu", head_dim_v=head_dim_v)
     blocks = -(-300 // page_size)
     table = torch.randperm(3 * blocks + 2)[: 3 * blocks].view(3, blocks).int()
-    pages = [torch.full((3 * blocks + 2, page_size, 2, 32), math.nan, dtype=torch.bfloat16) for _ in range(2)]
+    shape = 3 * blocks + 2, page_size, 2
+    pages = [torch.full((*shape, dim), math.nan, dtype=torch.bfloat16) for dim in (32, head_dim_v)]
     for x, paged in zip((k, v), pages, strict=True):
         for b, sequence in enumerate(x.split(lengths[1])):
             for p, rows in enumerate(sequence.split(page_size)):

@@ -1,0 +1,102 @@
+"""Which calls share a tile counter, without a GPU: CPU tensors for CUDA's, streams that only record."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from flash_attn import _tile_counter
+from flash_attn._tile_counter import tile_counter
+
+
+class Gpus:
+    """Two GPUs: which is current, whose current stream is being captured, what was made and waited for."""
+
+    def __init__(self):
+        self.current, self.capturing, self.made, self.waits = 0, {0: False, 1: False}, [], []
+
+    def zero(self, device):
+        self.made.append((device, threading.get_ident()))
+        return torch.zeros(1, dtype=torch.int32)
+
+    @contextmanager
+    def on(self, device):
+        before, self.current = self.current, device
+        yield
+        self.current = before
+
+    def stream(self, device):
+        return SimpleNamespace(synchronize=lambda: self.waits.append((device, threading.get_ident())))
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    gpus = Gpus()
+    monkeypatch.setattr(_tile_counter, "_counters", {})
+    monkeypatch.setattr(_tile_counter, "_zero", gpus.zero)
+    monkeypatch.setattr(_tile_counter, "_current_device", lambda: gpus.current)
+    monkeypatch.setattr(_tile_counter, "_is_capturing", lambda: gpus.capturing[gpus.current])
+    monkeypatch.setattr(torch.cuda, "device", gpus.on)
+    monkeypatch.setattr(torch.cuda, "current_stream", gpus.stream)
+    return gpus
+
+
+def test_one_for_each_stream_of_each_device(gpus):
+    places = [(0, 10), (0, 11), (1, 10), (1, 11)]
+    counters = [tile_counter(*place) for place in places]
+    assert len({counter.data_ptr() for counter in counters}) == 4
+    assert all(counter.dtype == torch.int32 and counter.tolist() == [0] for counter in counters)
+    assert all(tile_counter(*place) is counter for place, counter in zip(places, counters, strict=True))
+    assert [device for device, _ in gpus.made] == [0, 0, 1, 1]
+
+
+def test_it_is_made_in_another_thread_and_waited_for(gpus):
+    tile_counter(0, 10)
+    assert gpus.waits == gpus.made and gpus.made[0][1] != threading.get_ident()
+
+
+def test_an_error_in_making_it_reaches_the_caller(gpus, monkeypatch):
+    def fail(device):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(_tile_counter, "_zero", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        tile_counter(0, 10)
+    monkeypatch.setattr(_tile_counter, "_zero", gpus.zero)
+    assert tile_counter(0, 10).tolist() == [0]
+
+
+@pytest.mark.parametrize("device", [0, 1])
+def test_a_captured_call_has_its_own(gpus, device):
+    """Made by the capturing thread, so that it comes from the graph's pool and is zeroed by each replay."""
+    shared = tile_counter(device, 10)
+    gpus.capturing[device] = True
+    captured = [tile_counter(device, 10) for _ in range(2)]
+    assert len({x.data_ptr() for x in (shared, *captured)}) == 3
+    assert gpus.made[1:] == [(device, threading.get_ident())] * 2 and len(gpus.waits) == 1
+    gpus.capturing[device] = False
+    assert tile_counter(device, 10) is shared and gpus.current == 0
+
+
+def test_a_capture_on_another_device_does_not_matter(gpus):
+    gpus.capturing[0] = True
+    assert tile_counter(1, 10) is tile_counter(1, 10)
+
+
+def test_threads_that_start_on_one_stream_agree(gpus):
+    start, found = threading.Barrier(8), []
+
+    def ask():
+        start.wait()
+        found.append(tile_counter(0, 10).data_ptr())
+
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 8 and len(set(found)) == 1
