@@ -138,12 +138,12 @@ FORWARD_PARAMS = Struct(
     " then batch strides are ignored and row i of sequence b is cu_seqlens[b] + i. Strides are in elements.",
     (
         Field(
-            "q", "const void*", "(batch, seqlen_q, num_heads, head_dim), or (total_q, num_heads, head_dim)"
+            "q", "const void*", "(batch, seqlen_q, num_heads, head_dim), varlen (total_q, num_heads, head_dim)"
         ),
         Field(
             "k",
             "const void*",
-            "(batch, seqlen_k, num_heads_k, head_dim), or (total_k, num_heads_k, head_dim)",
+            "as q, with seqlen_k, num_heads_k, total_k",
         ),
         Field("v", "const void*", "as k, with head_dim_v"),
         Field("out", "void*", "as q, with head_dim_v"),

@@ -108,7 +108,7 @@ FORWARD_TILES: dict[str, dict[int, dict[str, Tile]]] = {
         32: {"default": HopperTile(192, 128, 3, 2)},
         64: {"default": HopperTile(192, 128, 3, 2)},
         96: {"default": HopperTile(192, 96, 3, 1)},
-        128: {"default": HopperTile(192, 80, 3, 2), "short": HopperTile(192, 64, 4, 1, max_keys=512)},
+        128: {"default": HopperTile(192, 80, 3, 2), "short": HopperTile(192, 64, 4, 2, max_keys=512)},
         192: {"default": HopperTile(128, 96, 2, 1), "narrow": HopperTile(192, 80, 3, 1, head_dim_v=128)},
         256: {"default": HopperTile(128, 80, 2, 1)},
     },

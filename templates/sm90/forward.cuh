@@ -282,11 +282,12 @@ struct Consumer {
   // Each warpgroup for itself: all of them write the same.
   __device__ __forceinline__ void zero_values(const Work<Config>& work, int block) const {
     const int first = work.queries.sequence.seqlen_k - block * Config::kBlockN;
-    const int chunks = (Config::kBlockN - first) * 8;
-    for (int i = threadIdx.x % 128; i < Config::kSlabsV * chunks; i += 128) {
-      ptx::store_shared_16(
-          shared.value(v_ring.stage) + i / chunks * Config::kKeySlabBytes + first * 128 + i % chunks * 16,
-          make_uint4(0, 0, 0, 0));
+    const uint32_t chunk = shared.value(v_ring.stage) + threadIdx.x % 8 * 16;
+    for (int row = first + threadIdx.x % 128 / 8; row < Config::kBlockN; row += 16) {
+#pragma unroll
+      for (int slab = 0; slab < Config::kSlabsV; ++slab) {
+        ptx::store_shared_16(chunk + slab * Config::kKeySlabBytes + row * 128, make_uint4(0, 0, 0, 0));
+      }
     }
     ptx::fence_async_proxy();
     synchronize();
