@@ -28,7 +28,7 @@ def empty_out(q: Tensor, head_dim_v: int) -> Tensor:
         out = torch.empty_like(q)
         if out.stride()[-1] == 1:
             return out
-    return torch.empty((*shape[:-1], head_dim_v), dtype=q.dtype, device=q.device)
+    return q.new_empty((*shape[:-1], head_dim_v))
 
 
 def lse_dtype(dtype: torch.dtype) -> torch.dtype:

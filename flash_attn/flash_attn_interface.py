@@ -99,8 +99,7 @@ def flash_attn_func(
 
     Args:
         q: (b, sq, h, d). Only the last dimension need be contiguous; a copy is made if it is not.
-        k: (b, sk, hk, d), of q's dtype and device.
-        v: (b, sk, hk, dv), likewise; dv may differ from d.
+        k, v: (b, sk, hk, d) and (b, sk, hk, dv), of q's dtype and device; dv may differ from d.
         dropout_p: probability in [0, 1) of dropping an attention probability; 0.0 in evaluation.
         softmax_scale: factor of q k^T, 1/sqrt(d) if None.
         causal: hide keys after the query's position.
@@ -338,9 +337,8 @@ def flash_attn_with_kvcache(
 
     Args:
         q: (b, sq, h, d).
-        k_cache: (b_cache, s_cache, hk, d), or with `block_table` pages (num_blocks, page_size, hk, d) of a
-            multiple of 16 keys; the last dimension contiguous.
-        v_cache: as k_cache, with a head dim dv that may differ from d.
+        k_cache, v_cache: (b_cache, s_cache, hk, d or dv), or with `block_table` pages (num_blocks, page_size,
+            hk, d or dv) of a multiple of 16 keys; the last dimension contiguous. dv may differ from d.
         k, v: (b, s_new, hk, d) and (b, s_new, hk, dv), written to the cache from position cache_seqlens on.
         rotary_cos, rotary_sin: (s_ro, rotary_dim / 2), rotary_dim a multiple of 16 and at most d: rotate k,
             at position cache_seqlens + i, and q, at cache_seqlens + i if causal or windowed, else all of it

@@ -24,7 +24,7 @@ def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 
 def fixed_length(head_dim: int, dtype: torch.dtype) -> None:
-    """Odd lengths, more queries than keys, GQA, a narrower head dim, with and without score modifiers."""
+    """Odd lengths, more queries than keys, GQA, narrower head dims, with and without score modifiers."""
     slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625]).cuda()
     modifiers = (
         {},
@@ -37,6 +37,7 @@ def fixed_length(head_dim: int, dtype: torch.dtype) -> None:
         k, v = (random(2, seqlen_k, 2, head_dim - 8, dtype=dtype) for _ in range(2))
         for modifier in modifiers:
             flash_attn_func(q, k, v, causal=causal, window_size=window, **modifier)
+        flash_attn_func(q, k, v[..., : head_dim // 2].contiguous(), causal=causal, window_size=window)
 
 
 def varlen(head_dim: int, dtype: torch.dtype) -> None:
