@@ -138,7 +138,9 @@ FORWARD_PARAMS = Struct(
     " then batch strides are ignored and row i of sequence b is cu_seqlens[b] + i. Strides are in elements.",
     (
         Field(
-            "q", "const void*", "(batch, seqlen_q, num_heads, head_dim), varlen (total_q, num_heads, head_dim)"
+            "q",
+            "const void*",
+            "(batch, seqlen_q, num_heads, head_dim), varlen (total_q, num_heads, head_dim)",
         ),
         Field(
             "k",

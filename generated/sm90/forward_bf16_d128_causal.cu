@@ -6,8 +6,8 @@ namespace flash_attn {
 // Types of this unit alone, so that families with equal tiles never share a kernel's symbol.
 struct ForwardSm90Bf16D128CausalShort
     : sm90::ForwardConfig<Dtype::kBf16, /*head_dim*/ 128, Mask::kCausal,
-                          sm90::ForwardTile</*block_m*/ 192, /*block_n*/ 64, /*stages*/ 4, /*query_stages*/ 1, /*head_dim_v*/ 0, /*max_keys*/ 512>> {};
-static_assert(ForwardSm90Bf16D128CausalShort::kSharedBytes == 180480, "the tile table counts shared memory otherwise");
+                          sm90::ForwardTile</*block_m*/ 192, /*block_n*/ 64, /*stages*/ 4, /*query_stages*/ 2, /*head_dim_v*/ 0, /*max_keys*/ 512>> {};
+static_assert(ForwardSm90Bf16D128CausalShort::kSharedBytes == 229632, "the tile table counts shared memory otherwise");
 
 struct ForwardSm90Bf16D128Causal
     : sm90::ForwardConfig<Dtype::kBf16, /*head_dim*/ 128, Mask::kCausal,

@@ -79,9 +79,8 @@ Status fail_without_kernel(Status status, const ForwardParams& params, const Dev
       "this build holds no forward kernel for %s, head dim %d, %s mask%s that runs on compute capability "
       "%d.%d with %d bytes of shared memory; it was compiled for %s",
       static_cast<Dtype>(params.dtype) == Dtype::kBf16 ? "bf16" : "fp16",
-      std::max(params.head_dim, params.head_dim_v),
-      mask_name(mask_class(params)), family, device.capability / 10, device.capability % 10,
-      device.shared_bytes, flash_attn_targets());
+      std::max(params.head_dim, params.head_dim_v), mask_name(mask_class(params)), family,
+      device.capability / 10, device.capability % 10, device.shared_bytes, flash_attn_targets());
 }
 
 }  // namespace

@@ -179,8 +179,8 @@ struct Consumer {
   }
 
   // Blocks of keys that other warpgroups' queries see and this one's do not. Its warps meet before they are
-  // released: one that came late would find the barriers a phase too far and wait for ever. (Products make the
-  // warps of a warpgroup meet by themselves.)
+  // released: one that came late would find the barriers a phase too far and wait for ever. (Products make
+  // the warps of a warpgroup meet by themselves.)
   __device__ __forceinline__ void skip_blocks(int count) {
     for (; count > 0; --count) {
       ptx::mbarrier_wait(shared.k_full(k_ring.stage), k_ring.parity);

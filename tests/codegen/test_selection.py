@@ -90,7 +90,10 @@ def test_detection_falls_back_to_nvidia_smi(monkeypatch, tmp_path):
         ("80+sass", "unknown value '80+sass'"),
         ("all;80", "unknown value 'all'"),
         ("sm70:80", "unknown family in 'sm70:80'; known: sm75, sm80, sm86, sm90"),
-        ("75", "75 belongs to family sm75, which has no kernels yet (families with kernels: sm80, sm86, sm90)"),
+        (
+            "75",
+            "75 belongs to family sm75, which has no kernels yet (families with kernels: sm80, sm86, sm90)",
+        ),
         ("90+ptx", "90+ptx: kernels of family sm90 run on no other GPU than their own: allowed is sm90:90"),
         ("sm90:80", "sm90:80: kernels of family sm90 run on no other GPU than their own"),
     ],

@@ -37,7 +37,9 @@ def test_a_trimmed_selection():
         {"FLASH_ATTN_ARCHS": "80;90", "FLASH_ATTN_HEAD_DIMS": "128", "FLASH_ATTN_DTYPES": "bf16"}
     )
     keys = [unit.key for unit in units.list_units(chosen)]
-    assert keys == [f"forward_{family}_bf16_d128_{mask}" for family in ("sm80", "sm90") for mask in axes.MASKS]
+    assert keys == [
+        f"forward_{family}_bf16_d128_{mask}" for family in ("sm80", "sm90") for mask in axes.MASKS
+    ]
 
 
 def test_a_unit_names_the_tiles_that_its_launcher_prefers():
