@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from codegen import TEMPLATES, CodegenError, axes
+from codegen import TEMPLATES, CodegenError
 from codegen.selection import Selection, Target
 from codegen.toolchain import Toolchain
 from codegen.units import Unit

@@ -1,4 +1,4 @@
-"""What is particular to the sm90 family: packed heads, tiles that depend on the call, tensor maps, tile queue."""
+"""What is particular to the sm90 family: packed heads, tiles that suit the call, tensor maps, tile queue."""
 
 from itertools import accumulate
 
