@@ -140,12 +140,12 @@ FORWARD_PARAMS = Struct(
         Field(
             "q",
             "const void*",
-            "(batch, seqlen_q, num_heads, head_dim), varlen (total_q, num_heads, head_dim)",
+            "(batch, seqlen_q, num_heads, head_dim), or (total_q, ..) if varlen",
         ),
         Field(
             "k",
             "const void*",
-            "as q, with seqlen_k, num_heads_k, total_k",
+            "as q, with seqlen_k, num_heads_k, total_k rows",
         ),
         Field("v", "const void*", "as k, with head_dim_v"),
         Field("out", "void*", "as q, with head_dim_v"),

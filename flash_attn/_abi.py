@@ -63,11 +63,8 @@ class ForwardParams(ctypes.Structure):
     """
 
     _fields_ = (
-        (
-            "q",
-            ctypes.c_void_p,
-        ),  # (batch, seqlen_q, num_heads, head_dim), varlen (total_q, num_heads, head_dim)
-        ("k", ctypes.c_void_p),  # as q, with seqlen_k, num_heads_k, total_k
+        ("q", ctypes.c_void_p),  # (batch, seqlen_q, num_heads, head_dim), or (total_q, ..) if varlen
+        ("k", ctypes.c_void_p),  # as q, with seqlen_k, num_heads_k, total_k rows
         ("v", ctypes.c_void_p),  # as k, with head_dim_v
         ("out", ctypes.c_void_p),  # as q, with head_dim_v
         ("softmax_lse", ctypes.c_void_p),  # (batch, num_heads, seqlen_q), (num_heads, total_q), or null

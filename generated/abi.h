@@ -49,8 +49,8 @@ enum class Status : int32_t {
 // Arguments of one attention forward call. Sequences are packed (varlen) iff cu_seqlens_q is not null:
 // then batch strides are ignored and row i of sequence b is cu_seqlens[b] + i. Strides are in elements.
 struct ForwardParams {
-  const void* q;  // (batch, seqlen_q, num_heads, head_dim), varlen (total_q, num_heads, head_dim)
-  const void* k;  // as q, with seqlen_k, num_heads_k, total_k
+  const void* q;  // (batch, seqlen_q, num_heads, head_dim), or (total_q, ..) if varlen
+  const void* k;  // as q, with seqlen_k, num_heads_k, total_k rows
   const void* v;  // as k, with head_dim_v
   void* out;  // as q, with head_dim_v
   float* softmax_lse;  // (batch, num_heads, seqlen_q), (num_heads, total_q), or null
