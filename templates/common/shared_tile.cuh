@@ -59,9 +59,7 @@ class TileCopy {
       const bool row_valid = row() + pass * kRowsPerPass < valid_rows;
 #pragma unroll
       for (int slab = 0; slab < Tile::kSlabs; ++slab) {
-        const bool last =
-            slab == Tile::kSlabs - 1;  // a matrix without it would take a kernel of a smaller head dim
-        const bool valid = row_valid && (!last || (slab * Tile::kSlabChunks + chunk()) * 8 < valid_cols);
+        const bool valid = row_valid && (slab * Tile::kSlabChunks + chunk()) * 8 < valid_cols;
         ptx::cp_async_16(destination_ + pass * kRowsPerPass * Tile::kRowBytes + slab * Tile::kSlabBytes,
                          source_ + pass * kRowsPerPass * row_stride + slab * Tile::kSlabChunks * 8, valid);
       }

@@ -207,11 +207,12 @@ def test_the_forced_family_runs(family, window, mask):
 def test_the_largest_family_that_fits_is_chosen():
     if os.environ.get("FLASH_ATTN_FORCE_FAMILY"):
         pytest.skip("a family is forced")
-    capability = torch.cuda.get_device_capability()
     families = {key.split("_")[1] for key in kernels() if "bf16_d64_full" in key}
-    if capability[0] != 9 or "sm80" not in families:
-        pytest.skip("written for Hopper with sm80 kernels")
-    assert chosen_kernel(head_dim=64, window_left=-1, window_right=-1) == b"forward_sm80_bf16_d64_full"
+    if torch.cuda.get_device_capability() != (9, 0) or not families & {"sm80", "sm90"}:
+        pytest.skip("written for Hopper with kernels of sm80 or sm90")
+    best = "sm90" if "sm90" in families else "sm80"
+    key = chosen_kernel(head_dim=64, head_dim_v=64, window_left=-1, window_right=-1)
+    assert key == f"forward_{best}_bf16_d64_full".encode()
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
