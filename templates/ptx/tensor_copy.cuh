@@ -7,10 +7,6 @@
 
 namespace flash_attn::ptx {
 
-__device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap& map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
-}
-
 // Copies the box at coordinates (c0, .., c4), innermost first, to `shared`, and counts its bytes at
 // `barrier`. What lies outside the tensor arrives as zeros.
 __device__ __forceinline__ void copy_tensor(uint32_t shared, const CUtensorMap& map, uint32_t barrier, int c0,

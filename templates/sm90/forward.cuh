@@ -3,10 +3,10 @@
 //
 // One thread block per multiprocessor works through tiles of kBlockM queries of one head. A producer thread
 // copies Q, K and V into shared memory; each consumer warpgroup computes 64 rows of O. Inside a warpgroup the
-// product S of the next block of keys runs during the softmax of this one's, and the product P V behind it.
+// softmax of a block of keys runs during the product P V of the block before.
 //
 //   barrier    arrivals             says
-//   q_full     producer + bytes     Q of the tile has arrived
+//   q_full     producer + bytes     the next tile is named and its Q has arrived (as often as Q has buffers)
 //   q_empty    1 per warpgroup      every product with Q is done
 //   k_full     producer + bytes     a block of K has arrived (one barrier per stage, as for the next three)
 //   k_empty    1 per warpgroup      every product with it is done

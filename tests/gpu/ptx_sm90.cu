@@ -85,7 +85,6 @@ __device__ void load(const ProductsArguments& arguments, uint32_t shared) {
   const uint32_t barrier = shared + Case::kBarrierAt;
   ptx::mbarrier_arrive_expect(barrier, Case::kOutputAt);
   const auto copy = [&](uint32_t to, const CUtensorMap& map, int slabs, int slab_bytes) {
-    ptx::prefetch_tensor_map(map);
     for (int i = 0; i < slabs; ++i) ptx::copy_tensor(to + i * slab_bytes, map, barrier, i * 64, 0, 0, 0);
   };
   copy(shared, arguments.q, Case::kSlabs, Case::kQuerySlabBytes);
