@@ -137,7 +137,7 @@ def _attend(
     if dropout_p:
         probs, rng_state = _dropout_buffers(q, sizes, return_softmax, generator)
         rng_at = rng_state.data_ptr()
-    if not (batch and seqlen_q and seqlen_k and num_heads):
+    if not (batch and total_q and seqlen_q and seqlen_k and num_heads):
         out.zero_()
         if lse is not None:
             lse.fill_(inf)

@@ -14,8 +14,13 @@ from torch import Tensor
 
 _counters: dict[tuple[int, int], Tensor] = {}
 """The counter of each device and stream handle. It stays small: torch hands out pooled streams, at most 32 of
-each device and priority.
+each device and priority. A stream of another library counts as long as its handle is not reused while its
+kernels still run.
 """
+
+PER_THREAD_STREAM = 2
+"""The handle cudaStreamPerThread, another stream in every thread."""
+
 
 _is_capturing: Callable[[], bool] = getattr(
     torch._C, "_cuda_isCurrentStreamCapturing", torch.cuda.is_current_stream_capturing
@@ -50,7 +55,8 @@ def tile_counter(device: int, stream: int) -> Tensor:
     else:  # the check is of the current device's stream
         with torch.cuda.device(device):
             capturing = _is_capturing()
-    if capturing:  # a graph may be replayed on any stream: its counter lies in its own memory pool
+    if capturing or stream == PER_THREAD_STREAM:
+        # A graph may be replayed on any stream: its counter lies in its own memory pool.
         return _zero(device)
     counter = _counters.get((device, stream))
     return _new_counter(device, stream) if counter is None else counter

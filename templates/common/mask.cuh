@@ -22,7 +22,6 @@ struct AttentionMask {
   int window_right;
   int group;  // of query heads that are packed: rows are queries times group
 
-  AttentionMask() = default;
   __device__ AttentionMask(const ForwardParams& params, int seqlen_q, int seqlen_k, int group = 1)
       : seqlen_k(seqlen_k),
         diagonal(seqlen_k - seqlen_q),
@@ -50,7 +49,6 @@ struct KeyBlocks {
   int unmasked_begin;
   int unmasked_end;
 
-  KeyBlocks() = default;
   __device__ KeyBlocks(const AttentionMask<kMask>& mask, int first_row, int last_row) {
     begin = mask.first_key(first_row) / kBlockN;
     end = (max(mask.end_key(last_row), 0) + kBlockN - 1) / kBlockN;

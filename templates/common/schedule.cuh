@@ -1,8 +1,8 @@
 // Which tile of queries a thread block works on.
 //
-// The grid is one-dimensional, so that batch x heads may exceed 65,535. Under a causal mask heads come in
-// sections whose keys and values fit into L2 together, and inside a section the last, longest, tiles of all
-// heads run first, so that short ones fill the end. Otherwise heads run one after the other.
+// Tiles are numbered in one dimension, so that batch x heads may exceed 65,535. Under a causal mask heads
+// come in sections whose keys and values fit into L2 together, and inside a section the last, longest, tiles
+// of all heads run first, so that short ones fill the end. Otherwise heads run one after the other.
 #pragma once
 
 #include <algorithm>

@@ -15,8 +15,6 @@ struct Sequence {
   int seqlen_q;
   int seqlen_k;
 
-  Sequence() = default;
-
   // Varlen launches one entry more than there are sequences: the rows past the last sequence, which see no
   // key.
   __device__ Sequence(const ForwardParams& params, int batch) {

@@ -2,23 +2,34 @@
 
 #include <cuda_runtime.h>
 
+#include <atomic>
+
 #include "host/status.h"
 
 namespace flash_attn {
 namespace {
 
+cudaError_t entry_point(const char* symbol, void** function, cudaDriverEntryPointQueryResult* result) {
+#if CUDART_VERSION >= 12050
+  return cudaGetDriverEntryPointByVersion(symbol, function, 12000, cudaEnableDefault, result);
+#else
+  return cudaGetDriverEntryPoint(symbol, function, cudaEnableDefault, result);
+#endif
+}
+
 // The driver's function, asked for at run time so that the library loads without a driver.
 Status tensor_map_encoder(decltype(&cuTensorMapEncodeTiled)& encoder, const char* name) {
-  static void* found = nullptr;
+  static std::atomic<void*> known{nullptr};
+  void* found = known.load(std::memory_order_acquire);
   if (found == nullptr) {
     cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
-    const Status status = check_cuda(
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result),
-        "cudaGetDriverEntryPointByVersion(cuTensorMapEncodeTiled)", name);
+    const Status status = check_cuda(entry_point("cuTensorMapEncodeTiled", &found, &result),
+                                     "cudaGetDriverEntryPoint(cuTensorMapEncodeTiled)", name);
     if (status != Status::kOk) return status;
     if (found == nullptr || result != cudaDriverEntryPointSuccess) {
       return fail(Status::kUnsupportedDevice, "%s needs a driver for CUDA 12.0 or newer", name);
     }
+    known.store(found, std::memory_order_release);
   }
   encoder = reinterpret_cast<decltype(encoder)>(found);
   return Status::kOk;

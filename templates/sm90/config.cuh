@@ -29,8 +29,8 @@ struct ForwardConfig {
   static constexpr int kStages = Tile::kStages;
   static constexpr int kQueryStages = Tile::kQueryStages;
 
-  // A producer warpgroup, of which one thread works, and consumers of 64 rows each, which share 512 registers
-  // per lane of a warp.
+  // A producer warpgroup, of which one thread works, and consumers of 64 rows each. A multiprocessor has
+  // 65536 registers, 512 for every thread of a warpgroup, to share out among them.
   static constexpr int kConsumers = kBlockM / 64;
   static constexpr int kThreads = 128 * (1 + kConsumers);
   static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
@@ -51,6 +51,8 @@ struct ForwardConfig {
   static constexpr int kKeyBytes = kSlabs * kKeySlabBytes;
   static constexpr int kValueBytes = kSlabsV * kKeySlabBytes;
   static constexpr int kBarrierBytes = 256;
+  static_assert(32 * (kStages + kQueryStages) <= kBarrierBytes, "barriers must fit");
+  static_assert(kTilesD % 4 == 0, "the epilogue transposes four tiles at a time");
   static constexpr int kSharedBytes =
       kQueryStages * kQueryBytes + kStages * (kKeyBytes + kValueBytes) + kBarrierBytes;
 };

@@ -80,6 +80,7 @@ __device__ __forceinline__ void produce(const ForwardArguments& arguments,
     const TileSchedule::Tile tile = arguments.schedule.tile(index);
     const Work<Config> work(params, Sequence(params, tile.batch), tile, packed_group<kVariant>(arguments),
                             tile.m_block * Config::kBlockM, Config::kBlockM);
+    if (work.queries.rows <= 0) continue;
     if (!work.has_keys()) {
       publish(tile, 0);
       q_ring.advance();
@@ -167,20 +168,21 @@ struct Consumer {
     }
   }
 
-  // The rows past the last varlen sequence may be more than the tiles of the longest sequence.
+  // Rows that see no key. Those past the last varlen sequence may be more than the tiles of the longest one.
   __device__ __forceinline__ void store_empty_rows(QueryBlock queries) const {
     const int64_t step = arguments.schedule.tiles_m * Config::kBlockM;
-    const int rows = queries.sequence.seqlen_q * queries.group;
+    const int64_t rows = int64_t{queries.sequence.seqlen_q} * queries.group;
     for (int64_t row = queries.first_row; row < rows; row += step) {
       queries.first_row = static_cast<int>(row);
-      queries.rows = min(rows - queries.first_row, 64);
+      queries.rows = static_cast<int>(min(rows - row, int64_t{64}));
       store_empty<typename Config::Element>(queries, threadIdx.x % 128, 128);
     }
   }
 
   // Blocks of keys that other warpgroups' queries see and this one's do not. Its warps meet before they are
   // released: one that came late would find the barriers a phase too far and wait for ever. (Products make
-  // the warps of a warpgroup meet by themselves.)
+  // the warps of a warpgroup meet by themselves: CUTLASS and FlashAttention-3
+  // rely on it, too.)
   __device__ __forceinline__ void skip_blocks(int count) {
     for (; count > 0; --count) {
       ptx::mbarrier_wait(shared.k_full(k_ring.stage), k_ring.parity);
@@ -279,7 +281,8 @@ struct Consumer {
            (block + 1) * Config::kBlockN > work.queries.sequence.seqlen_k;
   }
 
-  // Each warpgroup for itself: all of them write the same.
+  // Each warpgroup for itself. Another one's product may be reading these rows already, but it has zeroed
+  // them before, so that they only change from zero to zero.
   __device__ __forceinline__ void zero_values(const Work<Config>& work, int block) const {
     const int first = work.queries.sequence.seqlen_k - block * Config::kBlockN;
     const uint32_t chunk = shared.value(v_ring.stage) + threadIdx.x % 8 * 16;
@@ -312,10 +315,11 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   }
 }
 
-// Whether the tile was made for calls such as this one.
+// Whether the tile was made for calls such as this one, by an estimate of the keys that a query sees.
 template <class Config>
 bool suits(const ForwardParams& params) {
-  const int mean_keys = Config::kMask == Mask::kCausal ? params.seqlen_k / 2 : params.seqlen_k;
+  const int hidden = Config::kMask == Mask::kCausal ? std::min(params.seqlen_q, params.seqlen_k) / 2 : 0;
+  const int mean_keys = params.seqlen_k - hidden;
   return params.head_dim_v <= Config::kHeadDimV &&
          (Config::Tile::kMaxKeys == 0 || mean_keys <= Config::Tile::kMaxKeys);
 }
@@ -342,9 +346,10 @@ Status launch_forward(const ForwardParams& params, const Device& device, cudaStr
   arguments.params = params;
   arguments.group = group_to_pack(params, Config::kBlockM);
   arguments.schedule = make_schedule(params, Config::kBlockM, Config::kMask, kSectionBytes, arguments.group);
+  if (arguments.schedule.num_tiles() == 0) return Status::kOk;
   if (arguments.schedule.num_tiles() > std::numeric_limits<int32_t>::max() - device.multiprocessors) {
-    return fail(Status::kInvalidArgument, "%s would need %lld tiles; the limit is 2^31 less one per SM", name,
-                static_cast<long long>(arguments.schedule.num_tiles()));
+    return fail(Status::kInvalidArgument, "%s would need %lld tiles; the limit is 2^31 - 1 less one per SM",
+                name, static_cast<long long>(arguments.schedule.num_tiles()));
   }
   const Status status = make_tensor_maps<Config>(arguments.maps, params, arguments.group, name);
   if (status != Status::kOk) return status;

@@ -47,9 +47,10 @@ Status make_tensor_maps(TensorMaps& maps, const ForwardParams& params, int group
   const bool varlen = params.cu_seqlens_q != nullptr;
   const int64_t batch = varlen ? 1 : params.batch, d = params.head_dim;
   const int64_t rows_q = varlen ? params.total_q : params.seqlen_q;
+  const int64_t keys = varlen ? params.total_k : params.seqlen_k;
   // Without a single key nothing is read of K and V, but a tensor map wants an address and a size.
-  const bool no_keys = varlen && params.total_k == 0;
-  const int64_t rows_k = no_keys ? 1 : varlen ? params.total_k : params.seqlen_k;
+  const bool no_keys = keys == 0;
+  const int64_t rows_k = no_keys ? 1 : keys;
   const TensorBox q{
       params.q,
       5,

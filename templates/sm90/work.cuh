@@ -29,7 +29,7 @@ struct Work {
                 tile.head,
                 group,
                 first_row,
-                min(sequence.seqlen_q * group - first_row, max_rows)},
+                static_cast<int>(min(int64_t{sequence.seqlen_q} * group - first_row, int64_t{max_rows}))},
         mask(params, sequence.seqlen_q, sequence.seqlen_k, group),
         blocks(mask, first_row, first_row + queries.rows - 1) {
     if (queries.rows <= 0 || blocks.begin > blocks.end) blocks.end = blocks.begin;

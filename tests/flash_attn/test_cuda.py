@@ -322,6 +322,13 @@ def test_varlen_without_sequences(library):
     assert not library.calls and not out.any() and (lse == math.inf).all()
 
 
+def test_varlen_without_a_single_query(library):
+    q, k, v = (x.flatten(0, 1) for x in make())
+    cu_q, cu_k = torch.zeros(2).int(), torch.tensor([0, len(k)]).int()
+    out, lse, _, _ = _operations.varlen_forward(q[:0], k, v, cu_q, cu_k, 128, len(k))
+    assert not library.calls and out.shape == q[:0].shape and lse.shape[1] == 0
+
+
 def test_forced_family(monkeypatch):
     recorder = Recorder(family=86)
     install(monkeypatch, recorder)

@@ -54,6 +54,11 @@ def test_one_for_each_stream_of_each_device(gpus):
     assert [device for device, _ in gpus.made] == [0, 0, 1, 1]
 
 
+def test_the_stream_of_each_thread_is_shared_by_none(gpus):
+    counters = [tile_counter(0, 2) for _ in range(2)]
+    assert counters[0] is not counters[1] and not gpus.waits
+
+
 def test_it_is_made_in_another_thread_and_waited_for(gpus):
     tile_counter(0, 10)
     assert gpus.waits == gpus.made and gpus.made[0][1] != threading.get_ident()

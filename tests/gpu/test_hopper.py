@@ -73,6 +73,14 @@ def test_varlen_without_a_single_key():
     assert not out.any() and lse.isposinf().all()
 
 
+def test_varlen_without_a_single_query():
+    nothing, k = make(0, 4, 64), make(30, 2, 64)
+    bounds = torch.zeros(2, device="cuda", dtype=torch.int32)
+    key_bounds = torch.tensor([0, 30], device="cuda", dtype=torch.int32)
+    out, lse, _ = flash_attn_varlen_func(nothing, k, k, bounds, key_bounds, 128, 30, return_attn_probs=True)
+    assert out.shape == (0, 4, 64) and lse.shape == (4, 0)
+
+
 @pytest.mark.parametrize("mask", MASKS)
 def test_layouts_that_are_read_in_place(mask):
     """Heads before rows, parts of one packed tensor, one head for all and one sequence for all."""
