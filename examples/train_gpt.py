@@ -276,7 +276,8 @@ def main(argv: list[str] | None = None) -> int:
     layout = "packed paragraphs of at most" if args.packed else f"{args.batch} windows of"
     print(
         f"{args.layers} layers, width {args.width}, {args.heads} heads; {args.steps} steps, each "
-        f"{args.batch * args.seqlen} bytes in {layout} {args.seqlen}; {args.device}, seed {args.seed}"
+        f"{args.batch * args.seqlen} bytes in {layout} {args.seqlen}; {args.device}, seed {args.seed}",
+        flush=True,  # before the bars, which go to stderr
     )
     runs = {name: train(name, args) for name in args.names}
     for name, run in runs.items():
