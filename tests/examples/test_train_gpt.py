@@ -1,0 +1,151 @@
+"""The training example: the model learns, the attentions are compared rightly, bad arguments are refused."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import flash_attn
+from examples import train_gpt
+
+ROOT = Path(flash_attn.__file__).parents[1]
+TINY = [
+    *("--steps", "80", "--batch", "8", "--seqlen", "48"),
+    *("--layers", "2", "--width", "64", "--heads", "2", "--lr", "3e-3"),
+]
+
+ENTROPY_OF_A_BYTE = 3.26
+"""Nats per byte of the text: the best loss of a model that sees no context."""
+
+TOLERANCE = 1e-4
+"""Two ways of rounding fp32 give losses that differ by about 1e-6, which training amplifies by an amount that
+depends on the machine. Attention that is wrong by little, such as a scale 10 % off, makes about 1e-2."""
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tensors this small gain nothing from threads, which wait for one another where cores are busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def curve(name, *arguments):
+    """The losses of a tiny training with one attention."""
+    return train_gpt.train(name, train_gpt.parse([*TINY, "--attention", name, *arguments])).losses
+
+
+def largest_difference(curve, other):
+    return max(abs(a - b) for a, b in zip(curve, other, strict=True))
+
+
+@pytest.mark.parametrize("arguments", [(), ("--packed",)], ids=["windows", "packed"])
+def test_loss_falls_and_the_attentions_agree(arguments):
+    flash, sdpa = (curve(name, *arguments) for name in ("flash", "sdpa"))
+    assert flash[0] == pytest.approx(5.55, abs=0.2)  # log(256): it knows nothing yet
+    assert sum(flash[-10:]) / 10 < ENTROPY_OF_A_BYTE - 0.1
+    assert largest_difference(flash, sdpa) < TOLERANCE
+
+
+def test_a_wrong_attention_would_be_seen(monkeypatch):
+    steps, real = ("--steps", "40"), train_gpt.flash_attn_func
+    monkeypatch.setattr(
+        train_gpt, "flash_attn_func", lambda q, *kv, causal: real(1.1 * q, *kv, causal=causal)
+    )
+    assert largest_difference(curve("flash", *steps), curve("sdpa", *steps)) > 10 * TOLERANCE
+
+
+def test_the_seed_determines_the_curve():
+    few = ("--steps", "2")
+    assert curve("flash", *few) == curve("flash", *few)
+    assert curve("flash", *few) != curve("flash", *few, "--seed", "1")
+
+
+def test_documents_do_not_see_each_other():
+    args = train_gpt.parse([*TINY, "--packed", "--attention", "sdpa"])
+    batch = train_gpt.Text(args).batch()
+    lengths = batch.cu_seqlens.diff().tolist()
+    assert len(lengths) > 1 and sum(lengths) == batch.tokens.numel() == args.batch * args.seqlen
+    assert min(lengths) >= 1 and max(lengths) == batch.longest <= args.seqlen
+    starts = batch.cu_seqlens[:-1].long()
+    assert not batch.positions[starts].any()
+    for attend in train_gpt.ATTENTIONS.values():
+        q, k, v = (torch.randn(batch.tokens.numel(), 2, 8) for _ in range(3))
+        out = attend(q, k, v, batch)
+        torch.testing.assert_close(out[starts], v[starts])  # the first token sees itself alone
+
+
+def test_the_script_prints_speeds_and_the_difference():
+    command = [sys.executable, "-W", "ignore", train_gpt.__file__, *TINY, "--steps", "4"]
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    for name in ("flash", "sdpa"):
+        assert re.search(
+            rf"^{name} +loss 5\.\d+ -> \d\.\d+ nats per byte, [\d,]+ tokens/s", done.stdout, re.M
+        )
+        assert re.search(rf"^{name} +\[#+\] 4/4  loss ", done.stderr, re.M)
+    assert re.search(r"^largest difference of the two losses at a step: \d\.\de[+-]\d\d$", done.stdout, re.M)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--attention x", r"--attention: invalid choice: 'x' \(choose from .*flash.*sdpa.*both.*\)"),
+        ("--steps 1", r"--steps: must be an integer of at least 2, got '1'"),
+        ("--batch many", r"--batch: must be an integer of at least 1, got 'many'"),
+        ("--seqlen 65537", r"--seqlen: must be an integer of at least 1 and at most 65536, got '65537'"),
+        ("--lr nan", r"--lr: must be a number above 0 and at most 1, got 'nan'"),
+        ("--seed -1", r"--seed: must be an integer of at least 0 and at most \d+, got '-1'"),
+        ("--width 130 --heads 4", r"--width: must be a multiple of --heads 4, got 130"),
+        ("--width 1028 --heads 4", r"--width: must be at most 1024 for --heads 4, got 1028"),
+        ("--wide 3", r"unrecognized arguments: --wide 3"),
+    ],
+)
+def test_bad_arguments(arguments, message, capsys):
+    with pytest.raises(SystemExit) as exited:
+        train_gpt.main(arguments.split())
+    assert exited.value.code == 2
+    assert re.fullmatch(rf".+: (argument )?{message}\n", capsys.readouterr().err)
+
+
+def test_cuda_without_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as exited:
+        train_gpt.main(["--device", "cuda"])
+    assert exited.value.code == 2
+    expected = "argument --device: must be cpu where torch sees no GPU, got cuda\n"
+    assert capsys.readouterr().err.endswith(expected)
+
+
+def test_a_library_that_cannot_train_ends_in_one_line(monkeypatch, capsys):
+    def refuse(*unused, **options):
+        raise NotImplementedError("the backward is not built;\nbuild it with `this command`")
+
+    monkeypatch.setattr(train_gpt, "flash_attn_func", refuse)
+    with pytest.raises(SystemExit) as exited:
+        train_gpt.main([*TINY, "--steps", "2"])
+    assert exited.value.code == 2
+    expected = "flash cannot train on cpu: the backward is not built; build it with `this command`\n"
+    error = capsys.readouterr().err
+    assert error.endswith(expected) and error.count("\n") == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+def test_on_a_gpu(capsys):
+    """SDPA trains; flash_attn trains too, or says in one line why it cannot."""
+    arguments = [*TINY, "--device", "cuda", "--steps", "4"]
+    assert train_gpt.main([*arguments, "--attention", "sdpa"]) == 0
+    capsys.readouterr()
+    try:
+        assert train_gpt.main([*arguments, "--attention", "flash"]) == 0
+    except SystemExit as exited:
+        assert exited.code == 2
+        assert re.fullmatch(r".+: flash cannot train on cuda: .+\n", capsys.readouterr().err)
