@@ -126,7 +126,8 @@ def worker(rank, path, logits, labels, results):
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 def test_split_vocabulary(tmp_path):
-    context = torch.multiprocessing.get_context("fork")
+    # Not fork: a child of a process whose thread pools are at work, as after other tests, may hang.
+    context = torch.multiprocessing.get_context("spawn")
     logits, labels = torch.randn(ROWS, 100), torch.randint(0, 100, (ROWS,))
     labels[3] = -100
     whole = logits.clone().requires_grad_()
