@@ -39,10 +39,10 @@ def expected(kernels: Iterable[str], targets: Iterable[str]) -> frozenset[str]:
 
 def _code(target: str) -> tuple[str, str]:
     """Family and code of a target: sm80 and sm_90 of ``sm80:90+ptx``."""
-    match = re.fullmatch(r"(sm\d+):(\d+)(\+ptx)?", target)
-    if match is None or match[1] not in axes.FAMILIES or int(match[2]) not in axes.ARCHS:
+    parsed = selection.parse_target(target)
+    if parsed is None or parsed.family not in axes.FAMILIES or parsed.capability not in axes.ARCHS:
         raise CiError(f"unknown target {target!r} in its manifest")
-    return match[1], f"sm_{selection.Target(match[1], int(match[2])).code}"
+    return parsed.family, f"sm_{parsed.code}"
 
 
 def parse(text: str) -> frozenset[str]:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import zipfile
 import zlib
@@ -16,7 +15,7 @@ from packaging.tags import platform_tags
 from packaging.utils import canonicalize_name
 
 from codegen import ROOT, CodegenError, axes, driver, version, wheel_index, wheel_name
-from codegen.selection import Selection, Target, is_native
+from codegen.selection import Selection, Target, is_native, parse_target
 from codegen.wheel_index import Listed, NoIndex, WheelError
 from codegen.wheel_name import PROJECT, WheelName
 
@@ -193,10 +192,10 @@ def shortfall(manifest: Mapping[str, Any], selection: Selection, environ: Mappin
 
 
 def _parse_target(text: str) -> Target:
-    match = re.fullmatch(r"(\w+):(\d+)(\+ptx)?", str(text))
-    if match is None:
+    target = parse_target(str(text))
+    if target is None:
         raise WheelError(f"unknown target {text!r} in the wheel's _build.json")
-    return Target(match[1], int(match[2]), match[3] is not None)
+    return target
 
 
 def _covered(target: Target, held: Iterable[Target]) -> bool:

@@ -54,6 +54,12 @@ class Target:
         return str(self).removeprefix(f"{self.family}:") if default else str(self)
 
 
+def parse_target(text: str) -> Target | None:
+    """The target of which ``text`` is the str, as in a manifest; None for any other text."""
+    match = re.fullmatch(r"(\w+):(\d+)(\+ptx)?", text)
+    return Target(match[1], int(match[2]), match[3] is not None) if match else None
+
+
 @dataclass(frozen=True)
 class Selection:
     """Targets and axis values to build; ``notes`` says in one line each what was left out and why."""

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "common/dropout.cuh"
+#include "common/dtype.cuh"
 #include "common/mask.cuh"
 #include "common/scores.cuh"
 
@@ -55,6 +56,39 @@ __device__ __forceinline__ void apply_mask(Accumulator<kTilesM, kTilesN>& scores
   for_each_score(scores, first_row, first_column, [&](float& score, int row, int column) {
     if (column >= mask.end_key(row) || column < mask.first_key(row)) score = -INFINITY;
   });
+}
+
+// P rounded to 16 bits, as A operands of O += P V: element [m][k] holds rows of tile m and 16 keys from 16 k
+// on.
+template <int kTilesM, int kTilesN>
+using RoundedProbs = uint32_t[kTilesM][kTilesN / 2][4];
+
+// Two neighbouring accumulator tiles, rounded, are one A operand: no exchange between lanes.
+template <Dtype kDtype, int kTilesM, int kTilesN>
+__device__ __forceinline__ void get_operand(uint32_t (&a)[4], const Accumulator<kTilesM, kTilesN>& probs,
+                                            int m, int k) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float* p = probs[m][2 * k + i / 2] + 2 * (i % 2);
+    a[i] = pack<kDtype>(p[0], p[1]);
+  }
+}
+
+template <Dtype kDtype, int kTilesM, int kSteps>
+__device__ __forceinline__ void get_operand(uint32_t (&a)[4], const uint32_t (&probs)[kTilesM][kSteps][4],
+                                            int m, int k) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) a[i] = probs[m][k][i];
+}
+
+template <Dtype kDtype, int kTilesM, int kTilesN>
+__device__ __forceinline__ void round_probs(uint32_t (&rounded)[kTilesM][kTilesN / 2][4],
+                                            const float (&probs)[kTilesM][kTilesN][4]) {
+#pragma unroll
+  for (int m = 0; m < kTilesM; ++m) {
+#pragma unroll
+    for (int k = 0; k < kTilesN / 2; ++k) get_operand<kDtype>(rounded[m][k], probs, m, k);
+  }
 }
 
 // Zeroes the dropped probabilities; what is kept is rescaled once, with the output.

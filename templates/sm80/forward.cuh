@@ -80,8 +80,8 @@ __device__ __forceinline__ void accumulate_block(Accumulator<Config::kTilesM, Co
                                                  uint32_t value_address, const WarpPart<Config>& part,
                                                  const WarpPair<Config>& pair) {
   if constexpr (Config::kPairs) {
-    Probs<Config> rounded;
-    round_probs<Config>(rounded, probs);
+    RoundedProbs<Config::kTilesM, Config::kTilesN> rounded;
+    round_probs<Config::kDtype>(rounded, probs);
     pair.send(rounded);
     accumulate_output<Config>(output, rounded, value_address);
     pair.receive(rounded);

@@ -82,39 +82,6 @@ __device__ __forceinline__ void compute_scores(Accumulator<Config::kTilesM, Conf
   }
 }
 
-// P rounded to 16 bits, as A operands of O += P V: element [m][k] holds rows of tile m and 16 keys from 16 k
-// on.
-template <class Config>
-using Probs = uint32_t[Config::kTilesM][Config::kTilesN / 2][4];
-
-// Two neighbouring accumulator tiles, rounded, are one A operand: no exchange between lanes.
-template <class Config>
-__device__ __forceinline__ void get_operand(uint32_t (&a)[4],
-                                            const Accumulator<Config::kTilesM, Config::kTilesN>& probs, int m,
-                                            int k) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float* p = probs[m][2 * k + i / 2] + 2 * (i % 2);
-    a[i] = pack<Config::kDtype>(p[0], p[1]);
-  }
-}
-
-template <class Config>
-__device__ __forceinline__ void get_operand(uint32_t (&a)[4], const Probs<Config>& probs, int m, int k) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) a[i] = probs[m][k][i];
-}
-
-template <class Config>
-__device__ __forceinline__ void round_probs(Probs<Config>& rounded,
-                                            const Accumulator<Config::kTilesM, Config::kTilesN>& probs) {
-#pragma unroll
-  for (int m = 0; m < Config::kTilesM; ++m) {
-#pragma unroll
-    for (int k = 0; k < Config::kTilesN / 2; ++k) get_operand<Config>(rounded[m][k], probs, m, k);
-  }
-}
-
 // O += P V for kWarpKeys keys, with P in fp32 or already rounded.
 template <class Config, class AnyProbs>
 __device__ __forceinline__ void accumulate_output(Accumulator<Config::kTilesM, Config::kTilesD>& output,
@@ -124,7 +91,7 @@ __device__ __forceinline__ void accumulate_output(Accumulator<Config::kTilesM, C
   for (int k = 0; k < Config::kTilesN / 2; ++k) {
     uint32_t a[Config::kTilesM][4];
 #pragma unroll
-    for (int m = 0; m < Config::kTilesM; ++m) get_operand<Config>(a[m], probs, m, k);
+    for (int m = 0; m < Config::kTilesM; ++m) get_operand<Config::kDtype>(a[m], probs, m, k);
 #pragma unroll
     for (int n = 0; n < Config::kTilesD; n += 2) {
       uint32_t b[4];

@@ -35,7 +35,7 @@ class WarpPair {
       values[row] = function(values[row], rows_[row * Config::kThreads / 4 + to_other(8)]);
   }
 
-  __device__ __forceinline__ void send(const Probs<Config>& probs) const {
+  __device__ __forceinline__ void send(const RoundedProbs<Config::kTilesM, Config::kTilesN>& probs) const {
 #pragma unroll
     for (int i = 0; i < kFragments; ++i) {
       const uint32_t* p = probs[i / kSteps][i % kSteps];
@@ -43,7 +43,7 @@ class WarpPair {
     }
   }
 
-  __device__ __forceinline__ void receive(Probs<Config>& probs) const {
+  __device__ __forceinline__ void receive(RoundedProbs<Config::kTilesM, Config::kTilesN>& probs) const {
     sync();
 #pragma unroll
     for (int i = 0; i < kFragments; ++i) {

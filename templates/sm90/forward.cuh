@@ -181,8 +181,7 @@ struct Consumer {
 
   // Blocks of keys that other warpgroups' queries see and this one's do not. Its warps meet before they are
   // released: one that came late would find the barriers a phase too far and wait for ever. (Products make
-  // the warps of a warpgroup meet by themselves: CUTLASS and FlashAttention-3
-  // rely on it, too.)
+  // the warps of a warpgroup meet by themselves: CUTLASS and FlashAttention-3 rely on it, too.)
   __device__ __forceinline__ void skip_blocks(int count) {
     for (; count > 0; --count) {
       ptx::mbarrier_wait(shared.k_full(k_ring.stage), k_ring.parity);
@@ -222,7 +221,7 @@ struct Consumer {
   __device__ __forceinline__ void attend(const Work<Config>& work) {
     Accumulator<1, Config::kTilesN> scores;
     Accumulator<1, Config::kTilesD> output = {};
-    uint32_t probs[Config::kTilesN / 2][4];
+    RoundedProbs<1, Config::kTilesN> probs;
     OnlineSoftmax<1> softmax;
     float factor[2];
     const uint32_t query = shared.query(q_ring.stage) + warpgroup * 64 * 128;
@@ -235,7 +234,7 @@ struct Consumer {
     update_softmax(work, softmax, scores, factor, block);
     ptx::mbarrier_wait(shared.v_full(v_ring.stage), v_ring.parity);
     if (needs_zeros(work, block)) zero_values(work, block);
-    round_probs<Config>(probs, scores);
+    round_probs<Config::kDtype>(probs, scores);
 
     while (block > work.blocks.begin) {
       --block;
@@ -255,7 +254,7 @@ struct Consumer {
       ptx::settle(output);
       release(v_empty);
       if (lags) softmax.rescale(output, factor);
-      round_probs<Config>(probs, scores);
+      round_probs<Config::kDtype>(probs, scores);
     }
 
     issue_output<Config>(output, probs, shared.value(v_ring.stage));

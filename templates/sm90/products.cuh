@@ -29,29 +29,15 @@ __device__ __forceinline__ void issue_scores(Accumulator<1, Config::kTilesN>& sc
 // O += P V; `probs` are A operands and must stay as they are until the products are done.
 template <class Config>
 __device__ __forceinline__ void issue_output(Accumulator<1, Config::kTilesD>& output,
-                                             const uint32_t (&probs)[Config::kTilesN / 2][4],
-                                             uint32_t value) {
+                                             const RoundedProbs<1, Config::kTilesN>& probs, uint32_t value) {
   const uint64_t b = ptx::operand_descriptor(value, Config::kKeySlabBytes);
   ptx::wgmma_fence();
 #pragma unroll
   for (int k = 0; k < Config::kBlockN / 16; ++k) {
-    ptx::Wgmma<Config::kHeadDimV>::template rs<Config::kDtype, 1>(output, probs[k], b + k * 16 * 128 / 16, 1);
+    ptx::Wgmma<Config::kHeadDimV>::template rs<Config::kDtype, 1>(output, probs[0][k], b + k * 16 * 128 / 16,
+                                                                  1);
   }
   ptx::wgmma_commit();
-}
-
-// Probabilities rounded to 16 bits: two neighbouring accumulator tiles are one A operand.
-template <class Config>
-__device__ __forceinline__ void round_probs(uint32_t (&rounded)[Config::kTilesN / 2][4],
-                                            const Accumulator<1, Config::kTilesN>& probs) {
-#pragma unroll
-  for (int k = 0; k < Config::kTilesN / 2; ++k) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float* p = probs[0][2 * k + i / 2] + 2 * (i % 2);
-      rounded[k][i] = pack<Config::kDtype>(p[0], p[1]);
-    }
-  }
 }
 
 }  // namespace flash_attn::sm90

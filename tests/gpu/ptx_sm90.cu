@@ -117,7 +117,7 @@ __device__ __forceinline__ void compute(const Products& call, uint32_t shared, f
   const auto put = [](float& element, float& place) { place = element; };
   Accumulator<1, Case::kKeys / 8> scores;
   Accumulator<1, Case::kWidth / 8> output;
-  uint32_t probs[Case::kKeys / 16][4];
+  RoundedProbs<1, Case::kKeys / 8> probs;
   for_each(scores, call.scores, get);
   ptx::mbarrier_wait(shared + Case::kBarrierAt, 0);
 
@@ -134,7 +134,7 @@ __device__ __forceinline__ void compute(const Products& call, uint32_t shared, f
   ptx::wgmma_wait<0>();
   ptx::settle(scores);
   for_each(scores, call.scores, put);
-  sm90::round_probs<Case>(probs, scores);
+  round_probs<Case::kDtype>(probs, scores);
 
   zero_values<Case>(shared + Case::kValueAt, call.used_keys);
   for_each(output, output_matrix, get);
@@ -142,7 +142,7 @@ __device__ __forceinline__ void compute(const Products& call, uint32_t shared, f
   ptx::wgmma_fence();
 #pragma unroll
   for (int k = 0; k < Case::kKeys / 16; ++k) {
-    ptx::Wgmma<Case::kWidth>::template rs<Case::kDtype, 1>(output, probs[k], value + k * 16 * 128 / 16,
+    ptx::Wgmma<Case::kWidth>::template rs<Case::kDtype, 1>(output, probs[0][k], value + k * 16 * 128 / 16,
                                                            k > 0 || call.accumulate);
   }
   ptx::wgmma_commit();
