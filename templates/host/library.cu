@@ -120,6 +120,8 @@ uint64_t flash_attn_layout_hash() { return kLayoutHash; }
 
 int64_t flash_attn_forward_params_size() { return sizeof(ForwardParams); }
 
+int64_t flash_attn_backward_params_size() { return sizeof(BackwardParams); }
+
 int32_t flash_attn_kernel_count() { return kNumKernels; }
 
 const char* flash_attn_kernel_key(int32_t index) {
