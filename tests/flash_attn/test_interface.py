@@ -15,10 +15,6 @@ from flash_attn import flash_attn_interface as interface
 ROOT = Path(__file__).parents[2]
 
 
-def test_version():
-    assert flash_attn.__version__ == "2.8.3"
-
-
 def run_python(code):
     return subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
