@@ -250,7 +250,7 @@ def enums() -> tuple[Enum, ...]:
         Enum("Dtype", "Element type of q, k, v and out.", _numbered(axes.DTYPES)),
         Enum("Mask", "Mask class: what a kernel is compiled to mask.", _numbered(axes.MASKS)),
         Enum("Family", "Kernel family; auto = the best one for the device.", families),
-        Enum("Direction", "Pass that a kernel computes.", _numbered(("forward", "backward"))),
+        Enum("Direction", "Pass that a kernel computes.", _numbered(axes.DIRECTIONS)),
         Enum("Status", "Result of a call; flash_attn_last_error() has the text.", _numbered(status)),
     )
 
