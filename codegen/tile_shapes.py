@@ -122,6 +122,11 @@ class BackwardTile:
     def queries_at_once(self) -> int:
         return min(self.block_m, 2048 // self.keys_per_warp)
 
+    @property
+    def barriers(self) -> int:
+        """One of all warps, and one of each pair for each of the parts that it splits ``block_m`` into."""
+        return 1 + self.warps // 2 * (self.block_m // self.queries_at_once)
+
     def smem_bytes(self, head_dim: int) -> int:
         """K, V, the stages of Q, dO and scores, two bytes an element; those of LSE and D, four bytes."""
         elements = 2 * self.block_n * head_dim + 4 * self.block_m * head_dim
@@ -155,8 +160,10 @@ class BackwardTile:
         if self.warps % 2 or self.warps < 2:
             return [f"warps = {self.warps}, not pairs"]
         problems = []
-        if self.block_m % 16:
-            problems.append(f"block_m = {self.block_m}, not a multiple of 16")
+        if self.block_m not in (16, 32, 64, 128):
+            problems.append(
+                f"block_m = {self.block_m}, not 16, 32, 64 or 128: a divisor of the workspace's rows"
+            )
         keys = self.block_n / (self.warps // 2)
         if keys not in (16, 32, 64):
             problems.append(
@@ -165,6 +172,10 @@ class BackwardTile:
             )
         if self.score_stages not in (1, 2):
             problems.append(f"score_stages = {self.score_stages}, not 1 or 2")
+        if not problems and self.barriers > 16:
+            problems.append(
+                f"barriers: 1 + pairs * block_m / queries_at_once = {self.barriers}, more than 16"
+            )
         return problems
 
 

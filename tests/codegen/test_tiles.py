@@ -129,10 +129,11 @@ def test_backward_arithmetic():
     ("tile", "words"),
     [
         (BackwardTile(64, 96, 3, 1, 2), "warps = 3, not pairs"),
-        (BackwardTile(40, 64, 4, 1, 2), "block_m = 40, not a multiple of 16"),
+        (BackwardTile(48, 64, 4, 1, 2), "block_m = 48, not 16, 32, 64 or 128"),
         (BackwardTile(64, 96, 4, 1, 2), "96 / 2 = 48, not 16, 32 or 64"),
         (BackwardTile(64, 32, 8, 1, 2), "32 / 4 = 8, not 16, 32 or 64"),
         (BackwardTile(64, 64, 4, 1, 3), "score_stages = 3, not 1 or 2"),
+        (BackwardTile(128, 512, 16, 1, 1), "barriers: 1 + pairs * block_m / queries_at_once = 33"),
         (BackwardTile(16, 64, 8, 1, 2), "block_m = 16, not a multiple of the 32 rows that 8 warps copy"),
         (BackwardTile(64, 128, 8, 2, 2), "2 * (164864 + 1024) = 331776 > 167936 bytes"),
         (BackwardTile(64, 128, 8, 2, 2), "32 * (128 + 64) / 32 + 40 = 232 > min(255, 65536 / (2 * 8 * 32))"),
