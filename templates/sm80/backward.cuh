@@ -174,8 +174,7 @@ struct BackwardPart {
     using Shared = SharedTile<Config::kHeadDim>;
     pair = threadIdx.x / 32 % Config::kPairs;
     key = pair * Config::kWarpKeys;
-    const FragmentLane of_a = FragmentLane::of_a(threadIdx.x % 32),
-                       of_b = FragmentLane::of_b(threadIdx.x % 32);
+    const FragmentLane of_a = FragmentLane::of_a(), of_b = FragmentLane::of_b();
     a = Shared::offset(of_a.row, of_a.chunk);
     b = Shared::offset(of_b.row, of_b.chunk);
     shared = ptx::shared_address(shared_memory);
