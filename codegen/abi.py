@@ -220,8 +220,8 @@ FORWARD_PARAMS = Struct(
 BACKWARD_PARAMS = Struct(
     "BackwardParams",
     "Arguments of one attention backward call. The workspaces need not be initialised. Per head (and batch"
-    " entry), they have seqlen_q rows, rounded up to a multiple of 128; if varlen, total_q + 128 * batch, and"
-    " sequence b starts at row cu_seqlens_q[b] + 128 * b, rounded down to a multiple of 128.",
+    " entry), they have seqlen_q rows, or if varlen total_q + 128 * batch, rounded up to a multiple of 128."
+    " Then sequence b starts at row cu_seqlens_q[b] + 128 * b, rounded down to a multiple of 128.",
     (
         Field("forward", FORWARD_PARAMS, "the forward call's, which wrote out and softmax_lse"),
         Field("dout", "const void*", "as out"),
@@ -250,7 +250,7 @@ def enums() -> tuple[Enum, ...]:
         Enum("Dtype", "Element type of q, k, v and out.", _numbered(axes.DTYPES)),
         Enum("Mask", "Mask class: what a kernel is compiled to mask.", _numbered(axes.MASKS)),
         Enum("Family", "Kernel family; auto = the best one for the device.", families),
-        Enum("Direction", "Pass that a kernel computes.", _numbered(("forward", "backward"))),
+        Enum("Direction", "Pass that a kernel computes.", _numbered(axes.DIRECTIONS)),
         Enum("Status", "Result of a call; flash_attn_last_error() has the text.", _numbered(status)),
     )
 

@@ -117,8 +117,8 @@ FORWARD_PARAMS = struct.Struct("<13Q17q12i3f4x")
 
 class BackwardParams(ctypes.Structure):
     """Arguments of one attention backward call. The workspaces need not be initialised. Per head (and
-    batch entry), they have seqlen_q rows, rounded up to a multiple of 128; if varlen, total_q + 128 *
-    batch, and sequence b starts at row cu_seqlens_q[b] + 128 * b, rounded down to a multiple of 128.
+    batch entry), they have seqlen_q rows, or if varlen total_q + 128 * batch, rounded up to a multiple
+    of 128. Then sequence b starts at row cu_seqlens_q[b] + 128 * b, rounded down to a multiple of 128.
     """
 
     _fields_ = (

@@ -143,8 +143,8 @@ static_assert(offsetof(ForwardParams, softcap) == 292);
 static_assert(offsetof(ForwardParams, dropout_p) == 296);
 
 // Arguments of one attention backward call. The workspaces need not be initialised. Per head (and batch
-// entry), they have seqlen_q rows, rounded up to a multiple of 128; if varlen, total_q + 128 * batch,
-// and sequence b starts at row cu_seqlens_q[b] + 128 * b, rounded down to a multiple of 128.
+// entry), they have seqlen_q rows, or if varlen total_q + 128 * batch, rounded up to a multiple of 128.
+// Then sequence b starts at row cu_seqlens_q[b] + 128 * b, rounded down to a multiple of 128.
 struct BackwardParams {
   ForwardParams forward;  // the forward call's, which wrote out and softmax_lse
   const void* dout;  // as out
