@@ -46,7 +46,7 @@ def library(monkeypatch):
 
 def install(monkeypatch, recorder):
     monkeypatch.setattr(_cuda, "_devices", {-1: _cuda._Device(recorder, counts_tiles=False)})
-    monkeypatch.setattr(_cuda, "_raw_stream", lambda device: 4242)
+    monkeypatch.setattr(_cuda, "raw_stream", lambda device: 4242)
     backend = SimpleNamespace(
         forward=_cuda.forward,
         varlen_forward=lambda *arguments: _cuda.varlen_forward(
