@@ -18,7 +18,6 @@ __device__ __forceinline__ void wait_for_turn(const int32_t* semaphore, int turn
 
 // Lets the next warp see what this one has written or added, and begin.
 __device__ __forceinline__ void pass_turn(int32_t* semaphore) {
-  __threadfence();
   __syncwarp();
   if (threadIdx.x % 32 == 0) {
     asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(semaphore) : "memory");

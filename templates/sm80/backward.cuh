@@ -96,9 +96,16 @@ struct KeyBlock {
   }
   __device__ __forceinline__ int steps() const { return max(end_step - first_step, 0) * group(); }
   __device__ __forceinline__ QueryStep first() const { return {key_head * group(), first_step}; }
+  __device__ __forceinline__ bool is_first(QueryStep step) const {
+    return step.block == first_step && step.head == key_head * group();
+  }
   __device__ __forceinline__ QueryStep next(QueryStep step) const {
     return step.block + 1 < end_step ? QueryStep{step.head, step.block + 1}
                                      : QueryStep{step.head + 1, first_step};
+  }
+  __device__ __forceinline__ QueryStep previous(QueryStep step) const {
+    return step.block > first_step ? QueryStep{step.head, step.block - 1}
+                                   : QueryStep{step.head - 1, end_step - 1};
   }
 
   // The blocks of keys that a step's queries see.
@@ -161,10 +168,9 @@ struct BackwardPart {
   int key;     // first key of the pair within the block
   uint32_t a;  // this lane's place in an A operand, or in a transposed B operand, of a shared tile
   uint32_t b;  // the same for a B operand that is not transposed
-  uint8_t* shared_memory;
   uint32_t shared;
 
-  __device__ __forceinline__ explicit BackwardPart(uint8_t* shared_memory) : shared_memory(shared_memory) {
+  __device__ __forceinline__ explicit BackwardPart(uint8_t* shared_memory) {
     using Shared = SharedTile<Config::kHeadDim>;
     pair = threadIdx.x / 32 % Config::kPairs;
     key = pair * Config::kWarpKeys;
@@ -183,8 +189,8 @@ struct BackwardPart {
   }
   // LSE (`which` = 0) or D (1) of the two queries of this lane in tile n of a chunk.
   __device__ __forceinline__ float2 row_values(int stage, int which, int chunk, int n) const {
-    const uint8_t* rows = shared_memory + Config::kRowsAt + (stage * 2 + which) * Config::kRowBytes;
-    return reinterpret_cast<const float2*>(rows)[chunk * Config::kChunk / 2 + n * 4 + threadIdx.x % 4];
+    const uint32_t rows = shared + Config::kRowsAt + (stage * 2 + which) * Config::kRowBytes;
+    return ptx::load_shared_floats(rows + (chunk * Config::kChunk + n * 8 + threadIdx.x % 4 * 2) * 4);
   }
   __device__ __forceinline__ int barrier(int chunk) const { return 1 + pair * Config::kChunks + chunk; }
 };
@@ -436,31 +442,34 @@ template <class Config, bool kModifiers, bool kValueWarp>
 __device__ __forceinline__ void run_steps(KeyGradient<Config>& gradient, const KeyBlock<Config>& keys,
                                           const BackwardPart<Config>& part) {
   constexpr bool kDelayed = Config::Tile::kScoreStages == 2;
-  const int steps = keys.steps();
-  QueryStep step = keys.first(), last = step;
-  for (int i = 0; i < steps; ++i) {
-    const int stage = i % 2, score_stage = kDelayed ? stage : 0;
-    const QueryStep next = keys.next(step);
+  const auto finish_previous = [&](QueryStep step, int stage) {
+    if (kDelayed && !keys.is_first(step)) {
+      add_query_gradient(keys, keys.previous(step), part.shared, 1 - stage);
+    }
+  };
+  QueryStep step = keys.first();
+  int stage = 0;
+  for (int left = keys.steps(); left > 0; --left) {
     ptx::cp_async_wait<0>();
     ptx::barrier_sync(0, Config::kThreads);
-    if (i + 1 < steps) load_step(keys, next, part.shared, 1 - stage);
+    if (left > 1) load_step(keys, keys.next(step), part.shared, 1 - stage);
     if constexpr (kValueWarp) {
-      add_value_gradient<Config, kModifiers>(gradient, keys, part, step, stage, score_stage);
-      if (kDelayed && i > 0) add_query_gradient(keys, last, part.shared, 1 - stage);
+      add_value_gradient<Config, kModifiers>(gradient, keys, part, step, stage, kDelayed ? stage : 0);
+      finish_previous(step, stage);
     } else {
-      if (kDelayed && i > 0) add_query_gradient(keys, last, part.shared, 1 - stage);
-      add_key_gradient<Config, kModifiers>(gradient, keys, part, stage, score_stage);
+      finish_previous(step, stage);
+      add_key_gradient<Config, kModifiers>(gradient, keys, part, stage, kDelayed ? stage : 0);
     }
     if constexpr (!kDelayed) {
       ptx::barrier_sync(0, Config::kThreads);
       add_query_gradient(keys, step, part.shared, 0);
     }
-    last = step;
-    step = next;
+    step = keys.next(step);
+    stage = 1 - stage;
   }
   ptx::cp_async_wait<0>();
   ptx::barrier_sync(0, Config::kThreads);
-  if (kDelayed && steps > 0) add_query_gradient(keys, last, part.shared, 1 - steps % 2);
+  finish_previous(step, stage);
 }
 
 // The epilogue of a warp: its rows of dV or dK, through the shared memory that held V or K.
