@@ -240,9 +240,9 @@ def forward(
 @torch.no_grad()
 def backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, gradients: Gradients,
-    scoring: Scoring, rng_state: Tensor | None,
+    scoring: Scoring, deterministic: bool, rng_state: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """Write dq, dk, dv, those that are not None; return softmax_d, zero past sq."""
+    """Write dq, dk, dv, those that are not None, always deterministic; return softmax_d, zero past sq."""
     softmax_d = empty_softmax_d(q).zero_()
     d_rows = softmax_d[:, :, : q.shape[1]]
     attend_backward(dout, q, k, v, out, lse, gradients, d_rows, scoring, 0, rng_state)
@@ -292,7 +292,8 @@ def _only(x: Tensor | None, rows: slice) -> Tensor | None:
 @torch.no_grad()
 def varlen_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, gradients: Gradients,
-    scoring: Scoring, rng_state: Tensor | None, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
+    scoring: Scoring, deterministic: bool, rng_state: Tensor | None, cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
 ) -> Tensor:  # fmt: skip
     """Write dq, dk, dv, those that are not None, zero outside the sequences; return softmax_d."""
     q_bounds, k_bounds = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()

@@ -155,11 +155,8 @@ def backward(
     state = _check_backward(
         dout, q, k, v, out, softmax_lse, lse_shape, gradients, rng_state, scoring.dropout_p
     )  # fmt: skip
-    if q.is_cuda:
-        return _cuda_backward.backward(
-            dout, q, k, v, out, softmax_lse, gradients, scoring, bool(deterministic), state
-        )  # fmt: skip
-    return _cpu.backward(dout, q, k, v, out, softmax_lse, gradients, scoring, state)
+    run = _cuda_backward.backward if q.is_cuda else _cpu.backward
+    return run(dout, q, k, v, out, softmax_lse, gradients, scoring, bool(deterministic), state)
 
 
 def varlen_backward(
@@ -182,11 +179,8 @@ def varlen_backward(
     state = _check_backward(
         dout, q, k, v, out, softmax_lse, lse_shape, gradients, rng_state, scoring.dropout_p
     )  # fmt: skip
-    if q.is_cuda:
-        return _cuda_backward.varlen_backward(
-            dout, q, k, v, out, softmax_lse, gradients, scoring, bool(deterministic), state, cu_seqlens_q,
-            cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-        )  # fmt: skip
-    return _cpu.varlen_backward(
-        dout, q, k, v, out, softmax_lse, gradients, scoring, state, cu_seqlens_q, cu_seqlens_k
+    run = _cuda_backward.varlen_backward if q.is_cuda else _cpu.varlen_backward
+    return run(
+        dout, q, k, v, out, softmax_lse, gradients, scoring, bool(deterministic), state, cu_seqlens_q,
+        cu_seqlens_k, max_seqlen_q, max_seqlen_k,
     )  # fmt: skip
