@@ -24,12 +24,14 @@ REBUILD = "pip install --force-reinstall --no-deps ."
 
 @dataclass(frozen=True, slots=True)
 class Library:
-    """The loaded library; `forward` and `dropout_probs` take packed ForwardParams and a stream."""
+    """The loaded library; its operations take packed ForwardParams, or BackwardParams, and a stream."""
 
     path: Path
     forward: Callable[[bytes, int], int]
+    backward: Callable[[bytes, int], int]
     dropout_probs: Callable[[bytes, int], int]
     forward_kernel: Callable[[bytes], bytes | None]
+    backward_kernel: Callable[[bytes], bytes | None]
     last_error: Callable[[], bytes]
     kernels: tuple[str, ...]
     targets: tuple[str, ...]
@@ -51,13 +53,26 @@ def arch_of(capability: int, family: int = 0) -> str:
     return f"{_abi.Family(family).name.lower()}:{capability}" if family else str(capability)
 
 
-def build_command(arch: str = NATIVE, head_dim: int | None = None, dtype: str | None = None) -> str:
-    """Return the command that builds kernels for an item of FLASH_ATTN_ARCHS, head dim, dtype ("bf16")."""
+def kernel_head_dim(head_dim: int) -> int:
+    """Return the head dim of the kernels that serve tensors of this one."""
+    return next(d for d in _abi.HEAD_DIMS if d >= head_dim)
+
+
+def build_command(
+    arch: str = NATIVE, head_dim: int | None = None, dtype: str | None = None,
+    direction: _abi.Direction = _abi.Direction.FORWARD,
+) -> str:  # fmt: skip
+    """Return the command that builds kernels for an item of FLASH_ATTN_ARCHS, head dim, dtype ("bf16").
+
+    Those of the forward come along with those of the backward.
+    """
     variables = [f"FLASH_ATTN_ARCHS={arch}"]
     if head_dim is not None:
-        variables.append(f"FLASH_ATTN_HEAD_DIMS={next(d for d in _abi.HEAD_DIMS if d >= head_dim)}")
+        variables.append(f"FLASH_ATTN_HEAD_DIMS={kernel_head_dim(head_dim)}")
     if dtype is not None:
         variables.append(f"FLASH_ATTN_DTYPES={dtype}")
+    if direction != _abi.Direction.FORWARD:
+        variables.append("FLASH_ATTN_DIRECTIONS=forward,backward")
     return " ".join((*variables, "pip install ."))
 
 
@@ -120,8 +135,10 @@ def open_library(path: Path) -> Library:
     return Library(
         path=path,
         forward=library.flash_attn_forward,
+        backward=library.flash_attn_backward,
         dropout_probs=library.flash_attn_dropout_probs,
         forward_kernel=library.flash_attn_forward_kernel,
+        backward_kernel=library.flash_attn_backward_kernel,
         last_error=library.flash_attn_last_error,
         kernels=tuple(library.flash_attn_kernel_key(i).decode() for i in range(count)),
         targets=tuple(filter(None, targets.split(","))),
