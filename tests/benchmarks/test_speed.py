@@ -4,9 +4,10 @@ import argparse
 
 import pytest
 import torch
+from conftest import cuda_problem
 
 from benchmarks import report, speed
-from benchmarks.__main__ import parser
+from benchmarks.__main__ import main, parser
 from benchmarks.providers import CUDNN, DETERMINISTIC, OURS, TORCH_FA2, Call, Problem
 from benchmarks.settings import WORK
 
@@ -76,3 +77,15 @@ def test_a_readme_without_markers_is_refused_first(on_cpu, tmp_path, monkeypatch
     monkeypatch.setattr(speed, "measure", lambda *unused: pytest.fail("measured"))
     with pytest.raises(ValueError, match="benchmark:backward"):
         on_cpu("backward", "--readme", str(readme))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("direction", WORK)
+def test_on_a_gpu(require_backward, tmp_path, capsys, direction):
+    """Real calls agree with torch's, and every provider gets a speed."""
+    if cuda_problem():
+        pytest.skip(cuda_problem())
+    require_backward("cuda", torch.bfloat16, 64)
+    few = ["--head-dims", "64", "--seqlens", "512", "--budget", "0.01", "--deterministic"]
+    assert main([direction, *few, "--output", str(tmp_path)]) == 0
+    assert "deterministic / torch FA2: geometric mean" in capsys.readouterr().out

@@ -69,14 +69,14 @@ def problem(device: str, *leading: int) -> Problem:
 
 
 @pytest.fixture
-def batch(device, require_kernel) -> Problem:
-    require_kernel(device, DTYPE, 64)
+def batch(device, require_backward) -> Problem:
+    require_backward(device, DTYPE, 64)
     return problem(device, 2, LONGEST)
 
 
 @pytest.fixture
-def packed(device, require_kernel) -> Problem:
-    require_kernel(device, DTYPE, 64)
+def packed(device, require_backward) -> Problem:
+    require_backward(device, DTYPE, 64)
     return problem(device, sum(LENGTHS))
 
 

@@ -59,9 +59,9 @@ MODELS = {
 
 
 @pytest.fixture
-def where(device, require_kernel, monkeypatch) -> Iterator[str]:
+def where(device, require_backward, monkeypatch) -> Iterator[str]:
     """A device that transformers accepts, with nothing left of what it decided before."""
-    require_kernel(device, torch.bfloat16, SIZES["head_dim"])
+    require_backward(device, torch.bfloat16, SIZES["head_dim"])
     monkeypatch.setattr(modeling_flash_attention_utils, "_loaded_implementation", None)
     import_utils.is_flash_attn_2_available.cache_clear()
     if device == "cpu":

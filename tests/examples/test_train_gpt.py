@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import cuda_problem, has_kernel
+from conftest import cuda_problem
 
 import flash_attn
 from examples import train_gpt
@@ -140,10 +140,11 @@ def test_a_library_that_cannot_train_ends_in_one_line(monkeypatch, capsys):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("arguments", [(), ("--packed",)], ids=["windows", "packed"])
-def test_on_a_gpu(arguments):
+def test_on_a_gpu(require_backward, arguments):
     """Both learn as much as on the CPU; how far bf16 takes them apart is left to the tests of attention."""
-    if cuda_problem() or not has_kernel(torch.bfloat16, 32):
-        pytest.skip(cuda_problem() or "this build has no kernel for bf16, head dim 32")
+    if cuda_problem():
+        pytest.skip(cuda_problem())
+    require_backward("cuda", torch.bfloat16, 32)
     for name in train_gpt.ATTENTIONS:
         losses = curve(name, "--device", "cuda", *arguments)
         assert losses[0] == pytest.approx(5.55, abs=0.2)

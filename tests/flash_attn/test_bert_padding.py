@@ -79,10 +79,10 @@ def test_concatenated_sequences():
 
 
 @pytest.mark.parametrize("layout", ["padded", "concatenated"])
-def test_attention_of_a_batch(device, require_kernel, layout):
+def test_attention_of_a_batch(device, require_backward, layout):
     """From a padded batch to packed attention and back, with gradients, against each sequence by itself."""
     dtype = torch.bfloat16
-    require_kernel(device, dtype, 64)
+    require_backward(device, dtype, 64)
     inputs = [torch.randn(3, 40, heads, 64, device=device, dtype=dtype) for heads in (4, 2, 2)]
     if layout == "padded":
         lengths = [17, 0, 40]
