@@ -48,7 +48,7 @@ def split(inputs: Sequence[Any]) -> tuple[Any, ...]:
 
 
 def record(function: type[torch.autograd.Function], *arguments: Any) -> Any:
-    """Apply an autograd function. As torch.compile takes no tensor twice, views stand in for repeated ones."""
+    """Apply an autograd function. torch.compile takes no tensor twice: views stand in for repeated ones."""
     if torch.compiler.is_compiling():
         distinct: list[Any] = []
         for x in arguments:

@@ -90,7 +90,7 @@ def test_fake_outputs_match(op_case):
 
 
 def check_compiled(function, compiled, inputs, **tolerance):
-    """Compare outputs and the gradients of the inputs that need some, bit for bit if no tolerance is given."""
+    """Compare outputs and gradients of the inputs that need some, bit for bit if no tolerance is given."""
     leaves = [x for x in inputs if x.requires_grad]
     results = []
     for run in (compiled, function):
