@@ -47,6 +47,17 @@ def split(inputs: Sequence[Any]) -> tuple[Any, ...]:
     return (*unpacked, *((None,) * parts if last is None else last.unbind(-3)))
 
 
+def record(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """Apply an autograd function. torch.compile takes no tensor twice: views stand in for repeated ones."""
+    if torch.compiler.is_compiling():
+        distinct: list[Any] = []
+        for x in arguments:
+            repeated = isinstance(x, Tensor) and any([x is y for y in distinct])
+            distinct.append(x.view_as(x) if repeated else x)
+        arguments = tuple(distinct)
+    return function.apply(*arguments)
+
+
 def _buffers(inputs: Sequence[Tensor], needed: Sequence[bool]) -> tuple[list[Tensor | None], Gradients]:
     """Return unset gradients of the inputs that need one, and their parts dq, dk and dv."""
     gradients = [torch.empty_like(x) if need else None for x, need in zip(inputs, needed, strict=True)]

@@ -6,9 +6,10 @@ Half types are computed in fp32, fp32 and fp64 in themselves. Arguments come val
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import inf
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,14 @@ from flash_attn._validation import Gradients, Scoring, Shapes
 
 SCORES_AT_ONCE = 2**21
 Outputs = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def undisturbed(function: Function) -> Function:
+    """Decorate what computes: outside autograd, and in the types it chose whatever autocast says."""
+    return torch.no_grad()(torch.autocast("cpu", enabled=False)(function))
 
 
 @dataclass(frozen=True)
@@ -222,7 +231,7 @@ def _dropout_buffers(
     return probs, new_rng_state(q.device, generator)
 
 
-@torch.no_grad()
+@undisturbed
 def forward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, shapes: Shapes, scoring: Scoring,
     return_softmax: bool, generator: torch.Generator | None,
@@ -237,7 +246,7 @@ def forward(
     return out, lse, probs, rng_state
 
 
-@torch.no_grad()
+@undisturbed
 def backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, gradients: Gradients,
     scoring: Scoring, deterministic: bool, rng_state: Tensor | None,
@@ -255,7 +264,7 @@ def gather_pages(pages: Tensor, blocks: Tensor, length: int) -> Tensor:
     return pages[used].flatten(0, 1)[:length].unsqueeze(0)
 
 
-@torch.no_grad()
+@undisturbed
 def varlen_forward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, shapes: Shapes, scoring: Scoring,
     cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
@@ -289,7 +298,7 @@ def _only(x: Tensor | None, rows: slice) -> Tensor | None:
     return None if x is None else x[None, rows]
 
 
-@torch.no_grad()
+@undisturbed
 def varlen_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, gradients: Gradients,
     scoring: Scoring, deterministic: bool, rng_state: Tensor | None, cu_seqlens_q: Tensor,

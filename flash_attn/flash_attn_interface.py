@@ -14,7 +14,7 @@ from torch import Tensor
 import flash_attn_2_cuda as flash_attn_gpu
 from flash_attn import _kvcache, _operations
 from flash_attn import _validation as check
-from flash_attn._autograd import FlashAttention, VarlenFlashAttention, must_record, split
+from flash_attn._autograd import FlashAttention, VarlenFlashAttention, must_record, record, split
 from flash_attn._custom_ops import (
     _flash_attn_backward,
     _flash_attn_forward,
@@ -81,7 +81,7 @@ def _attend(
     """`flash_attn_func` of (q, k, v), (q, kv) or (qkv,)."""
     scoring = (dropout_p, softmax_scale, bool(causal), *_window(window_size), softcap)
     if must_record(inputs):
-        result = FlashAttention.apply(alibi_slopes, scoring, deterministic, return_attn_probs, *inputs)
+        result = record(FlashAttention, alibi_slopes, scoring, deterministic, return_attn_probs, *inputs)
         return result if return_attn_probs else result[0]
     q, k, v = split(inputs)
     arguments = q, k, v, *scoring, alibi_slopes, return_attn_probs
@@ -105,9 +105,9 @@ def _attend_varlen(
             raise NotImplementedError("block_table must be None where a tensor requires grad: forward only")
         max_seqlen_q = check.check_max_seqlen(max_seqlen_q, "max_seqlen_q")
         max_seqlen_k = check.check_max_seqlen(max_seqlen_k, "max_seqlen_k")
-        result = VarlenFlashAttention.apply(
-            cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, alibi_slopes, scoring, deterministic,
-            return_attn_probs, *inputs,
+        result = record(
+            VarlenFlashAttention, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, alibi_slopes,
+            scoring, deterministic, return_attn_probs, *inputs,
         )  # fmt: skip
         return result if return_attn_probs else result[0]
     q, k, v = split(inputs)

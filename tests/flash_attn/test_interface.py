@@ -1,4 +1,4 @@
-"""Entry points: imports, the extension module, custom ops, torch.compile. Signatures: test_signatures.py."""
+"""Entry points: imports, the extension module, dispatch modes. Signatures: test_signatures.py."""
 
 from __future__ import annotations
 
@@ -135,95 +135,6 @@ def test_generator_is_used():
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-SCORES = (0.1, True, -1, -1, 0.0, None)
-
-
-def op_cases(head_dims):
-    q, k, v = make(10, 12, head_dims=head_dims)
-    fixed = (q, k, v, 0.0, *SCORES)
-    out, lse, _, rng_state = interface._flash_attn_forward(*fixed, False)
-    grads = [torch.empty_like(x) for x in (q, k, v)]
-    yield "_flash_attn_forward", (*fixed, False)
-    yield "_flash_attn_forward", (q, k, v, 0.3, *SCORES, True)
-    yield "_flash_attn_backward", (out, q, k, v, out, lse, *grads, 0.0, *SCORES, False, rng_state)
-    packed = [x.flatten(0, 1) for x in (q, k, v)]
-    lengths = (torch.tensor([0, 10, 20]).int(), torch.tensor([0, 12, 24]).int(), 10, 12)
-    out, lse, _, rng_state = interface._flash_attn_varlen_forward(*packed, *lengths, 0.0, *SCORES)
-    grads = [torch.empty_like(x) for x in packed]
-    yield "_flash_attn_varlen_forward", (*packed, *lengths, 0.0, *SCORES)
-    yield "_flash_attn_varlen_forward", (*packed, *lengths, 0.3, *SCORES, True)
-    yield (
-        "_flash_attn_varlen_backward",
-        (out, *packed, out, lse, *grads, *lengths, 0.0, *SCORES, False, rng_state),
-    )
-
-
-@pytest.mark.parametrize("case", range(6))
-@pytest.mark.parametrize("head_dims", [(32, 32), (32, 24)], ids=str)
-def test_custom_ops(case, head_dims):
-    name, arguments = list(op_cases(head_dims))[case]
-    wrapped = getattr(interface, f"_wrapped{name}")
-    drops = any(type(x) is float and x == 0.3 for x in arguments)
-    checks = ["test_schema"] if drops else ["test_schema", "test_faketensor"]
-    torch.library.opcheck(wrapped.default, arguments, test_utils=checks)
-
-
-@pytest.mark.parametrize("case", range(6))
-@pytest.mark.parametrize("head_dims", [(32, 32), (32, 24)], ids=str)
-def test_fake_outputs_match(case, head_dims):
-    name, arguments = list(op_cases(head_dims))[case]
-    wrapped = getattr(interface, f"_wrapped{name}")
-    real = wrapped(*arguments)
-    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fake = wrapped(*(mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in arguments))
-    pairs = zip(real, fake, strict=True) if isinstance(real, tuple) else [(real, fake)]
-    for r, f in pairs:
-        assert (r.shape, r.dtype, r.stride()) == (f.shape, f.dtype, f.stride())
-
-
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("head_dims", [(32, 32), (40, 24)], ids=str)
-def test_compile(dynamic, head_dims):
-    q, k, v = (x.requires_grad_() for x in make(10, 12, head_dims=head_dims))
-    dout = torch.randn(2, 10, 4, head_dims[1])
-
-    def function(q, k, v):
-        return flash_attn.flash_attn_func(q * 2, k, v, causal=True)
-
-    compiled = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=dynamic)
-    out, expected = compiled(q, k, v), function(q, k, v)
-    assert torch.equal(out, expected)
-    for a, b in zip(*(torch.autograd.grad(o, (q, k, v), dout) for o in (out, expected)), strict=True):
-        assert torch.equal(a, b)
-    with torch.no_grad():
-        assert torch.equal(compiled(q, k, v), expected)
-
-
-def test_compile_varlen():
-    q, k, v = (x.flatten(0, 1).requires_grad_() for x in make(10, 12))
-    cu_q, cu_k = torch.tensor([0, 10, 20]).int(), torch.tensor([0, 12, 24]).int()
-
-    def function(q, k, v):
-        return flash_attn.flash_attn_varlen_func(q, k, v, cu_q, cu_k, 10, 12, window_size=(3, 0))
-
-    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
-    out, expected = compiled(q, k, v), function(q, k, v)
-    assert torch.equal(out, expected)
-    for a, b in zip(*(torch.autograd.grad(o.sum(), (q, k, v)) for o in (out, expected)), strict=True):
-        assert torch.equal(a, b)
-
-
-def test_compile_packed():
-    qkv, cu = torch.randn(2, 8, 3, 2, 16), torch.tensor([0, 3, 8]).int()
-
-    def function(x):
-        varlen = flash_attn.flash_attn_varlen_qkvpacked_func(x[0], cu, 5, causal=True)
-        return flash_attn.flash_attn_qkvpacked_func(x, causal=True), varlen
-
-    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
-    assert all(torch.equal(a, b) for a, b in zip(compiled(qkv), function(qkv), strict=True))
-
-
 def test_modes_and_subclasses_see_the_op():
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -270,21 +181,6 @@ def test_the_default_device_does_not_matter():
     with torch.device("meta"):
         actual = run()
     assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
-
-
-def test_activation_checkpointing_repeats_the_mask():
-    from torch.utils.checkpoint import checkpoint
-
-    q, k, v = (x.requires_grad_() for x in make(10, 12))
-
-    def run(wrap):
-        torch.manual_seed(3)
-        out = wrap(lambda *x: flash_attn.flash_attn_func(*x, dropout_p=0.5))
-        return torch.autograd.grad(out.square().sum(), (q, k, v))
-
-    plain = run(lambda f: f(q, k, v))
-    again = run(lambda f: checkpoint(f, q, k, v, use_reentrant=False))
-    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
 
 
 def test_build_info():
