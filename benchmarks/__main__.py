@@ -6,8 +6,12 @@ import argparse
 import os
 from pathlib import Path
 
+from benchmarks.settings import WORK
+
 SUMMARIES = {
     "forward": "speed beside torch's FlashAttention-2 and cuDNN",
+    "backward": "the same of dq, dk and dv",
+    "both": "the same of forward and backward",
     "host": "host time of one call",
     "memory": "peak GPU memory by sequence length",
     "build": "CPU seconds, memory and size of the last build",
@@ -15,13 +19,14 @@ SUMMARIES = {
 
 
 def parser() -> argparse.ArgumentParser:
-    from benchmarks import build, forward, host, memory
+    from benchmarks import build, host, memory, speed
 
-    modules = {"forward": forward, "host": host, "memory": memory, "build": build}
+    modules = {"host": host, "memory": memory, "build": build} | dict.fromkeys(WORK, speed)
     top = argparse.ArgumentParser(prog="python -m benchmarks", description="Benchmarks of flash_attn.")
     commands = top.add_subparsers(dest="command", required=True)
-    for name, module in modules.items():
-        command = commands.add_parser(name, help=SUMMARIES[name], description=module.__doc__)
+    for name, summary in SUMMARIES.items():
+        module = modules[name]
+        command = commands.add_parser(name, help=summary, description=module.__doc__)
         command.add_argument(
             "--output", type=Path, default=Path("benchmarks/results"), help="folder for JSON, PNG"
         )

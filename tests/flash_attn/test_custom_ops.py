@@ -68,7 +68,6 @@ def op_case(device, require_backward, case, head_dims):
 def test_opcheck(op_case):
     name, arguments = op_case
     wrapped = getattr(interface, f"_wrapped{name}")
-    assert wrapped is getattr(torch.ops.flash_attn, name)
     drops = any(type(x) is float and x == 0.3 for x in arguments)
     checks = ["test_schema", *([] if drops else ["test_faketensor"])]
     if "backward" in name:  # the forward's rng_state is unset without dropout: no two calls are equal

@@ -1,8 +1,7 @@
-"""Names, signatures and entry points: what other libraries import, inspect and call positionally."""
+"""Entry points: imports, the extension module, dispatch modes. Signatures: test_signatures.py."""
 
 from __future__ import annotations
 
-import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -14,80 +13,6 @@ import flash_attn
 from flash_attn import flash_attn_interface as interface
 
 ROOT = Path(__file__).parents[2]
-TAIL = {
-    "dropout_p": 0.0, "softmax_scale": None, "causal": False, "window_size": (-1, -1), "softcap": 0.0,
-    "alibi_slopes": None, "deterministic": False, "return_attn_probs": False,
-}  # fmt: skip
-REQUIRED = inspect.Parameter.empty
-SCORING = (
-    "dropout_p",
-    "softmax_scale",
-    "causal",
-    "window_size_left",
-    "window_size_right",
-    "softcap",
-    "alibi_slopes",
-)
-LENGTHS = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
-GRADIENTS = ("dout", "q", "k", "v", "out", "softmax_lse", "dq", "dk", "dv")
-
-
-def required(*names):
-    return dict.fromkeys(names, REQUIRED)
-
-
-SIGNATURES = {
-    "flash_attn_func": required("q", "k", "v") | TAIL,
-    "flash_attn_qkvpacked_func": required("qkv") | TAIL,
-    "flash_attn_kvpacked_func": required("q", "kv") | TAIL,
-    "flash_attn_varlen_func": required("q", "k", "v", *LENGTHS) | TAIL | {"block_table": None},
-    "flash_attn_varlen_qkvpacked_func": required("qkv", "cu_seqlens", "max_seqlen") | TAIL,
-    "flash_attn_varlen_kvpacked_func": required("q", "kv", *LENGTHS) | TAIL,
-    "flash_attn_with_kvcache": required("q", "k_cache", "v_cache") | {
-        "k": None, "v": None, "rotary_cos": None, "rotary_sin": None, "cache_seqlens": None,
-        "cache_batch_idx": None, "cache_leftpad": None, "block_table": None, "softmax_scale": None,
-        "causal": False, "window_size": (-1, -1), "softcap": 0.0, "rotary_interleaved": True,
-        "alibi_slopes": None, "num_splits": 0, "return_softmax_lse": False,
-    },
-    "_flash_attn_forward": required("q", "k", "v", *SCORING, "return_softmax"),
-    "_flash_attn_varlen_forward": required("q", "k", "v", *LENGTHS, *SCORING[:3]) | {
-        "window_size_left": -1, "window_size_right": -1, "softcap": 0.0, "alibi_slopes": None,
-        "return_softmax": False, "block_table": None, "leftpad_k": None, "seqused_k": None,
-        "zero_tensors": False,
-    },
-    "_flash_attn_backward": required(*GRADIENTS, *SCORING, "deterministic") | {"rng_state": None},
-    "_flash_attn_varlen_backward": required(*GRADIENTS, *LENGTHS, *SCORING, "deterministic")
-    | {"rng_state": None, "zero_tensors": False},
-}  # fmt: skip
-MODULE_ARGUMENTS = {"fwd": 13, "varlen_fwd": 21, "bwd": 19, "varlen_bwd": 24, "fwd_kvcache": 20}
-
-
-@pytest.mark.parametrize("name", SIGNATURES)
-def test_signature(name):
-    parameters = inspect.signature(getattr(interface, name)).parameters
-    assert list(parameters) == list(SIGNATURES[name])
-    assert {n: p.default for n, p in parameters.items()} == SIGNATURES[name]
-
-
-@pytest.mark.parametrize("name", [name for name in SIGNATURES if not name.startswith("_")])
-def test_public_names(name):
-    assert getattr(flash_attn, name) is getattr(interface, name)
-    assert name in flash_attn.__all__
-    assert getattr(flash_attn, name).__doc__
-
-
-def test_version():
-    assert flash_attn.__version__ == "2.8.3"
-
-
-@pytest.mark.parametrize("name", MODULE_ARGUMENTS)
-def test_extension_module_is_positional(name):
-    import flash_attn_2_cuda
-
-    assert interface.flash_attn_gpu is flash_attn_2_cuda
-    parameters = inspect.signature(getattr(flash_attn_2_cuda, name)).parameters.values()
-    assert len(parameters) == MODULE_ARGUMENTS[name]
-    assert all(p.default is REQUIRED and p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters)
 
 
 def run_python(code):
