@@ -143,7 +143,7 @@ def assert_within(actual: Tensor, truth: Tensor, yardstick: Tensor, factor: floa
 def assert_gradients(
     actual: Sequence[Tensor | None], compute: Callable[..., Tensor], inputs: tuple[Tensor, ...], dout: Tensor
 ) -> None:
-    """Assert that gradients, those that are not None, are within the tolerance for `compute(*inputs, dtype)`."""
+    """Assert that gradients, unless None, are within the tolerance of those of `compute(*inputs, dtype)`."""
     exact, rough = (
         gradients(lambda *x, d=dtype: compute(*x, d), inputs, dout, dtype)
         for dtype in (torch.float64, dout.dtype)

@@ -45,10 +45,13 @@ def fixed_length(head_dim: int, dtype: torch.dtype) -> None:
 
 
 def fixed_length_backward(head_dim: int, dtype: torch.dtype) -> None:
-    """The same, with semaphores and without, of all inputs, of one, and of a packed one."""
+    """The same, with semaphores and without, of all inputs, of some, and of a packed one. Less in fp16."""
     slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625]).cuda()
     modifiers = ({}, {"deterministic": True}, {"softcap": 20.0, "alibi_slopes": slopes}, {"dropout_p": 0.17})
-    for (seqlen_q, seqlen_k), (causal, window) in itertools.product(((131, 197), (70, 33)), WINDOWS.values()):
+    lengths = ((131, 197), (70, 33))
+    if dtype == torch.float16:
+        modifiers, lengths = modifiers[:1], lengths[:1]
+    for (seqlen_q, seqlen_k), (causal, window) in itertools.product(lengths, WINDOWS.values()):
         named = {"causal": causal, "window_size": window}
         q = random(2, seqlen_q, 4, head_dim - 8, dtype=dtype).requires_grad_()
         k, v = (random(2, seqlen_k, 2, head_dim - 8, dtype=dtype).requires_grad_() for _ in range(2))
