@@ -17,36 +17,46 @@ SCALARS = {
 
 @dataclass(frozen=True)
 class Field:
-    """A struct member or argument; ``type`` is a key of SCALARS or a C++ pointer such as ``float*``."""
+    """A struct member or argument.
+
+    ``type`` is a key of SCALARS, a C++ pointer such as ``float*``, or a Struct, which is packed already where
+    it is packed into another one.
+    """
 
     name: str
-    type: str
+    type: "str | Struct"
     doc: str = ""
 
     @property
+    def _description(self) -> tuple[str, str, str, int]:
+        if isinstance(self.type, Struct):
+            return self.type.name, self.type.name, f"{self.type.size}s", self.type.size
+        return (self.type, "ctypes.c_void_p", "Q", 8) if self.type.endswith("*") else SCALARS[self.type]
+
+    @property
     def c_type(self) -> str:
-        return self.type if self.is_pointer else SCALARS[self.type][0]
+        return self._description[0]
 
     @property
     def ctypes_type(self) -> str:
-        return "ctypes.c_void_p" if self.is_pointer else SCALARS[self.type][1]
+        return self._description[1]
 
     @property
     def code(self) -> str:
-        return "Q" if self.is_pointer else SCALARS[self.type][2]
+        return self._description[2]
 
     @property
     def size(self) -> int:
-        return 8 if self.is_pointer else SCALARS[self.type][3]
+        return self._description[3]
 
     @property
-    def is_pointer(self) -> bool:
-        return self.type.endswith("*")
+    def alignment(self) -> int:
+        return min(self.size, 8)
 
 
 @dataclass(frozen=True)
 class Struct:
-    """A parameter struct, laid out as in C: fields at multiples of their size, the whole a multiple of 8."""
+    """A parameter struct, laid out as in C: fields at multiples of their alignment, the whole of 8."""
 
     name: str
     doc: str
@@ -56,7 +66,7 @@ class Struct:
         """Offset of each field in bytes."""
         offsets, end = [], 0
         for field in self.fields:
-            offsets.append(_round_up(end, field.size))
+            offsets.append(_round_up(end, field.alignment))
             end = offsets[-1] + field.size
         return offsets
 
@@ -77,7 +87,7 @@ class Struct:
             codes += ["x"] * (offset - end) + [field.code]
             end = offset + field.size
         codes += ["x"] * (self.size - end)
-        return "<" + "".join(f"{count}{code}" for code, count in _runs(codes))
+        return "<" + "".join(f"{count}{code}" if len(code) == 1 else code for code, count in _runs(codes))
 
 
 @dataclass(frozen=True)
@@ -121,7 +131,7 @@ def _round_up(value: int, multiple: int) -> int:
 def _runs(codes: list[str]) -> list[tuple[str, int]]:
     runs: list[tuple[str, int]] = []
     for code in codes:
-        if runs and runs[-1][0] == code:
+        if runs and runs[-1][0] == code and len(code) == 1:
             runs[-1] = (code, runs[-1][1] + 1)
         else:
             runs.append((code, 1))
@@ -207,7 +217,29 @@ FORWARD_PARAMS = Struct(
         Field("dropout_p", "float32", "probability of dropping an element of P"),
     ),
 )
-STRUCTS = (FORWARD_PARAMS,)
+BACKWARD_PARAMS = Struct(
+    "BackwardParams",
+    "Arguments of one attention backward call. The workspaces need not be initialised. Per head (and batch"
+    " entry), they have seqlen_q rows, or if varlen total_q + 128 * batch, rounded up to a multiple of 128."
+    " Then sequence b starts at row cu_seqlens_q[b] + 128 * b, rounded down to a multiple of 128.",
+    (
+        Field("forward", FORWARD_PARAMS, "the forward call's, which wrote out and softmax_lse"),
+        Field("dout", "const void*", "as out"),
+        Field("dq", "void*", "as q, or null: not wanted"),
+        Field("dk", "void*", "as k, or null: not wanted"),
+        Field("dv", "void*", "as v, null iff dk is"),
+        Field("softmax_d", "float*", "result: rowsum(dO * O), (batch, num_heads, rows); padding = 0"),
+        Field("softmax_lse_log2", "float*", "workspace: LSE in log2 units, the same; padding = +inf"),
+        Field("dq_accumulator", "float*", "workspace: dq, the same x the kernel's head dim"),
+        Field("semaphores", "int32_t*", "workspace as softmax_d: dq is added up in order; or null"),
+        *_strides("dout", "batch", "row", "head"),
+        *_strides("dq", "batch", "row", "head"),
+        *_strides("dk", "batch", "row", "head"),
+        *_strides("dv", "batch", "row", "head"),
+        Field("rows", "int64", "rows of the workspaces"),
+    ),
+)
+STRUCTS = (FORWARD_PARAMS, BACKWARD_PARAMS)
 
 
 def enums() -> tuple[Enum, ...]:
@@ -218,7 +250,7 @@ def enums() -> tuple[Enum, ...]:
         Enum("Dtype", "Element type of q, k, v and out.", _numbered(axes.DTYPES)),
         Enum("Mask", "Mask class: what a kernel is compiled to mask.", _numbered(axes.MASKS)),
         Enum("Family", "Kernel family; auto = the best one for the device.", families),
-        Enum("Direction", "Pass that a kernel computes.", _numbered(("forward", "backward"))),
+        Enum("Direction", "Pass that a kernel computes.", _numbered(axes.DIRECTIONS)),
         Enum("Status", "Result of a call; flash_attn_last_error() has the text.", _numbered(status)),
     )
 
@@ -228,10 +260,18 @@ def _numbered(names: tuple[str, ...]) -> tuple[tuple[str, int], ...]:
 
 
 _PARAMS = Field("params", "const flash_attn::ForwardParams*")
-_CALL = (_PARAMS, Field("stream", "void*"))
+_BACKWARD_PARAMS = Field("params", "const flash_attn::BackwardParams*")
+_STREAM = Field("stream", "void*")
+_CALL = (_PARAMS, _STREAM)
 
 FUNCTIONS = (
     Function("flash_attn_forward", "int32", _CALL, "Launches the forward kernel; returns a Status."),
+    Function(
+        "flash_attn_backward",
+        "int32",
+        (_BACKWARD_PARAMS, _STREAM),
+        "Launches the backward kernels; returns a Status.",
+    ),
     Function(
         "flash_attn_dropout_probs",
         "int32",
@@ -245,6 +285,12 @@ FUNCTIONS = (
         (_PARAMS,),
         "Key of the kernel that flash_attn_forward would run, or null (see flash_attn_last_error).",
     ),
+    Function(
+        "flash_attn_backward_kernel",
+        "string",
+        (_BACKWARD_PARAMS,),
+        "Key of the kernel that flash_attn_backward would run, or null (see flash_attn_last_error).",
+    ),
     Function("flash_attn_last_error", "string", (), "Text of this thread's last error."),
     Function(
         "flash_attn_layout_hash",
@@ -253,6 +299,7 @@ FUNCTIONS = (
         "kLayoutHash of the library's abi.h.",
     ),
     Function("flash_attn_forward_params_size", "int64", (), "sizeof(ForwardParams) in bytes."),
+    Function("flash_attn_backward_params_size", "int64", (), "sizeof(BackwardParams) in bytes."),
     Function("flash_attn_kernel_count", "int32", (), "Number of kernels in the library."),
     Function("flash_attn_kernel_key", "string", (Field("index", "int32"),), "Key of one kernel."),
     Function("flash_attn_targets", "string", (), 'Compiled targets, such as "sm80:80,sm80:90+ptx".'),
@@ -265,11 +312,11 @@ def layout_text() -> str:
     for struct in STRUCTS:
         lines.append(f"struct {struct.name} {struct.size}")
         for field, offset in zip(struct.fields, struct.offsets(), strict=True):
-            lines.append(f"{offset} {field.type} {field.name}")
+            lines.append(f"{offset} {field.c_type} {field.name}")
     for enum in enums():
         lines.append(f"enum {enum.name} " + " ".join(f"{name}={value}" for name, value in enum.members))
     for function in FUNCTIONS:
-        arguments = " ".join(f"{argument.type} {argument.name}" for argument in function.arguments)
+        arguments = " ".join(f"{argument.c_type} {argument.name}" for argument in function.arguments)
         lines.append(f"function {function.name} {function.result} {arguments}".rstrip())
     return "\n".join(lines) + "\n"
 

@@ -1,11 +1,13 @@
 """The axes of the kernel matrix as data: families, architectures, dtypes, head dims, masks, directions."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 KIB = 1024
 
 DTYPES = ("fp16", "bf16")
 HEAD_DIMS = (32, 64, 96, 128, 192, 256)
+DIRECTIONS = ("forward", "backward")
 MASKS = ("full", "causal", "windowed")
 
 
@@ -13,16 +15,15 @@ MASKS = ("full", "causal", "windowed")
 class Family:
     """One kernel design and the limits of the GPUs that it is tuned for.
 
-    ``directions`` lists what has been written for the family; a family without any is known but cannot be
-    built. ``template_dir`` is the folder under ``templates/`` and the C++ namespace that hold its kernels.
-    ``code_suffix`` "a" asks nvcc for instructions that only the family's own architectures have: no other
-    GPU, newer ones included, runs that code or its PTX.
+    ``directions`` maps each direction that has been written for the family to the folder under
+    ``templates/``, and C++ namespace, that holds its kernels; a family without any is known but cannot be
+    built. ``code_suffix`` "a" asks nvcc for instructions that only the family's own architectures have: no
+    other GPU, newer ones included, runs that code or its PTX.
     """
 
     name: str
-    template_dir: str
     dtypes: tuple[str, ...]
-    directions: tuple[str, ...]
+    directions: Mapping[str, str]
     smem_per_block: int
     smem_per_sm: int
     regs_per_sm: int = 65536
@@ -43,10 +44,12 @@ class Arch:
 FAMILIES = {
     family.name: family
     for family in (
-        Family("sm75", "sm75", ("fp16",), (), 64 * KIB, 64 * KIB),
-        Family("sm80", "sm80", DTYPES, ("forward",), 163 * KIB, 164 * KIB),
-        Family("sm86", "sm80", DTYPES, ("forward",), 99 * KIB, 100 * KIB),
-        Family("sm90", "sm90", DTYPES, ("forward",), 227 * KIB, 228 * KIB, code_suffix="a"),
+        Family("sm75", ("fp16",), {}, 64 * KIB, 64 * KIB),
+        Family("sm80", DTYPES, {"forward": "sm80", "backward": "sm80"}, 163 * KIB, 164 * KIB),
+        Family("sm86", DTYPES, {"forward": "sm80", "backward": "sm80"}, 99 * KIB, 100 * KIB),
+        Family(
+            "sm90", DTYPES, {"forward": "sm90", "backward": "sm80"}, 227 * KIB, 228 * KIB, code_suffix="a"
+        ),
     )
 }
 
@@ -72,11 +75,6 @@ EMBEDDED = frozenset({72, 87})
 def built_families() -> list[Family]:
     """The families that have kernels."""
     return [family for family in FAMILIES.values() if family.directions]
-
-
-def directions() -> tuple[str, ...]:
-    """The directions that at least one family has kernels for, in order of first appearance."""
-    return tuple(dict.fromkeys(d for family in FAMILIES.values() for d in family.directions))
 
 
 def is_legal(family: str, direction: str, dtype: str) -> bool:

@@ -63,10 +63,10 @@ def sources(
         family: gencode_flags(target for target in selection.targets if target.family == family)
         for family in selection.families
     }
-    largest_first = sorted(units, key=lambda unit: -unit.head_dim)
+    costliest_first = sorted(units, key=lambda unit: unit.cost_rank, reverse=True)
     kernels = [
         Source(unit.key, generated / unit.path, by_family[unit.family], unit.smem_bytes)
-        for unit in largest_first
+        for unit in costliest_first
     ]
     shared = [generated / "dispatch.cu", *sorted(templates.glob("*/*.cu"))]
     return kernels + [Source(path.stem, path, everything) for path in shared]

@@ -41,7 +41,7 @@ def _render(template: str, **variables: object) -> str:
 def render_sources(selection: Selection) -> dict[str, str]:
     """Text of every generated source, by path relative to the folder of generated files."""
     units = list_units(selection)
-    files = {unit.path: _render(f"{unit.direction}_unit.cu.j2", unit=unit) for unit in units}
+    files = {unit.path: _render("unit.cu.j2", unit=unit) for unit in units}
     files["abi.h"] = _render("abi.h.j2", **_abi_variables())
     files["dispatch.cu"] = _render(
         "dispatch.cu.j2",

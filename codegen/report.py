@@ -20,9 +20,9 @@ def read_records(build_dir: Path) -> list[Record]:
 
 
 def table(records: Sequence[Record]) -> str:
-    """Units in order of name, totals per family and for all, and the extremes."""
-    families = sorted({family_of(record) for record in records})
-    totals = [_total(f"total {name}", [r for r in records if family_of(r) == name]) for name in families]
+    """Units in order of name, totals per direction and family and for all, and the extremes."""
+    groups = sorted({group_of(record) for record in records})
+    totals = [_total(f"total {name}", [r for r in records if group_of(r) == name]) for name in groups]
     rows = [COLUMNS, *(_row(record) for record in records), *totals, _total("total", records)]
     return "\n".join([*_aligned(rows), "", *_extremes(records)]) + "\n"
 
@@ -70,6 +70,12 @@ def family_of(record: Record) -> str:
     """The family in the unit's key; "host" for files that hold none."""
     parts = record["name"].split("_")
     return parts[1] if len(parts) > 1 and parts[1].startswith("sm") else "host"
+
+
+def group_of(record: Record) -> str:
+    """Direction and family in the unit's key, such as "backward sm80"; "host" for files that hold none."""
+    family = family_of(record)
+    return family if family == "host" else f"{record['name'].partition('_')[0]} {family}"
 
 
 def _row(record: Record) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ VARIABLES = {
     "FLASH_ATTN_CUDA_ARCHS": "another name of FLASH_ATTN_ARCHS",
     "FLASH_ATTN_HEAD_DIMS": "a list of head dims such as 64;128",
     "FLASH_ATTN_DTYPES": "a list of dtypes such as bf16",
-    "FLASH_ATTN_DIRECTIONS": "a list of directions such as forward",
+    "FLASH_ATTN_DIRECTIONS": "a list of directions: forward, backward",
     "FLASH_ATTN_FORCE_BUILD": "compile even if a prebuilt wheel matches",
     "FLASH_ATTN_WHEEL_INDEX": "where to look for a prebuilt wheel",
     "FLASH_ATTN_FORCE_FAMILY": "kernel family to use, read at run time",
@@ -94,7 +94,7 @@ class Selection:
             parts.append("d" + ".".join(map(str, self.head_dims)))
         if self.dtypes != axes.DTYPES:
             parts.append(".".join(self.dtypes))
-        if self.directions != axes.directions():
+        if self.directions != axes.DIRECTIONS:
             parts.append(".".join(self.directions))
         return "-".join(parts)
 
@@ -105,7 +105,7 @@ def _short(target: Target) -> str:
 
 def full_selection() -> Selection:
     """Everything that can be built: the selection whose sources are committed under ``generated/``."""
-    return Selection(all_targets(), axes.HEAD_DIMS, axes.DTYPES, axes.directions())
+    return Selection(all_targets(), axes.HEAD_DIMS, axes.DTYPES, axes.DIRECTIONS)
 
 
 def all_targets() -> tuple[Target, ...]:
@@ -129,7 +129,7 @@ def from_environment(
         targets=targets,
         head_dims=_axis(environ, "FLASH_ATTN_HEAD_DIMS", axes.HEAD_DIMS),
         dtypes=_axis(environ, "FLASH_ATTN_DTYPES", axes.DTYPES),
-        directions=_axis(environ, "FLASH_ATTN_DIRECTIONS", axes.directions()),
+        directions=_axis(environ, "FLASH_ATTN_DIRECTIONS", axes.DIRECTIONS),
         notes=notes,
     )
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from codegen import CodegenError, axes, tiles
 from codegen.selection import Selection
+from codegen.tile_shapes import Tile
 
 
 @dataclass(frozen=True)
@@ -15,8 +16,8 @@ class Unit:
     dtype: str
     head_dim: int
     mask: str
-    tile: tiles.Tile
-    variants: dict[str, tiles.Tile] = field(default_factory=dict)
+    tile: Tile
+    variants: dict[str, Tile] = field(default_factory=dict)
     split: bool = False
 
     @property
@@ -39,7 +40,7 @@ class Unit:
         return "".join(word.capitalize() for word in self.key.split("_"))
 
     @property
-    def configs(self) -> dict[str, tiles.Tile]:
+    def configs(self) -> dict[str, Tile]:
         """C++ types that describe the kernel's tiles, in the order in which the launcher considers them."""
         variants = {f"{self.config}{name.capitalize()}": tile for name, tile in self.variants.items()}
         return {**variants, self.config: self.tile}
@@ -47,7 +48,12 @@ class Unit:
     @property
     def namespace(self) -> str:
         """Folder under ``templates/`` and C++ namespace of the kernel."""
-        return axes.FAMILIES[self.family].template_dir
+        return axes.FAMILIES[self.family].directions[self.direction]
+
+    @property
+    def cost_rank(self) -> tuple[int, int, int]:
+        """Sorts units by what their compile time follows."""
+        return axes.DIRECTIONS.index(self.direction), self.head_dim, axes.MASKS.index(self.mask)
 
     @property
     def smem_bytes(self) -> int:
@@ -64,8 +70,8 @@ def list_units(selection: Selection) -> list[Unit]:
             dtype,
             head_dim,
             mask,
-            tiles.forward_tile(family, head_dim, mask),
-            tiles.tile_variants(family, head_dim),
+            tiles.find_tile(direction, family, head_dim, mask),
+            tiles.tile_variants(direction, family, head_dim),
         )
         for family in selection.families
         for direction in selection.directions
@@ -79,7 +85,7 @@ def list_units(selection: Selection) -> list[Unit]:
 def shard(units: list[Unit], text: str) -> list[Unit]:
     """Part ``i`` of ``n`` (text ``"i/n"``, from 1): disjoint, together complete, of nearly equal cost.
 
-    Units are sorted by what their compile time follows, then dealt out back and forth.
+    Units are sorted by cost, then dealt out back and forth.
     """
     try:
         index, count = (int(number) for number in text.split("/"))
@@ -87,6 +93,6 @@ def shard(units: list[Unit], text: str) -> list[Unit]:
         raise CodegenError(f"--shard takes i/n such as 1/4, not {text!r}") from None
     if not 1 <= index <= count:
         raise CodegenError(f"--shard {text}: i must be from 1 to n")
-    costliest_first = sorted(units, key=lambda u: (u.head_dim, axes.MASKS.index(u.mask), u.key), reverse=True)
+    costliest_first = sorted(units, key=lambda u: (u.cost_rank, u.key), reverse=True)
     turns = (min(i % (2 * count), 2 * count - 1 - i % (2 * count)) for i in range(len(units)))
     return [unit for unit, turn in zip(costliest_first, turns, strict=True) if turn == index - 1]

@@ -4,7 +4,7 @@ import ctypes
 import struct
 from enum import IntEnum
 
-LAYOUT_HASH = 0xE6DCFB2071C1F55D
+LAYOUT_HASH = 0x834863F769E7F44C
 """Must equal flash_attn_layout_hash() of the library."""
 
 HEAD_DIMS = (32, 64, 96, 128, 192, 256)
@@ -114,13 +114,52 @@ class ForwardParams(ctypes.Structure):
 FORWARD_PARAMS = struct.Struct("<13Q17q12i3f4x")
 """Packs the fields of ForwardParams, in order, into 304 bytes; a pointer is an int, null is 0."""
 
+
+class BackwardParams(ctypes.Structure):
+    """Arguments of one attention backward call. The workspaces need not be initialised. Per head (and
+    batch entry), they have seqlen_q rows, or if varlen total_q + 128 * batch, rounded up to a multiple
+    of 128. Then sequence b starts at row cu_seqlens_q[b] + 128 * b, rounded down to a multiple of 128.
+    """
+
+    _fields_ = (
+        ("forward", ForwardParams),  # the forward call's, which wrote out and softmax_lse
+        ("dout", ctypes.c_void_p),  # as out
+        ("dq", ctypes.c_void_p),  # as q, or null: not wanted
+        ("dk", ctypes.c_void_p),  # as k, or null: not wanted
+        ("dv", ctypes.c_void_p),  # as v, null iff dk is
+        ("softmax_d", ctypes.c_void_p),  # result: rowsum(dO * O), (batch, num_heads, rows); padding = 0
+        ("softmax_lse_log2", ctypes.c_void_p),  # workspace: LSE in log2 units, the same; padding = +inf
+        ("dq_accumulator", ctypes.c_void_p),  # workspace: dq, the same x the kernel's head dim
+        ("semaphores", ctypes.c_void_p),  # workspace as softmax_d: dq is added up in order; or null
+        ("dout_batch_stride", ctypes.c_int64),  # from one batch to the next
+        ("dout_row_stride", ctypes.c_int64),  # from one row to the next
+        ("dout_head_stride", ctypes.c_int64),  # from one head to the next
+        ("dq_batch_stride", ctypes.c_int64),  # from one batch to the next
+        ("dq_row_stride", ctypes.c_int64),  # from one row to the next
+        ("dq_head_stride", ctypes.c_int64),  # from one head to the next
+        ("dk_batch_stride", ctypes.c_int64),  # from one batch to the next
+        ("dk_row_stride", ctypes.c_int64),  # from one row to the next
+        ("dk_head_stride", ctypes.c_int64),  # from one head to the next
+        ("dv_batch_stride", ctypes.c_int64),  # from one batch to the next
+        ("dv_row_stride", ctypes.c_int64),  # from one row to the next
+        ("dv_head_stride", ctypes.c_int64),  # from one head to the next
+        ("rows", ctypes.c_int64),  # rows of the workspaces
+    )
+
+
+BACKWARD_PARAMS = struct.Struct("<304s8Q13q")
+"""Packs the fields of BackwardParams, in order, into 472 bytes; a pointer is an int, null is 0."""
+
 FUNCTIONS: dict[str, tuple[type, tuple[type, ...]]] = {
     "flash_attn_forward": (ctypes.c_int32, (ctypes.c_void_p, ctypes.c_void_p)),
+    "flash_attn_backward": (ctypes.c_int32, (ctypes.c_void_p, ctypes.c_void_p)),
     "flash_attn_dropout_probs": (ctypes.c_int32, (ctypes.c_void_p, ctypes.c_void_p)),
     "flash_attn_forward_kernel": (ctypes.c_char_p, (ctypes.c_void_p,)),
+    "flash_attn_backward_kernel": (ctypes.c_char_p, (ctypes.c_void_p,)),
     "flash_attn_last_error": (ctypes.c_char_p, ()),
     "flash_attn_layout_hash": (ctypes.c_uint64, ()),
     "flash_attn_forward_params_size": (ctypes.c_int64, ()),
+    "flash_attn_backward_params_size": (ctypes.c_int64, ()),
     "flash_attn_kernel_count": (ctypes.c_int32, ()),
     "flash_attn_kernel_key": (ctypes.c_char_p, (ctypes.c_int32,)),
     "flash_attn_targets": (ctypes.c_char_p, ()),

@@ -97,12 +97,12 @@ def _declare(library: ctypes.CDLL) -> None:
 def _check_layout(library: ctypes.CDLL) -> None:
     """Refuse a library whose structs or enumerations are not this package's."""
     found = library.flash_attn_layout_hash()
-    size = library.flash_attn_forward_params_size()
-    if found != _abi.LAYOUT_HASH or size != _abi.FORWARD_PARAMS.size:
+    sizes = (library.flash_attn_forward_params_size(), library.flash_attn_backward_params_size())
+    expected = (_abi.FORWARD_PARAMS.size, _abi.BACKWARD_PARAMS.size)
+    if found != _abi.LAYOUT_HASH or sizes != expected:
         raise RuntimeError(
-            f"{library._name} was built from another version of flash-attn (layout {found:016x} of {size} "
-            f"bytes, this package has {_abi.LAYOUT_HASH:016x} of {_abi.FORWARD_PARAMS.size}): "
-            f"rebuild it with `{REBUILD}`"
+            f"{library._name} was built from another version of flash-attn (layout {found:016x} of {sizes} "
+            f"bytes, this package has {_abi.LAYOUT_HASH:016x} of {expected}): rebuild it with `{REBUILD}`"
         )
 
 

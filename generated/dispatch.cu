@@ -40,6 +40,42 @@ Status forward_sm80_fp16_d256_windowed(const ForwardParams&, const Device&, cuda
 Status forward_sm80_bf16_d256_full(const ForwardParams&, const Device&, cudaStream_t);
 Status forward_sm80_bf16_d256_causal(const ForwardParams&, const Device&, cudaStream_t);
 Status forward_sm80_bf16_d256_windowed(const ForwardParams&, const Device&, cudaStream_t);
+Status backward_sm80_fp16_d32_full(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm80_fp16_d32_causal(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm80_fp16_d32_windowed(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm80_bf16_d32_full(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm80_bf16_d32_causal(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm80_bf16_d32_windowed(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm80_fp16_d64_full(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm80_fp16_d64_causal(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm80_fp16_d64_windowed(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm80_bf16_d64_full(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm80_bf16_d64_causal(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm80_bf16_d64_windowed(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm80_fp16_d96_full(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm80_fp16_d96_causal(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm80_fp16_d96_windowed(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm80_bf16_d96_full(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm80_bf16_d96_causal(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm80_bf16_d96_windowed(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm80_fp16_d128_full(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm80_fp16_d128_causal(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm80_fp16_d128_windowed(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm80_bf16_d128_full(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm80_bf16_d128_causal(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm80_bf16_d128_windowed(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm80_fp16_d192_full(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm80_fp16_d192_causal(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm80_fp16_d192_windowed(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm80_bf16_d192_full(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm80_bf16_d192_causal(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm80_bf16_d192_windowed(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm80_fp16_d256_full(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm80_fp16_d256_causal(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm80_fp16_d256_windowed(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm80_bf16_d256_full(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm80_bf16_d256_causal(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm80_bf16_d256_windowed(const BackwardParams&, const Device&, cudaStream_t);
 Status forward_sm86_fp16_d32_full(const ForwardParams&, const Device&, cudaStream_t);
 Status forward_sm86_fp16_d32_causal(const ForwardParams&, const Device&, cudaStream_t);
 Status forward_sm86_fp16_d32_windowed(const ForwardParams&, const Device&, cudaStream_t);
@@ -76,6 +112,42 @@ Status forward_sm86_fp16_d256_windowed(const ForwardParams&, const Device&, cuda
 Status forward_sm86_bf16_d256_full(const ForwardParams&, const Device&, cudaStream_t);
 Status forward_sm86_bf16_d256_causal(const ForwardParams&, const Device&, cudaStream_t);
 Status forward_sm86_bf16_d256_windowed(const ForwardParams&, const Device&, cudaStream_t);
+Status backward_sm86_fp16_d32_full(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm86_fp16_d32_causal(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm86_fp16_d32_windowed(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm86_bf16_d32_full(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm86_bf16_d32_causal(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm86_bf16_d32_windowed(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm86_fp16_d64_full(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm86_fp16_d64_causal(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm86_fp16_d64_windowed(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm86_bf16_d64_full(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm86_bf16_d64_causal(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm86_bf16_d64_windowed(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm86_fp16_d96_full(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm86_fp16_d96_causal(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm86_fp16_d96_windowed(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm86_bf16_d96_full(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm86_bf16_d96_causal(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm86_bf16_d96_windowed(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm86_fp16_d128_full(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm86_fp16_d128_causal(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm86_fp16_d128_windowed(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm86_bf16_d128_full(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm86_bf16_d128_causal(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm86_bf16_d128_windowed(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm86_fp16_d192_full(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm86_fp16_d192_causal(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm86_fp16_d192_windowed(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm86_bf16_d192_full(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm86_bf16_d192_causal(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm86_bf16_d192_windowed(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm86_fp16_d256_full(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm86_fp16_d256_causal(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm86_fp16_d256_windowed(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm86_bf16_d256_full(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm86_bf16_d256_causal(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm86_bf16_d256_windowed(const BackwardParams&, const Device&, cudaStream_t);
 Status forward_sm90_fp16_d32_full(const ForwardParams&, const Device&, cudaStream_t);
 Status forward_sm90_fp16_d32_causal(const ForwardParams&, const Device&, cudaStream_t);
 Status forward_sm90_fp16_d32_windowed(const ForwardParams&, const Device&, cudaStream_t);
@@ -112,120 +184,264 @@ Status forward_sm90_fp16_d256_windowed(const ForwardParams&, const Device&, cuda
 Status forward_sm90_bf16_d256_full(const ForwardParams&, const Device&, cudaStream_t);
 Status forward_sm90_bf16_d256_causal(const ForwardParams&, const Device&, cudaStream_t);
 Status forward_sm90_bf16_d256_windowed(const ForwardParams&, const Device&, cudaStream_t);
+Status backward_sm90_fp16_d32_full(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm90_fp16_d32_causal(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm90_fp16_d32_windowed(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm90_bf16_d32_full(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm90_bf16_d32_causal(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm90_bf16_d32_windowed(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm90_fp16_d64_full(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm90_fp16_d64_causal(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm90_fp16_d64_windowed(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm90_bf16_d64_full(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm90_bf16_d64_causal(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm90_bf16_d64_windowed(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm90_fp16_d96_full(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm90_fp16_d96_causal(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm90_fp16_d96_windowed(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm90_bf16_d96_full(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm90_bf16_d96_causal(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm90_bf16_d96_windowed(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm90_fp16_d128_full(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm90_fp16_d128_causal(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm90_fp16_d128_windowed(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm90_bf16_d128_full(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm90_bf16_d128_causal(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm90_bf16_d128_windowed(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm90_fp16_d192_full(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm90_fp16_d192_causal(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm90_fp16_d192_windowed(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm90_bf16_d192_full(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm90_bf16_d192_causal(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm90_bf16_d192_windowed(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm90_fp16_d256_full(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm90_fp16_d256_causal(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm90_fp16_d256_windowed(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm90_bf16_d256_full(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm90_bf16_d256_causal(const BackwardParams&, const Device&, cudaStream_t);
+Status backward_sm90_bf16_d256_windowed(const BackwardParams&, const Device&, cudaStream_t);
 
-// key, family, direction, dtype, head_dim, mask, split, dynamic shared memory in bytes, launcher
+// key, family, direction, dtype, head_dim, mask, split, dynamic shared memory in bytes, forward or backward launcher
 const KernelEntry kKernels[] = {
-    {"forward_sm80_fp16_d32_full", Family::kSm80, Direction::kForward, Dtype::kFp16, 32, Mask::kFull, false, 16384, forward_sm80_fp16_d32_full},
-    {"forward_sm80_fp16_d32_causal", Family::kSm80, Direction::kForward, Dtype::kFp16, 32, Mask::kCausal, false, 16384, forward_sm80_fp16_d32_causal},
-    {"forward_sm80_fp16_d32_windowed", Family::kSm80, Direction::kForward, Dtype::kFp16, 32, Mask::kWindowed, false, 16384, forward_sm80_fp16_d32_windowed},
-    {"forward_sm80_bf16_d32_full", Family::kSm80, Direction::kForward, Dtype::kBf16, 32, Mask::kFull, false, 16384, forward_sm80_bf16_d32_full},
-    {"forward_sm80_bf16_d32_causal", Family::kSm80, Direction::kForward, Dtype::kBf16, 32, Mask::kCausal, false, 16384, forward_sm80_bf16_d32_causal},
-    {"forward_sm80_bf16_d32_windowed", Family::kSm80, Direction::kForward, Dtype::kBf16, 32, Mask::kWindowed, false, 16384, forward_sm80_bf16_d32_windowed},
-    {"forward_sm80_fp16_d64_full", Family::kSm80, Direction::kForward, Dtype::kFp16, 64, Mask::kFull, false, 49152, forward_sm80_fp16_d64_full},
-    {"forward_sm80_fp16_d64_causal", Family::kSm80, Direction::kForward, Dtype::kFp16, 64, Mask::kCausal, false, 49152, forward_sm80_fp16_d64_causal},
-    {"forward_sm80_fp16_d64_windowed", Family::kSm80, Direction::kForward, Dtype::kFp16, 64, Mask::kWindowed, false, 49152, forward_sm80_fp16_d64_windowed},
-    {"forward_sm80_bf16_d64_full", Family::kSm80, Direction::kForward, Dtype::kBf16, 64, Mask::kFull, false, 49152, forward_sm80_bf16_d64_full},
-    {"forward_sm80_bf16_d64_causal", Family::kSm80, Direction::kForward, Dtype::kBf16, 64, Mask::kCausal, false, 49152, forward_sm80_bf16_d64_causal},
-    {"forward_sm80_bf16_d64_windowed", Family::kSm80, Direction::kForward, Dtype::kBf16, 64, Mask::kWindowed, false, 49152, forward_sm80_bf16_d64_windowed},
-    {"forward_sm80_fp16_d96_full", Family::kSm80, Direction::kForward, Dtype::kFp16, 96, Mask::kFull, false, 49152, forward_sm80_fp16_d96_full},
-    {"forward_sm80_fp16_d96_causal", Family::kSm80, Direction::kForward, Dtype::kFp16, 96, Mask::kCausal, false, 49152, forward_sm80_fp16_d96_causal},
-    {"forward_sm80_fp16_d96_windowed", Family::kSm80, Direction::kForward, Dtype::kFp16, 96, Mask::kWindowed, false, 49152, forward_sm80_fp16_d96_windowed},
-    {"forward_sm80_bf16_d96_full", Family::kSm80, Direction::kForward, Dtype::kBf16, 96, Mask::kFull, false, 49152, forward_sm80_bf16_d96_full},
-    {"forward_sm80_bf16_d96_causal", Family::kSm80, Direction::kForward, Dtype::kBf16, 96, Mask::kCausal, false, 49152, forward_sm80_bf16_d96_causal},
-    {"forward_sm80_bf16_d96_windowed", Family::kSm80, Direction::kForward, Dtype::kBf16, 96, Mask::kWindowed, false, 49152, forward_sm80_bf16_d96_windowed},
-    {"forward_sm80_fp16_d128_full", Family::kSm80, Direction::kForward, Dtype::kFp16, 128, Mask::kFull, false, 65536, forward_sm80_fp16_d128_full},
-    {"forward_sm80_fp16_d128_causal", Family::kSm80, Direction::kForward, Dtype::kFp16, 128, Mask::kCausal, false, 65536, forward_sm80_fp16_d128_causal},
-    {"forward_sm80_fp16_d128_windowed", Family::kSm80, Direction::kForward, Dtype::kFp16, 128, Mask::kWindowed, false, 65536, forward_sm80_fp16_d128_windowed},
-    {"forward_sm80_bf16_d128_full", Family::kSm80, Direction::kForward, Dtype::kBf16, 128, Mask::kFull, false, 65536, forward_sm80_bf16_d128_full},
-    {"forward_sm80_bf16_d128_causal", Family::kSm80, Direction::kForward, Dtype::kBf16, 128, Mask::kCausal, false, 65536, forward_sm80_bf16_d128_causal},
-    {"forward_sm80_bf16_d128_windowed", Family::kSm80, Direction::kForward, Dtype::kBf16, 128, Mask::kWindowed, false, 65536, forward_sm80_bf16_d128_windowed},
-    {"forward_sm80_fp16_d192_full", Family::kSm80, Direction::kForward, Dtype::kFp16, 192, Mask::kFull, false, 147456, forward_sm80_fp16_d192_full},
-    {"forward_sm80_fp16_d192_causal", Family::kSm80, Direction::kForward, Dtype::kFp16, 192, Mask::kCausal, false, 147456, forward_sm80_fp16_d192_causal},
-    {"forward_sm80_fp16_d192_windowed", Family::kSm80, Direction::kForward, Dtype::kFp16, 192, Mask::kWindowed, false, 147456, forward_sm80_fp16_d192_windowed},
-    {"forward_sm80_bf16_d192_full", Family::kSm80, Direction::kForward, Dtype::kBf16, 192, Mask::kFull, false, 147456, forward_sm80_bf16_d192_full},
-    {"forward_sm80_bf16_d192_causal", Family::kSm80, Direction::kForward, Dtype::kBf16, 192, Mask::kCausal, false, 147456, forward_sm80_bf16_d192_causal},
-    {"forward_sm80_bf16_d192_windowed", Family::kSm80, Direction::kForward, Dtype::kBf16, 192, Mask::kWindowed, false, 147456, forward_sm80_bf16_d192_windowed},
-    {"forward_sm80_fp16_d256_full", Family::kSm80, Direction::kForward, Dtype::kFp16, 256, Mask::kFull, false, 148480, forward_sm80_fp16_d256_full},
-    {"forward_sm80_fp16_d256_causal", Family::kSm80, Direction::kForward, Dtype::kFp16, 256, Mask::kCausal, false, 148480, forward_sm80_fp16_d256_causal},
-    {"forward_sm80_fp16_d256_windowed", Family::kSm80, Direction::kForward, Dtype::kFp16, 256, Mask::kWindowed, false, 148480, forward_sm80_fp16_d256_windowed},
-    {"forward_sm80_bf16_d256_full", Family::kSm80, Direction::kForward, Dtype::kBf16, 256, Mask::kFull, false, 148480, forward_sm80_bf16_d256_full},
-    {"forward_sm80_bf16_d256_causal", Family::kSm80, Direction::kForward, Dtype::kBf16, 256, Mask::kCausal, false, 148480, forward_sm80_bf16_d256_causal},
-    {"forward_sm80_bf16_d256_windowed", Family::kSm80, Direction::kForward, Dtype::kBf16, 256, Mask::kWindowed, false, 148480, forward_sm80_bf16_d256_windowed},
-    {"forward_sm86_fp16_d32_full", Family::kSm86, Direction::kForward, Dtype::kFp16, 32, Mask::kFull, false, 16384, forward_sm86_fp16_d32_full},
-    {"forward_sm86_fp16_d32_causal", Family::kSm86, Direction::kForward, Dtype::kFp16, 32, Mask::kCausal, false, 16384, forward_sm86_fp16_d32_causal},
-    {"forward_sm86_fp16_d32_windowed", Family::kSm86, Direction::kForward, Dtype::kFp16, 32, Mask::kWindowed, false, 16384, forward_sm86_fp16_d32_windowed},
-    {"forward_sm86_bf16_d32_full", Family::kSm86, Direction::kForward, Dtype::kBf16, 32, Mask::kFull, false, 16384, forward_sm86_bf16_d32_full},
-    {"forward_sm86_bf16_d32_causal", Family::kSm86, Direction::kForward, Dtype::kBf16, 32, Mask::kCausal, false, 16384, forward_sm86_bf16_d32_causal},
-    {"forward_sm86_bf16_d32_windowed", Family::kSm86, Direction::kForward, Dtype::kBf16, 32, Mask::kWindowed, false, 16384, forward_sm86_bf16_d32_windowed},
-    {"forward_sm86_fp16_d64_full", Family::kSm86, Direction::kForward, Dtype::kFp16, 64, Mask::kFull, false, 49152, forward_sm86_fp16_d64_full},
-    {"forward_sm86_fp16_d64_causal", Family::kSm86, Direction::kForward, Dtype::kFp16, 64, Mask::kCausal, false, 49152, forward_sm86_fp16_d64_causal},
-    {"forward_sm86_fp16_d64_windowed", Family::kSm86, Direction::kForward, Dtype::kFp16, 64, Mask::kWindowed, false, 49152, forward_sm86_fp16_d64_windowed},
-    {"forward_sm86_bf16_d64_full", Family::kSm86, Direction::kForward, Dtype::kBf16, 64, Mask::kFull, false, 49152, forward_sm86_bf16_d64_full},
-    {"forward_sm86_bf16_d64_causal", Family::kSm86, Direction::kForward, Dtype::kBf16, 64, Mask::kCausal, false, 49152, forward_sm86_bf16_d64_causal},
-    {"forward_sm86_bf16_d64_windowed", Family::kSm86, Direction::kForward, Dtype::kBf16, 64, Mask::kWindowed, false, 49152, forward_sm86_bf16_d64_windowed},
-    {"forward_sm86_fp16_d96_full", Family::kSm86, Direction::kForward, Dtype::kFp16, 96, Mask::kFull, false, 49152, forward_sm86_fp16_d96_full},
-    {"forward_sm86_fp16_d96_causal", Family::kSm86, Direction::kForward, Dtype::kFp16, 96, Mask::kCausal, false, 36864, forward_sm86_fp16_d96_causal},
-    {"forward_sm86_fp16_d96_windowed", Family::kSm86, Direction::kForward, Dtype::kFp16, 96, Mask::kWindowed, false, 49152, forward_sm86_fp16_d96_windowed},
-    {"forward_sm86_bf16_d96_full", Family::kSm86, Direction::kForward, Dtype::kBf16, 96, Mask::kFull, false, 49152, forward_sm86_bf16_d96_full},
-    {"forward_sm86_bf16_d96_causal", Family::kSm86, Direction::kForward, Dtype::kBf16, 96, Mask::kCausal, false, 36864, forward_sm86_bf16_d96_causal},
-    {"forward_sm86_bf16_d96_windowed", Family::kSm86, Direction::kForward, Dtype::kBf16, 96, Mask::kWindowed, false, 49152, forward_sm86_bf16_d96_windowed},
-    {"forward_sm86_fp16_d128_full", Family::kSm86, Direction::kForward, Dtype::kFp16, 128, Mask::kFull, false, 49152, forward_sm86_fp16_d128_full},
-    {"forward_sm86_fp16_d128_causal", Family::kSm86, Direction::kForward, Dtype::kFp16, 128, Mask::kCausal, false, 49152, forward_sm86_fp16_d128_causal},
-    {"forward_sm86_fp16_d128_windowed", Family::kSm86, Direction::kForward, Dtype::kFp16, 128, Mask::kWindowed, false, 49152, forward_sm86_fp16_d128_windowed},
-    {"forward_sm86_bf16_d128_full", Family::kSm86, Direction::kForward, Dtype::kBf16, 128, Mask::kFull, false, 49152, forward_sm86_bf16_d128_full},
-    {"forward_sm86_bf16_d128_causal", Family::kSm86, Direction::kForward, Dtype::kBf16, 128, Mask::kCausal, false, 49152, forward_sm86_bf16_d128_causal},
-    {"forward_sm86_bf16_d128_windowed", Family::kSm86, Direction::kForward, Dtype::kBf16, 128, Mask::kWindowed, false, 49152, forward_sm86_bf16_d128_windowed},
-    {"forward_sm86_fp16_d192_full", Family::kSm86, Direction::kForward, Dtype::kFp16, 192, Mask::kFull, false, 98304, forward_sm86_fp16_d192_full},
-    {"forward_sm86_fp16_d192_causal", Family::kSm86, Direction::kForward, Dtype::kFp16, 192, Mask::kCausal, false, 98304, forward_sm86_fp16_d192_causal},
-    {"forward_sm86_fp16_d192_windowed", Family::kSm86, Direction::kForward, Dtype::kFp16, 192, Mask::kWindowed, false, 98304, forward_sm86_fp16_d192_windowed},
-    {"forward_sm86_bf16_d192_full", Family::kSm86, Direction::kForward, Dtype::kBf16, 192, Mask::kFull, false, 98304, forward_sm86_bf16_d192_full},
-    {"forward_sm86_bf16_d192_causal", Family::kSm86, Direction::kForward, Dtype::kBf16, 192, Mask::kCausal, false, 98304, forward_sm86_bf16_d192_causal},
-    {"forward_sm86_bf16_d192_windowed", Family::kSm86, Direction::kForward, Dtype::kBf16, 192, Mask::kWindowed, false, 98304, forward_sm86_bf16_d192_windowed},
-    {"forward_sm86_fp16_d256_full", Family::kSm86, Direction::kForward, Dtype::kFp16, 256, Mask::kFull, false, 98304, forward_sm86_fp16_d256_full},
-    {"forward_sm86_fp16_d256_causal", Family::kSm86, Direction::kForward, Dtype::kFp16, 256, Mask::kCausal, false, 98304, forward_sm86_fp16_d256_causal},
-    {"forward_sm86_fp16_d256_windowed", Family::kSm86, Direction::kForward, Dtype::kFp16, 256, Mask::kWindowed, false, 98304, forward_sm86_fp16_d256_windowed},
-    {"forward_sm86_bf16_d256_full", Family::kSm86, Direction::kForward, Dtype::kBf16, 256, Mask::kFull, false, 98304, forward_sm86_bf16_d256_full},
-    {"forward_sm86_bf16_d256_causal", Family::kSm86, Direction::kForward, Dtype::kBf16, 256, Mask::kCausal, false, 98304, forward_sm86_bf16_d256_causal},
-    {"forward_sm86_bf16_d256_windowed", Family::kSm86, Direction::kForward, Dtype::kBf16, 256, Mask::kWindowed, false, 98304, forward_sm86_bf16_d256_windowed},
-    {"forward_sm90_fp16_d32_full", Family::kSm90, Direction::kForward, Dtype::kFp16, 32, Mask::kFull, false, 147712, forward_sm90_fp16_d32_full},
-    {"forward_sm90_fp16_d32_causal", Family::kSm90, Direction::kForward, Dtype::kFp16, 32, Mask::kCausal, false, 147712, forward_sm90_fp16_d32_causal},
-    {"forward_sm90_fp16_d32_windowed", Family::kSm90, Direction::kForward, Dtype::kFp16, 32, Mask::kWindowed, false, 147712, forward_sm90_fp16_d32_windowed},
-    {"forward_sm90_bf16_d32_full", Family::kSm90, Direction::kForward, Dtype::kBf16, 32, Mask::kFull, false, 147712, forward_sm90_bf16_d32_full},
-    {"forward_sm90_bf16_d32_causal", Family::kSm90, Direction::kForward, Dtype::kBf16, 32, Mask::kCausal, false, 147712, forward_sm90_bf16_d32_causal},
-    {"forward_sm90_bf16_d32_windowed", Family::kSm90, Direction::kForward, Dtype::kBf16, 32, Mask::kWindowed, false, 147712, forward_sm90_bf16_d32_windowed},
-    {"forward_sm90_fp16_d64_full", Family::kSm90, Direction::kForward, Dtype::kFp16, 64, Mask::kFull, false, 147712, forward_sm90_fp16_d64_full},
-    {"forward_sm90_fp16_d64_causal", Family::kSm90, Direction::kForward, Dtype::kFp16, 64, Mask::kCausal, false, 147712, forward_sm90_fp16_d64_causal},
-    {"forward_sm90_fp16_d64_windowed", Family::kSm90, Direction::kForward, Dtype::kFp16, 64, Mask::kWindowed, false, 147712, forward_sm90_fp16_d64_windowed},
-    {"forward_sm90_bf16_d64_full", Family::kSm90, Direction::kForward, Dtype::kBf16, 64, Mask::kFull, false, 147712, forward_sm90_bf16_d64_full},
-    {"forward_sm90_bf16_d64_causal", Family::kSm90, Direction::kForward, Dtype::kBf16, 64, Mask::kCausal, false, 147712, forward_sm90_bf16_d64_causal},
-    {"forward_sm90_bf16_d64_windowed", Family::kSm90, Direction::kForward, Dtype::kBf16, 64, Mask::kWindowed, false, 147712, forward_sm90_bf16_d64_windowed},
-    {"forward_sm90_fp16_d96_full", Family::kSm90, Direction::kForward, Dtype::kFp16, 96, Mask::kFull, false, 196864, forward_sm90_fp16_d96_full},
-    {"forward_sm90_fp16_d96_causal", Family::kSm90, Direction::kForward, Dtype::kFp16, 96, Mask::kCausal, false, 196864, forward_sm90_fp16_d96_causal},
-    {"forward_sm90_fp16_d96_windowed", Family::kSm90, Direction::kForward, Dtype::kFp16, 96, Mask::kWindowed, false, 196864, forward_sm90_fp16_d96_windowed},
-    {"forward_sm90_bf16_d96_full", Family::kSm90, Direction::kForward, Dtype::kBf16, 96, Mask::kFull, false, 196864, forward_sm90_bf16_d96_full},
-    {"forward_sm90_bf16_d96_causal", Family::kSm90, Direction::kForward, Dtype::kBf16, 96, Mask::kCausal, false, 196864, forward_sm90_bf16_d96_causal},
-    {"forward_sm90_bf16_d96_windowed", Family::kSm90, Direction::kForward, Dtype::kBf16, 96, Mask::kWindowed, false, 196864, forward_sm90_bf16_d96_windowed},
-    {"forward_sm90_fp16_d128_full", Family::kSm90, Direction::kForward, Dtype::kFp16, 128, Mask::kFull, false, 221440, forward_sm90_fp16_d128_full},
-    {"forward_sm90_fp16_d128_causal", Family::kSm90, Direction::kForward, Dtype::kFp16, 128, Mask::kCausal, false, 221440, forward_sm90_fp16_d128_causal},
-    {"forward_sm90_fp16_d128_windowed", Family::kSm90, Direction::kForward, Dtype::kFp16, 128, Mask::kWindowed, false, 221440, forward_sm90_fp16_d128_windowed},
-    {"forward_sm90_bf16_d128_full", Family::kSm90, Direction::kForward, Dtype::kBf16, 128, Mask::kFull, false, 221440, forward_sm90_bf16_d128_full},
-    {"forward_sm90_bf16_d128_causal", Family::kSm90, Direction::kForward, Dtype::kBf16, 128, Mask::kCausal, false, 221440, forward_sm90_bf16_d128_causal},
-    {"forward_sm90_bf16_d128_windowed", Family::kSm90, Direction::kForward, Dtype::kBf16, 128, Mask::kWindowed, false, 221440, forward_sm90_bf16_d128_windowed},
-    {"forward_sm90_fp16_d192_full", Family::kSm90, Direction::kForward, Dtype::kFp16, 192, Mask::kFull, false, 196864, forward_sm90_fp16_d192_full},
-    {"forward_sm90_fp16_d192_causal", Family::kSm90, Direction::kForward, Dtype::kFp16, 192, Mask::kCausal, false, 196864, forward_sm90_fp16_d192_causal},
-    {"forward_sm90_fp16_d192_windowed", Family::kSm90, Direction::kForward, Dtype::kFp16, 192, Mask::kWindowed, false, 196864, forward_sm90_fp16_d192_windowed},
-    {"forward_sm90_bf16_d192_full", Family::kSm90, Direction::kForward, Dtype::kBf16, 192, Mask::kFull, false, 196864, forward_sm90_bf16_d192_full},
-    {"forward_sm90_bf16_d192_causal", Family::kSm90, Direction::kForward, Dtype::kBf16, 192, Mask::kCausal, false, 196864, forward_sm90_bf16_d192_causal},
-    {"forward_sm90_bf16_d192_windowed", Family::kSm90, Direction::kForward, Dtype::kBf16, 192, Mask::kWindowed, false, 196864, forward_sm90_bf16_d192_windowed},
-    {"forward_sm90_fp16_d256_full", Family::kSm90, Direction::kForward, Dtype::kFp16, 256, Mask::kFull, false, 229632, forward_sm90_fp16_d256_full},
-    {"forward_sm90_fp16_d256_causal", Family::kSm90, Direction::kForward, Dtype::kFp16, 256, Mask::kCausal, false, 229632, forward_sm90_fp16_d256_causal},
-    {"forward_sm90_fp16_d256_windowed", Family::kSm90, Direction::kForward, Dtype::kFp16, 256, Mask::kWindowed, false, 229632, forward_sm90_fp16_d256_windowed},
-    {"forward_sm90_bf16_d256_full", Family::kSm90, Direction::kForward, Dtype::kBf16, 256, Mask::kFull, false, 229632, forward_sm90_bf16_d256_full},
-    {"forward_sm90_bf16_d256_causal", Family::kSm90, Direction::kForward, Dtype::kBf16, 256, Mask::kCausal, false, 229632, forward_sm90_bf16_d256_causal},
-    {"forward_sm90_bf16_d256_windowed", Family::kSm90, Direction::kForward, Dtype::kBf16, 256, Mask::kWindowed, false, 229632, forward_sm90_bf16_d256_windowed},
-    {nullptr, Family::kAuto, Direction::kForward, Dtype::kFp16, 0, Mask::kFull, false, 0, nullptr},
+    {"forward_sm80_fp16_d32_full", Family::kSm80, Direction::kForward, Dtype::kFp16, 32, Mask::kFull, false, 16384, forward_sm80_fp16_d32_full, nullptr},
+    {"forward_sm80_fp16_d32_causal", Family::kSm80, Direction::kForward, Dtype::kFp16, 32, Mask::kCausal, false, 16384, forward_sm80_fp16_d32_causal, nullptr},
+    {"forward_sm80_fp16_d32_windowed", Family::kSm80, Direction::kForward, Dtype::kFp16, 32, Mask::kWindowed, false, 16384, forward_sm80_fp16_d32_windowed, nullptr},
+    {"forward_sm80_bf16_d32_full", Family::kSm80, Direction::kForward, Dtype::kBf16, 32, Mask::kFull, false, 16384, forward_sm80_bf16_d32_full, nullptr},
+    {"forward_sm80_bf16_d32_causal", Family::kSm80, Direction::kForward, Dtype::kBf16, 32, Mask::kCausal, false, 16384, forward_sm80_bf16_d32_causal, nullptr},
+    {"forward_sm80_bf16_d32_windowed", Family::kSm80, Direction::kForward, Dtype::kBf16, 32, Mask::kWindowed, false, 16384, forward_sm80_bf16_d32_windowed, nullptr},
+    {"forward_sm80_fp16_d64_full", Family::kSm80, Direction::kForward, Dtype::kFp16, 64, Mask::kFull, false, 49152, forward_sm80_fp16_d64_full, nullptr},
+    {"forward_sm80_fp16_d64_causal", Family::kSm80, Direction::kForward, Dtype::kFp16, 64, Mask::kCausal, false, 49152, forward_sm80_fp16_d64_causal, nullptr},
+    {"forward_sm80_fp16_d64_windowed", Family::kSm80, Direction::kForward, Dtype::kFp16, 64, Mask::kWindowed, false, 49152, forward_sm80_fp16_d64_windowed, nullptr},
+    {"forward_sm80_bf16_d64_full", Family::kSm80, Direction::kForward, Dtype::kBf16, 64, Mask::kFull, false, 49152, forward_sm80_bf16_d64_full, nullptr},
+    {"forward_sm80_bf16_d64_causal", Family::kSm80, Direction::kForward, Dtype::kBf16, 64, Mask::kCausal, false, 49152, forward_sm80_bf16_d64_causal, nullptr},
+    {"forward_sm80_bf16_d64_windowed", Family::kSm80, Direction::kForward, Dtype::kBf16, 64, Mask::kWindowed, false, 49152, forward_sm80_bf16_d64_windowed, nullptr},
+    {"forward_sm80_fp16_d96_full", Family::kSm80, Direction::kForward, Dtype::kFp16, 96, Mask::kFull, false, 49152, forward_sm80_fp16_d96_full, nullptr},
+    {"forward_sm80_fp16_d96_causal", Family::kSm80, Direction::kForward, Dtype::kFp16, 96, Mask::kCausal, false, 49152, forward_sm80_fp16_d96_causal, nullptr},
+    {"forward_sm80_fp16_d96_windowed", Family::kSm80, Direction::kForward, Dtype::kFp16, 96, Mask::kWindowed, false, 49152, forward_sm80_fp16_d96_windowed, nullptr},
+    {"forward_sm80_bf16_d96_full", Family::kSm80, Direction::kForward, Dtype::kBf16, 96, Mask::kFull, false, 49152, forward_sm80_bf16_d96_full, nullptr},
+    {"forward_sm80_bf16_d96_causal", Family::kSm80, Direction::kForward, Dtype::kBf16, 96, Mask::kCausal, false, 49152, forward_sm80_bf16_d96_causal, nullptr},
+    {"forward_sm80_bf16_d96_windowed", Family::kSm80, Direction::kForward, Dtype::kBf16, 96, Mask::kWindowed, false, 49152, forward_sm80_bf16_d96_windowed, nullptr},
+    {"forward_sm80_fp16_d128_full", Family::kSm80, Direction::kForward, Dtype::kFp16, 128, Mask::kFull, false, 65536, forward_sm80_fp16_d128_full, nullptr},
+    {"forward_sm80_fp16_d128_causal", Family::kSm80, Direction::kForward, Dtype::kFp16, 128, Mask::kCausal, false, 65536, forward_sm80_fp16_d128_causal, nullptr},
+    {"forward_sm80_fp16_d128_windowed", Family::kSm80, Direction::kForward, Dtype::kFp16, 128, Mask::kWindowed, false, 65536, forward_sm80_fp16_d128_windowed, nullptr},
+    {"forward_sm80_bf16_d128_full", Family::kSm80, Direction::kForward, Dtype::kBf16, 128, Mask::kFull, false, 65536, forward_sm80_bf16_d128_full, nullptr},
+    {"forward_sm80_bf16_d128_causal", Family::kSm80, Direction::kForward, Dtype::kBf16, 128, Mask::kCausal, false, 65536, forward_sm80_bf16_d128_causal, nullptr},
+    {"forward_sm80_bf16_d128_windowed", Family::kSm80, Direction::kForward, Dtype::kBf16, 128, Mask::kWindowed, false, 65536, forward_sm80_bf16_d128_windowed, nullptr},
+    {"forward_sm80_fp16_d192_full", Family::kSm80, Direction::kForward, Dtype::kFp16, 192, Mask::kFull, false, 147456, forward_sm80_fp16_d192_full, nullptr},
+    {"forward_sm80_fp16_d192_causal", Family::kSm80, Direction::kForward, Dtype::kFp16, 192, Mask::kCausal, false, 147456, forward_sm80_fp16_d192_causal, nullptr},
+    {"forward_sm80_fp16_d192_windowed", Family::kSm80, Direction::kForward, Dtype::kFp16, 192, Mask::kWindowed, false, 147456, forward_sm80_fp16_d192_windowed, nullptr},
+    {"forward_sm80_bf16_d192_full", Family::kSm80, Direction::kForward, Dtype::kBf16, 192, Mask::kFull, false, 147456, forward_sm80_bf16_d192_full, nullptr},
+    {"forward_sm80_bf16_d192_causal", Family::kSm80, Direction::kForward, Dtype::kBf16, 192, Mask::kCausal, false, 147456, forward_sm80_bf16_d192_causal, nullptr},
+    {"forward_sm80_bf16_d192_windowed", Family::kSm80, Direction::kForward, Dtype::kBf16, 192, Mask::kWindowed, false, 147456, forward_sm80_bf16_d192_windowed, nullptr},
+    {"forward_sm80_fp16_d256_full", Family::kSm80, Direction::kForward, Dtype::kFp16, 256, Mask::kFull, false, 148480, forward_sm80_fp16_d256_full, nullptr},
+    {"forward_sm80_fp16_d256_causal", Family::kSm80, Direction::kForward, Dtype::kFp16, 256, Mask::kCausal, false, 148480, forward_sm80_fp16_d256_causal, nullptr},
+    {"forward_sm80_fp16_d256_windowed", Family::kSm80, Direction::kForward, Dtype::kFp16, 256, Mask::kWindowed, false, 148480, forward_sm80_fp16_d256_windowed, nullptr},
+    {"forward_sm80_bf16_d256_full", Family::kSm80, Direction::kForward, Dtype::kBf16, 256, Mask::kFull, false, 148480, forward_sm80_bf16_d256_full, nullptr},
+    {"forward_sm80_bf16_d256_causal", Family::kSm80, Direction::kForward, Dtype::kBf16, 256, Mask::kCausal, false, 148480, forward_sm80_bf16_d256_causal, nullptr},
+    {"forward_sm80_bf16_d256_windowed", Family::kSm80, Direction::kForward, Dtype::kBf16, 256, Mask::kWindowed, false, 148480, forward_sm80_bf16_d256_windowed, nullptr},
+    {"backward_sm80_fp16_d32_full", Family::kSm80, Direction::kBackward, Dtype::kFp16, 32, Mask::kFull, false, 66560, nullptr, backward_sm80_fp16_d32_full},
+    {"backward_sm80_fp16_d32_causal", Family::kSm80, Direction::kBackward, Dtype::kFp16, 32, Mask::kCausal, false, 66560, nullptr, backward_sm80_fp16_d32_causal},
+    {"backward_sm80_fp16_d32_windowed", Family::kSm80, Direction::kBackward, Dtype::kFp16, 32, Mask::kWindowed, false, 66560, nullptr, backward_sm80_fp16_d32_windowed},
+    {"backward_sm80_bf16_d32_full", Family::kSm80, Direction::kBackward, Dtype::kBf16, 32, Mask::kFull, false, 66560, nullptr, backward_sm80_bf16_d32_full},
+    {"backward_sm80_bf16_d32_causal", Family::kSm80, Direction::kBackward, Dtype::kBf16, 32, Mask::kCausal, false, 66560, nullptr, backward_sm80_bf16_d32_causal},
+    {"backward_sm80_bf16_d32_windowed", Family::kSm80, Direction::kBackward, Dtype::kBf16, 32, Mask::kWindowed, false, 66560, nullptr, backward_sm80_bf16_d32_windowed},
+    {"backward_sm80_fp16_d64_full", Family::kSm80, Direction::kBackward, Dtype::kFp16, 64, Mask::kFull, false, 66048, nullptr, backward_sm80_fp16_d64_full},
+    {"backward_sm80_fp16_d64_causal", Family::kSm80, Direction::kBackward, Dtype::kFp16, 64, Mask::kCausal, false, 66048, nullptr, backward_sm80_fp16_d64_causal},
+    {"backward_sm80_fp16_d64_windowed", Family::kSm80, Direction::kBackward, Dtype::kFp16, 64, Mask::kWindowed, false, 66048, nullptr, backward_sm80_fp16_d64_windowed},
+    {"backward_sm80_bf16_d64_full", Family::kSm80, Direction::kBackward, Dtype::kBf16, 64, Mask::kFull, false, 66048, nullptr, backward_sm80_bf16_d64_full},
+    {"backward_sm80_bf16_d64_causal", Family::kSm80, Direction::kBackward, Dtype::kBf16, 64, Mask::kCausal, false, 66048, nullptr, backward_sm80_bf16_d64_causal},
+    {"backward_sm80_bf16_d64_windowed", Family::kSm80, Direction::kBackward, Dtype::kBf16, 64, Mask::kWindowed, false, 66048, nullptr, backward_sm80_bf16_d64_windowed},
+    {"backward_sm80_fp16_d96_full", Family::kSm80, Direction::kBackward, Dtype::kFp16, 96, Mask::kFull, false, 132096, nullptr, backward_sm80_fp16_d96_full},
+    {"backward_sm80_fp16_d96_causal", Family::kSm80, Direction::kBackward, Dtype::kFp16, 96, Mask::kCausal, false, 132096, nullptr, backward_sm80_fp16_d96_causal},
+    {"backward_sm80_fp16_d96_windowed", Family::kSm80, Direction::kBackward, Dtype::kFp16, 96, Mask::kWindowed, false, 132096, nullptr, backward_sm80_fp16_d96_windowed},
+    {"backward_sm80_bf16_d96_full", Family::kSm80, Direction::kBackward, Dtype::kBf16, 96, Mask::kFull, false, 132096, nullptr, backward_sm80_bf16_d96_full},
+    {"backward_sm80_bf16_d96_causal", Family::kSm80, Direction::kBackward, Dtype::kBf16, 96, Mask::kCausal, false, 132096, nullptr, backward_sm80_bf16_d96_causal},
+    {"backward_sm80_bf16_d96_windowed", Family::kSm80, Direction::kBackward, Dtype::kBf16, 96, Mask::kWindowed, false, 132096, nullptr, backward_sm80_bf16_d96_windowed},
+    {"backward_sm80_fp16_d128_full", Family::kSm80, Direction::kBackward, Dtype::kFp16, 128, Mask::kFull, false, 164864, nullptr, backward_sm80_fp16_d128_full},
+    {"backward_sm80_fp16_d128_causal", Family::kSm80, Direction::kBackward, Dtype::kFp16, 128, Mask::kCausal, false, 164864, nullptr, backward_sm80_fp16_d128_causal},
+    {"backward_sm80_fp16_d128_windowed", Family::kSm80, Direction::kBackward, Dtype::kFp16, 128, Mask::kWindowed, false, 164864, nullptr, backward_sm80_fp16_d128_windowed},
+    {"backward_sm80_bf16_d128_full", Family::kSm80, Direction::kBackward, Dtype::kBf16, 128, Mask::kFull, false, 164864, nullptr, backward_sm80_bf16_d128_full},
+    {"backward_sm80_bf16_d128_causal", Family::kSm80, Direction::kBackward, Dtype::kBf16, 128, Mask::kCausal, false, 164864, nullptr, backward_sm80_bf16_d128_causal},
+    {"backward_sm80_bf16_d128_windowed", Family::kSm80, Direction::kBackward, Dtype::kBf16, 128, Mask::kWindowed, false, 164864, nullptr, backward_sm80_bf16_d128_windowed},
+    {"backward_sm80_fp16_d192_full", Family::kSm80, Direction::kBackward, Dtype::kFp16, 192, Mask::kFull, false, 107008, nullptr, backward_sm80_fp16_d192_full},
+    {"backward_sm80_fp16_d192_causal", Family::kSm80, Direction::kBackward, Dtype::kFp16, 192, Mask::kCausal, false, 107008, nullptr, backward_sm80_fp16_d192_causal},
+    {"backward_sm80_fp16_d192_windowed", Family::kSm80, Direction::kBackward, Dtype::kFp16, 192, Mask::kWindowed, false, 107008, nullptr, backward_sm80_fp16_d192_windowed},
+    {"backward_sm80_bf16_d192_full", Family::kSm80, Direction::kBackward, Dtype::kBf16, 192, Mask::kFull, false, 107008, nullptr, backward_sm80_bf16_d192_full},
+    {"backward_sm80_bf16_d192_causal", Family::kSm80, Direction::kBackward, Dtype::kBf16, 192, Mask::kCausal, false, 107008, nullptr, backward_sm80_bf16_d192_causal},
+    {"backward_sm80_bf16_d192_windowed", Family::kSm80, Direction::kBackward, Dtype::kBf16, 192, Mask::kWindowed, false, 107008, nullptr, backward_sm80_bf16_d192_windowed},
+    {"backward_sm80_fp16_d256_full", Family::kSm80, Direction::kBackward, Dtype::kFp16, 256, Mask::kFull, false, 139776, nullptr, backward_sm80_fp16_d256_full},
+    {"backward_sm80_fp16_d256_causal", Family::kSm80, Direction::kBackward, Dtype::kFp16, 256, Mask::kCausal, false, 139776, nullptr, backward_sm80_fp16_d256_causal},
+    {"backward_sm80_fp16_d256_windowed", Family::kSm80, Direction::kBackward, Dtype::kFp16, 256, Mask::kWindowed, false, 139776, nullptr, backward_sm80_fp16_d256_windowed},
+    {"backward_sm80_bf16_d256_full", Family::kSm80, Direction::kBackward, Dtype::kBf16, 256, Mask::kFull, false, 139776, nullptr, backward_sm80_bf16_d256_full},
+    {"backward_sm80_bf16_d256_causal", Family::kSm80, Direction::kBackward, Dtype::kBf16, 256, Mask::kCausal, false, 139776, nullptr, backward_sm80_bf16_d256_causal},
+    {"backward_sm80_bf16_d256_windowed", Family::kSm80, Direction::kBackward, Dtype::kBf16, 256, Mask::kWindowed, false, 139776, nullptr, backward_sm80_bf16_d256_windowed},
+    {"forward_sm86_fp16_d32_full", Family::kSm86, Direction::kForward, Dtype::kFp16, 32, Mask::kFull, false, 16384, forward_sm86_fp16_d32_full, nullptr},
+    {"forward_sm86_fp16_d32_causal", Family::kSm86, Direction::kForward, Dtype::kFp16, 32, Mask::kCausal, false, 16384, forward_sm86_fp16_d32_causal, nullptr},
+    {"forward_sm86_fp16_d32_windowed", Family::kSm86, Direction::kForward, Dtype::kFp16, 32, Mask::kWindowed, false, 16384, forward_sm86_fp16_d32_windowed, nullptr},
+    {"forward_sm86_bf16_d32_full", Family::kSm86, Direction::kForward, Dtype::kBf16, 32, Mask::kFull, false, 16384, forward_sm86_bf16_d32_full, nullptr},
+    {"forward_sm86_bf16_d32_causal", Family::kSm86, Direction::kForward, Dtype::kBf16, 32, Mask::kCausal, false, 16384, forward_sm86_bf16_d32_causal, nullptr},
+    {"forward_sm86_bf16_d32_windowed", Family::kSm86, Direction::kForward, Dtype::kBf16, 32, Mask::kWindowed, false, 16384, forward_sm86_bf16_d32_windowed, nullptr},
+    {"forward_sm86_fp16_d64_full", Family::kSm86, Direction::kForward, Dtype::kFp16, 64, Mask::kFull, false, 49152, forward_sm86_fp16_d64_full, nullptr},
+    {"forward_sm86_fp16_d64_causal", Family::kSm86, Direction::kForward, Dtype::kFp16, 64, Mask::kCausal, false, 49152, forward_sm86_fp16_d64_causal, nullptr},
+    {"forward_sm86_fp16_d64_windowed", Family::kSm86, Direction::kForward, Dtype::kFp16, 64, Mask::kWindowed, false, 49152, forward_sm86_fp16_d64_windowed, nullptr},
+    {"forward_sm86_bf16_d64_full", Family::kSm86, Direction::kForward, Dtype::kBf16, 64, Mask::kFull, false, 49152, forward_sm86_bf16_d64_full, nullptr},
+    {"forward_sm86_bf16_d64_causal", Family::kSm86, Direction::kForward, Dtype::kBf16, 64, Mask::kCausal, false, 49152, forward_sm86_bf16_d64_causal, nullptr},
+    {"forward_sm86_bf16_d64_windowed", Family::kSm86, Direction::kForward, Dtype::kBf16, 64, Mask::kWindowed, false, 49152, forward_sm86_bf16_d64_windowed, nullptr},
+    {"forward_sm86_fp16_d96_full", Family::kSm86, Direction::kForward, Dtype::kFp16, 96, Mask::kFull, false, 49152, forward_sm86_fp16_d96_full, nullptr},
+    {"forward_sm86_fp16_d96_causal", Family::kSm86, Direction::kForward, Dtype::kFp16, 96, Mask::kCausal, false, 36864, forward_sm86_fp16_d96_causal, nullptr},
+    {"forward_sm86_fp16_d96_windowed", Family::kSm86, Direction::kForward, Dtype::kFp16, 96, Mask::kWindowed, false, 49152, forward_sm86_fp16_d96_windowed, nullptr},
+    {"forward_sm86_bf16_d96_full", Family::kSm86, Direction::kForward, Dtype::kBf16, 96, Mask::kFull, false, 49152, forward_sm86_bf16_d96_full, nullptr},
+    {"forward_sm86_bf16_d96_causal", Family::kSm86, Direction::kForward, Dtype::kBf16, 96, Mask::kCausal, false, 36864, forward_sm86_bf16_d96_causal, nullptr},
+    {"forward_sm86_bf16_d96_windowed", Family::kSm86, Direction::kForward, Dtype::kBf16, 96, Mask::kWindowed, false, 49152, forward_sm86_bf16_d96_windowed, nullptr},
+    {"forward_sm86_fp16_d128_full", Family::kSm86, Direction::kForward, Dtype::kFp16, 128, Mask::kFull, false, 49152, forward_sm86_fp16_d128_full, nullptr},
+    {"forward_sm86_fp16_d128_causal", Family::kSm86, Direction::kForward, Dtype::kFp16, 128, Mask::kCausal, false, 49152, forward_sm86_fp16_d128_causal, nullptr},
+    {"forward_sm86_fp16_d128_windowed", Family::kSm86, Direction::kForward, Dtype::kFp16, 128, Mask::kWindowed, false, 49152, forward_sm86_fp16_d128_windowed, nullptr},
+    {"forward_sm86_bf16_d128_full", Family::kSm86, Direction::kForward, Dtype::kBf16, 128, Mask::kFull, false, 49152, forward_sm86_bf16_d128_full, nullptr},
+    {"forward_sm86_bf16_d128_causal", Family::kSm86, Direction::kForward, Dtype::kBf16, 128, Mask::kCausal, false, 49152, forward_sm86_bf16_d128_causal, nullptr},
+    {"forward_sm86_bf16_d128_windowed", Family::kSm86, Direction::kForward, Dtype::kBf16, 128, Mask::kWindowed, false, 49152, forward_sm86_bf16_d128_windowed, nullptr},
+    {"forward_sm86_fp16_d192_full", Family::kSm86, Direction::kForward, Dtype::kFp16, 192, Mask::kFull, false, 98304, forward_sm86_fp16_d192_full, nullptr},
+    {"forward_sm86_fp16_d192_causal", Family::kSm86, Direction::kForward, Dtype::kFp16, 192, Mask::kCausal, false, 98304, forward_sm86_fp16_d192_causal, nullptr},
+    {"forward_sm86_fp16_d192_windowed", Family::kSm86, Direction::kForward, Dtype::kFp16, 192, Mask::kWindowed, false, 98304, forward_sm86_fp16_d192_windowed, nullptr},
+    {"forward_sm86_bf16_d192_full", Family::kSm86, Direction::kForward, Dtype::kBf16, 192, Mask::kFull, false, 98304, forward_sm86_bf16_d192_full, nullptr},
+    {"forward_sm86_bf16_d192_causal", Family::kSm86, Direction::kForward, Dtype::kBf16, 192, Mask::kCausal, false, 98304, forward_sm86_bf16_d192_causal, nullptr},
+    {"forward_sm86_bf16_d192_windowed", Family::kSm86, Direction::kForward, Dtype::kBf16, 192, Mask::kWindowed, false, 98304, forward_sm86_bf16_d192_windowed, nullptr},
+    {"forward_sm86_fp16_d256_full", Family::kSm86, Direction::kForward, Dtype::kFp16, 256, Mask::kFull, false, 98304, forward_sm86_fp16_d256_full, nullptr},
+    {"forward_sm86_fp16_d256_causal", Family::kSm86, Direction::kForward, Dtype::kFp16, 256, Mask::kCausal, false, 98304, forward_sm86_fp16_d256_causal, nullptr},
+    {"forward_sm86_fp16_d256_windowed", Family::kSm86, Direction::kForward, Dtype::kFp16, 256, Mask::kWindowed, false, 98304, forward_sm86_fp16_d256_windowed, nullptr},
+    {"forward_sm86_bf16_d256_full", Family::kSm86, Direction::kForward, Dtype::kBf16, 256, Mask::kFull, false, 98304, forward_sm86_bf16_d256_full, nullptr},
+    {"forward_sm86_bf16_d256_causal", Family::kSm86, Direction::kForward, Dtype::kBf16, 256, Mask::kCausal, false, 98304, forward_sm86_bf16_d256_causal, nullptr},
+    {"forward_sm86_bf16_d256_windowed", Family::kSm86, Direction::kForward, Dtype::kBf16, 256, Mask::kWindowed, false, 98304, forward_sm86_bf16_d256_windowed, nullptr},
+    {"backward_sm86_fp16_d32_full", Family::kSm86, Direction::kBackward, Dtype::kFp16, 32, Mask::kFull, false, 66560, nullptr, backward_sm86_fp16_d32_full},
+    {"backward_sm86_fp16_d32_causal", Family::kSm86, Direction::kBackward, Dtype::kFp16, 32, Mask::kCausal, false, 66560, nullptr, backward_sm86_fp16_d32_causal},
+    {"backward_sm86_fp16_d32_windowed", Family::kSm86, Direction::kBackward, Dtype::kFp16, 32, Mask::kWindowed, false, 66560, nullptr, backward_sm86_fp16_d32_windowed},
+    {"backward_sm86_bf16_d32_full", Family::kSm86, Direction::kBackward, Dtype::kBf16, 32, Mask::kFull, false, 66560, nullptr, backward_sm86_bf16_d32_full},
+    {"backward_sm86_bf16_d32_causal", Family::kSm86, Direction::kBackward, Dtype::kBf16, 32, Mask::kCausal, false, 66560, nullptr, backward_sm86_bf16_d32_causal},
+    {"backward_sm86_bf16_d32_windowed", Family::kSm86, Direction::kBackward, Dtype::kBf16, 32, Mask::kWindowed, false, 66560, nullptr, backward_sm86_bf16_d32_windowed},
+    {"backward_sm86_fp16_d64_full", Family::kSm86, Direction::kBackward, Dtype::kFp16, 64, Mask::kFull, false, 66048, nullptr, backward_sm86_fp16_d64_full},
+    {"backward_sm86_fp16_d64_causal", Family::kSm86, Direction::kBackward, Dtype::kFp16, 64, Mask::kCausal, false, 66048, nullptr, backward_sm86_fp16_d64_causal},
+    {"backward_sm86_fp16_d64_windowed", Family::kSm86, Direction::kBackward, Dtype::kFp16, 64, Mask::kWindowed, false, 66048, nullptr, backward_sm86_fp16_d64_windowed},
+    {"backward_sm86_bf16_d64_full", Family::kSm86, Direction::kBackward, Dtype::kBf16, 64, Mask::kFull, false, 66048, nullptr, backward_sm86_bf16_d64_full},
+    {"backward_sm86_bf16_d64_causal", Family::kSm86, Direction::kBackward, Dtype::kBf16, 64, Mask::kCausal, false, 66048, nullptr, backward_sm86_bf16_d64_causal},
+    {"backward_sm86_bf16_d64_windowed", Family::kSm86, Direction::kBackward, Dtype::kBf16, 64, Mask::kWindowed, false, 66048, nullptr, backward_sm86_bf16_d64_windowed},
+    {"backward_sm86_fp16_d96_full", Family::kSm86, Direction::kBackward, Dtype::kFp16, 96, Mask::kFull, false, 91136, nullptr, backward_sm86_fp16_d96_full},
+    {"backward_sm86_fp16_d96_causal", Family::kSm86, Direction::kBackward, Dtype::kFp16, 96, Mask::kCausal, false, 91136, nullptr, backward_sm86_fp16_d96_causal},
+    {"backward_sm86_fp16_d96_windowed", Family::kSm86, Direction::kBackward, Dtype::kFp16, 96, Mask::kWindowed, false, 91136, nullptr, backward_sm86_fp16_d96_windowed},
+    {"backward_sm86_bf16_d96_full", Family::kSm86, Direction::kBackward, Dtype::kBf16, 96, Mask::kFull, false, 91136, nullptr, backward_sm86_bf16_d96_full},
+    {"backward_sm86_bf16_d96_causal", Family::kSm86, Direction::kBackward, Dtype::kBf16, 96, Mask::kCausal, false, 91136, nullptr, backward_sm86_bf16_d96_causal},
+    {"backward_sm86_bf16_d96_windowed", Family::kSm86, Direction::kBackward, Dtype::kBf16, 96, Mask::kWindowed, false, 91136, nullptr, backward_sm86_bf16_d96_windowed},
+    {"backward_sm86_fp16_d128_full", Family::kSm86, Direction::kBackward, Dtype::kFp16, 128, Mask::kFull, false, 74240, nullptr, backward_sm86_fp16_d128_full},
+    {"backward_sm86_fp16_d128_causal", Family::kSm86, Direction::kBackward, Dtype::kFp16, 128, Mask::kCausal, false, 74240, nullptr, backward_sm86_fp16_d128_causal},
+    {"backward_sm86_fp16_d128_windowed", Family::kSm86, Direction::kBackward, Dtype::kFp16, 128, Mask::kWindowed, false, 74240, nullptr, backward_sm86_fp16_d128_windowed},
+    {"backward_sm86_bf16_d128_full", Family::kSm86, Direction::kBackward, Dtype::kBf16, 128, Mask::kFull, false, 74240, nullptr, backward_sm86_bf16_d128_full},
+    {"backward_sm86_bf16_d128_causal", Family::kSm86, Direction::kBackward, Dtype::kBf16, 128, Mask::kCausal, false, 74240, nullptr, backward_sm86_bf16_d128_causal},
+    {"backward_sm86_bf16_d128_windowed", Family::kSm86, Direction::kBackward, Dtype::kBf16, 128, Mask::kWindowed, false, 74240, nullptr, backward_sm86_bf16_d128_windowed},
+    {"backward_sm86_fp16_d192_full", Family::kSm86, Direction::kBackward, Dtype::kFp16, 192, Mask::kFull, false, 78336, nullptr, backward_sm86_fp16_d192_full},
+    {"backward_sm86_fp16_d192_causal", Family::kSm86, Direction::kBackward, Dtype::kFp16, 192, Mask::kCausal, false, 78336, nullptr, backward_sm86_fp16_d192_causal},
+    {"backward_sm86_fp16_d192_windowed", Family::kSm86, Direction::kBackward, Dtype::kFp16, 192, Mask::kWindowed, false, 78336, nullptr, backward_sm86_fp16_d192_windowed},
+    {"backward_sm86_bf16_d192_full", Family::kSm86, Direction::kBackward, Dtype::kBf16, 192, Mask::kFull, false, 78336, nullptr, backward_sm86_bf16_d192_full},
+    {"backward_sm86_bf16_d192_causal", Family::kSm86, Direction::kBackward, Dtype::kBf16, 192, Mask::kCausal, false, 78336, nullptr, backward_sm86_bf16_d192_causal},
+    {"backward_sm86_bf16_d192_windowed", Family::kSm86, Direction::kBackward, Dtype::kBf16, 192, Mask::kWindowed, false, 78336, nullptr, backward_sm86_bf16_d192_windowed},
+    {"backward_sm86_fp16_d256_full", Family::kSm86, Direction::kBackward, Dtype::kFp16, 256, Mask::kFull, false, 100864, nullptr, backward_sm86_fp16_d256_full},
+    {"backward_sm86_fp16_d256_causal", Family::kSm86, Direction::kBackward, Dtype::kFp16, 256, Mask::kCausal, false, 100864, nullptr, backward_sm86_fp16_d256_causal},
+    {"backward_sm86_fp16_d256_windowed", Family::kSm86, Direction::kBackward, Dtype::kFp16, 256, Mask::kWindowed, false, 100864, nullptr, backward_sm86_fp16_d256_windowed},
+    {"backward_sm86_bf16_d256_full", Family::kSm86, Direction::kBackward, Dtype::kBf16, 256, Mask::kFull, false, 100864, nullptr, backward_sm86_bf16_d256_full},
+    {"backward_sm86_bf16_d256_causal", Family::kSm86, Direction::kBackward, Dtype::kBf16, 256, Mask::kCausal, false, 100864, nullptr, backward_sm86_bf16_d256_causal},
+    {"backward_sm86_bf16_d256_windowed", Family::kSm86, Direction::kBackward, Dtype::kBf16, 256, Mask::kWindowed, false, 100864, nullptr, backward_sm86_bf16_d256_windowed},
+    {"forward_sm90_fp16_d32_full", Family::kSm90, Direction::kForward, Dtype::kFp16, 32, Mask::kFull, false, 147712, forward_sm90_fp16_d32_full, nullptr},
+    {"forward_sm90_fp16_d32_causal", Family::kSm90, Direction::kForward, Dtype::kFp16, 32, Mask::kCausal, false, 147712, forward_sm90_fp16_d32_causal, nullptr},
+    {"forward_sm90_fp16_d32_windowed", Family::kSm90, Direction::kForward, Dtype::kFp16, 32, Mask::kWindowed, false, 147712, forward_sm90_fp16_d32_windowed, nullptr},
+    {"forward_sm90_bf16_d32_full", Family::kSm90, Direction::kForward, Dtype::kBf16, 32, Mask::kFull, false, 147712, forward_sm90_bf16_d32_full, nullptr},
+    {"forward_sm90_bf16_d32_causal", Family::kSm90, Direction::kForward, Dtype::kBf16, 32, Mask::kCausal, false, 147712, forward_sm90_bf16_d32_causal, nullptr},
+    {"forward_sm90_bf16_d32_windowed", Family::kSm90, Direction::kForward, Dtype::kBf16, 32, Mask::kWindowed, false, 147712, forward_sm90_bf16_d32_windowed, nullptr},
+    {"forward_sm90_fp16_d64_full", Family::kSm90, Direction::kForward, Dtype::kFp16, 64, Mask::kFull, false, 147712, forward_sm90_fp16_d64_full, nullptr},
+    {"forward_sm90_fp16_d64_causal", Family::kSm90, Direction::kForward, Dtype::kFp16, 64, Mask::kCausal, false, 147712, forward_sm90_fp16_d64_causal, nullptr},
+    {"forward_sm90_fp16_d64_windowed", Family::kSm90, Direction::kForward, Dtype::kFp16, 64, Mask::kWindowed, false, 147712, forward_sm90_fp16_d64_windowed, nullptr},
+    {"forward_sm90_bf16_d64_full", Family::kSm90, Direction::kForward, Dtype::kBf16, 64, Mask::kFull, false, 147712, forward_sm90_bf16_d64_full, nullptr},
+    {"forward_sm90_bf16_d64_causal", Family::kSm90, Direction::kForward, Dtype::kBf16, 64, Mask::kCausal, false, 147712, forward_sm90_bf16_d64_causal, nullptr},
+    {"forward_sm90_bf16_d64_windowed", Family::kSm90, Direction::kForward, Dtype::kBf16, 64, Mask::kWindowed, false, 147712, forward_sm90_bf16_d64_windowed, nullptr},
+    {"forward_sm90_fp16_d96_full", Family::kSm90, Direction::kForward, Dtype::kFp16, 96, Mask::kFull, false, 196864, forward_sm90_fp16_d96_full, nullptr},
+    {"forward_sm90_fp16_d96_causal", Family::kSm90, Direction::kForward, Dtype::kFp16, 96, Mask::kCausal, false, 196864, forward_sm90_fp16_d96_causal, nullptr},
+    {"forward_sm90_fp16_d96_windowed", Family::kSm90, Direction::kForward, Dtype::kFp16, 96, Mask::kWindowed, false, 196864, forward_sm90_fp16_d96_windowed, nullptr},
+    {"forward_sm90_bf16_d96_full", Family::kSm90, Direction::kForward, Dtype::kBf16, 96, Mask::kFull, false, 196864, forward_sm90_bf16_d96_full, nullptr},
+    {"forward_sm90_bf16_d96_causal", Family::kSm90, Direction::kForward, Dtype::kBf16, 96, Mask::kCausal, false, 196864, forward_sm90_bf16_d96_causal, nullptr},
+    {"forward_sm90_bf16_d96_windowed", Family::kSm90, Direction::kForward, Dtype::kBf16, 96, Mask::kWindowed, false, 196864, forward_sm90_bf16_d96_windowed, nullptr},
+    {"forward_sm90_fp16_d128_full", Family::kSm90, Direction::kForward, Dtype::kFp16, 128, Mask::kFull, false, 221440, forward_sm90_fp16_d128_full, nullptr},
+    {"forward_sm90_fp16_d128_causal", Family::kSm90, Direction::kForward, Dtype::kFp16, 128, Mask::kCausal, false, 221440, forward_sm90_fp16_d128_causal, nullptr},
+    {"forward_sm90_fp16_d128_windowed", Family::kSm90, Direction::kForward, Dtype::kFp16, 128, Mask::kWindowed, false, 221440, forward_sm90_fp16_d128_windowed, nullptr},
+    {"forward_sm90_bf16_d128_full", Family::kSm90, Direction::kForward, Dtype::kBf16, 128, Mask::kFull, false, 221440, forward_sm90_bf16_d128_full, nullptr},
+    {"forward_sm90_bf16_d128_causal", Family::kSm90, Direction::kForward, Dtype::kBf16, 128, Mask::kCausal, false, 221440, forward_sm90_bf16_d128_causal, nullptr},
+    {"forward_sm90_bf16_d128_windowed", Family::kSm90, Direction::kForward, Dtype::kBf16, 128, Mask::kWindowed, false, 221440, forward_sm90_bf16_d128_windowed, nullptr},
+    {"forward_sm90_fp16_d192_full", Family::kSm90, Direction::kForward, Dtype::kFp16, 192, Mask::kFull, false, 196864, forward_sm90_fp16_d192_full, nullptr},
+    {"forward_sm90_fp16_d192_causal", Family::kSm90, Direction::kForward, Dtype::kFp16, 192, Mask::kCausal, false, 196864, forward_sm90_fp16_d192_causal, nullptr},
+    {"forward_sm90_fp16_d192_windowed", Family::kSm90, Direction::kForward, Dtype::kFp16, 192, Mask::kWindowed, false, 196864, forward_sm90_fp16_d192_windowed, nullptr},
+    {"forward_sm90_bf16_d192_full", Family::kSm90, Direction::kForward, Dtype::kBf16, 192, Mask::kFull, false, 196864, forward_sm90_bf16_d192_full, nullptr},
+    {"forward_sm90_bf16_d192_causal", Family::kSm90, Direction::kForward, Dtype::kBf16, 192, Mask::kCausal, false, 196864, forward_sm90_bf16_d192_causal, nullptr},
+    {"forward_sm90_bf16_d192_windowed", Family::kSm90, Direction::kForward, Dtype::kBf16, 192, Mask::kWindowed, false, 196864, forward_sm90_bf16_d192_windowed, nullptr},
+    {"forward_sm90_fp16_d256_full", Family::kSm90, Direction::kForward, Dtype::kFp16, 256, Mask::kFull, false, 229632, forward_sm90_fp16_d256_full, nullptr},
+    {"forward_sm90_fp16_d256_causal", Family::kSm90, Direction::kForward, Dtype::kFp16, 256, Mask::kCausal, false, 229632, forward_sm90_fp16_d256_causal, nullptr},
+    {"forward_sm90_fp16_d256_windowed", Family::kSm90, Direction::kForward, Dtype::kFp16, 256, Mask::kWindowed, false, 229632, forward_sm90_fp16_d256_windowed, nullptr},
+    {"forward_sm90_bf16_d256_full", Family::kSm90, Direction::kForward, Dtype::kBf16, 256, Mask::kFull, false, 229632, forward_sm90_bf16_d256_full, nullptr},
+    {"forward_sm90_bf16_d256_causal", Family::kSm90, Direction::kForward, Dtype::kBf16, 256, Mask::kCausal, false, 229632, forward_sm90_bf16_d256_causal, nullptr},
+    {"forward_sm90_bf16_d256_windowed", Family::kSm90, Direction::kForward, Dtype::kBf16, 256, Mask::kWindowed, false, 229632, forward_sm90_bf16_d256_windowed, nullptr},
+    {"backward_sm90_fp16_d32_full", Family::kSm90, Direction::kBackward, Dtype::kFp16, 32, Mask::kFull, false, 66560, nullptr, backward_sm90_fp16_d32_full},
+    {"backward_sm90_fp16_d32_causal", Family::kSm90, Direction::kBackward, Dtype::kFp16, 32, Mask::kCausal, false, 66560, nullptr, backward_sm90_fp16_d32_causal},
+    {"backward_sm90_fp16_d32_windowed", Family::kSm90, Direction::kBackward, Dtype::kFp16, 32, Mask::kWindowed, false, 66560, nullptr, backward_sm90_fp16_d32_windowed},
+    {"backward_sm90_bf16_d32_full", Family::kSm90, Direction::kBackward, Dtype::kBf16, 32, Mask::kFull, false, 66560, nullptr, backward_sm90_bf16_d32_full},
+    {"backward_sm90_bf16_d32_causal", Family::kSm90, Direction::kBackward, Dtype::kBf16, 32, Mask::kCausal, false, 66560, nullptr, backward_sm90_bf16_d32_causal},
+    {"backward_sm90_bf16_d32_windowed", Family::kSm90, Direction::kBackward, Dtype::kBf16, 32, Mask::kWindowed, false, 66560, nullptr, backward_sm90_bf16_d32_windowed},
+    {"backward_sm90_fp16_d64_full", Family::kSm90, Direction::kBackward, Dtype::kFp16, 64, Mask::kFull, false, 99328, nullptr, backward_sm90_fp16_d64_full},
+    {"backward_sm90_fp16_d64_causal", Family::kSm90, Direction::kBackward, Dtype::kFp16, 64, Mask::kCausal, false, 99328, nullptr, backward_sm90_fp16_d64_causal},
+    {"backward_sm90_fp16_d64_windowed", Family::kSm90, Direction::kBackward, Dtype::kFp16, 64, Mask::kWindowed, false, 99328, nullptr, backward_sm90_fp16_d64_windowed},
+    {"backward_sm90_bf16_d64_full", Family::kSm90, Direction::kBackward, Dtype::kBf16, 64, Mask::kFull, false, 99328, nullptr, backward_sm90_bf16_d64_full},
+    {"backward_sm90_bf16_d64_causal", Family::kSm90, Direction::kBackward, Dtype::kBf16, 64, Mask::kCausal, false, 99328, nullptr, backward_sm90_bf16_d64_causal},
+    {"backward_sm90_bf16_d64_windowed", Family::kSm90, Direction::kBackward, Dtype::kBf16, 64, Mask::kWindowed, false, 99328, nullptr, backward_sm90_bf16_d64_windowed},
+    {"backward_sm90_fp16_d96_full", Family::kSm90, Direction::kBackward, Dtype::kFp16, 96, Mask::kFull, false, 132096, nullptr, backward_sm90_fp16_d96_full},
+    {"backward_sm90_fp16_d96_causal", Family::kSm90, Direction::kBackward, Dtype::kFp16, 96, Mask::kCausal, false, 132096, nullptr, backward_sm90_fp16_d96_causal},
+    {"backward_sm90_fp16_d96_windowed", Family::kSm90, Direction::kBackward, Dtype::kFp16, 96, Mask::kWindowed, false, 132096, nullptr, backward_sm90_fp16_d96_windowed},
+    {"backward_sm90_bf16_d96_full", Family::kSm90, Direction::kBackward, Dtype::kBf16, 96, Mask::kFull, false, 132096, nullptr, backward_sm90_bf16_d96_full},
+    {"backward_sm90_bf16_d96_causal", Family::kSm90, Direction::kBackward, Dtype::kBf16, 96, Mask::kCausal, false, 132096, nullptr, backward_sm90_bf16_d96_causal},
+    {"backward_sm90_bf16_d96_windowed", Family::kSm90, Direction::kBackward, Dtype::kBf16, 96, Mask::kWindowed, false, 132096, nullptr, backward_sm90_bf16_d96_windowed},
+    {"backward_sm90_fp16_d128_full", Family::kSm90, Direction::kBackward, Dtype::kFp16, 128, Mask::kFull, false, 164864, nullptr, backward_sm90_fp16_d128_full},
+    {"backward_sm90_fp16_d128_causal", Family::kSm90, Direction::kBackward, Dtype::kFp16, 128, Mask::kCausal, false, 164864, nullptr, backward_sm90_fp16_d128_causal},
+    {"backward_sm90_fp16_d128_windowed", Family::kSm90, Direction::kBackward, Dtype::kFp16, 128, Mask::kWindowed, false, 164864, nullptr, backward_sm90_fp16_d128_windowed},
+    {"backward_sm90_bf16_d128_full", Family::kSm90, Direction::kBackward, Dtype::kBf16, 128, Mask::kFull, false, 164864, nullptr, backward_sm90_bf16_d128_full},
+    {"backward_sm90_bf16_d128_causal", Family::kSm90, Direction::kBackward, Dtype::kBf16, 128, Mask::kCausal, false, 164864, nullptr, backward_sm90_bf16_d128_causal},
+    {"backward_sm90_bf16_d128_windowed", Family::kSm90, Direction::kBackward, Dtype::kBf16, 128, Mask::kWindowed, false, 164864, nullptr, backward_sm90_bf16_d128_windowed},
+    {"backward_sm90_fp16_d192_full", Family::kSm90, Direction::kBackward, Dtype::kFp16, 192, Mask::kFull, false, 164864, nullptr, backward_sm90_fp16_d192_full},
+    {"backward_sm90_fp16_d192_causal", Family::kSm90, Direction::kBackward, Dtype::kFp16, 192, Mask::kCausal, false, 164864, nullptr, backward_sm90_fp16_d192_causal},
+    {"backward_sm90_fp16_d192_windowed", Family::kSm90, Direction::kBackward, Dtype::kFp16, 192, Mask::kWindowed, false, 164864, nullptr, backward_sm90_fp16_d192_windowed},
+    {"backward_sm90_bf16_d192_full", Family::kSm90, Direction::kBackward, Dtype::kBf16, 192, Mask::kFull, false, 164864, nullptr, backward_sm90_bf16_d192_full},
+    {"backward_sm90_bf16_d192_causal", Family::kSm90, Direction::kBackward, Dtype::kBf16, 192, Mask::kCausal, false, 164864, nullptr, backward_sm90_bf16_d192_causal},
+    {"backward_sm90_bf16_d192_windowed", Family::kSm90, Direction::kBackward, Dtype::kBf16, 192, Mask::kWindowed, false, 164864, nullptr, backward_sm90_bf16_d192_windowed},
+    {"backward_sm90_fp16_d256_full", Family::kSm90, Direction::kBackward, Dtype::kFp16, 256, Mask::kFull, false, 214016, nullptr, backward_sm90_fp16_d256_full},
+    {"backward_sm90_fp16_d256_causal", Family::kSm90, Direction::kBackward, Dtype::kFp16, 256, Mask::kCausal, false, 214016, nullptr, backward_sm90_fp16_d256_causal},
+    {"backward_sm90_fp16_d256_windowed", Family::kSm90, Direction::kBackward, Dtype::kFp16, 256, Mask::kWindowed, false, 214016, nullptr, backward_sm90_fp16_d256_windowed},
+    {"backward_sm90_bf16_d256_full", Family::kSm90, Direction::kBackward, Dtype::kBf16, 256, Mask::kFull, false, 214016, nullptr, backward_sm90_bf16_d256_full},
+    {"backward_sm90_bf16_d256_causal", Family::kSm90, Direction::kBackward, Dtype::kBf16, 256, Mask::kCausal, false, 214016, nullptr, backward_sm90_bf16_d256_causal},
+    {"backward_sm90_bf16_d256_windowed", Family::kSm90, Direction::kBackward, Dtype::kBf16, 256, Mask::kWindowed, false, 214016, nullptr, backward_sm90_bf16_d256_windowed},
+    {nullptr, Family::kAuto, Direction::kForward, Dtype::kFp16, 0, Mask::kFull, false, 0, nullptr, nullptr},
 };
-const int kNumKernels = 108;
+const int kNumKernels = 216;
 
 // family, compute capability, with PTX
 const FamilyTarget kTargets[] = {

@@ -35,4 +35,13 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
   return packed;
 }
 
+template <Dtype kDtype>
+__device__ __forceinline__ float2 unpack(uint32_t packed) {
+  if constexpr (kDtype == Dtype::kBf16) {
+    return make_float2(__uint_as_float(packed << 16), __uint_as_float(packed & 0xffff0000u));
+  } else {
+    return __half22float2(*reinterpret_cast<const __half2*>(&packed));
+  }
+}
+
 }  // namespace flash_attn

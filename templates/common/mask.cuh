@@ -38,6 +38,17 @@ struct AttentionMask {
   __device__ __forceinline__ int first_key(int row) const {
     return kLeft && window_left >= 0 ? max(0, row / group + diagonal - window_left) : 0;
   }
+
+  // Queries that see `key` are [first_query(key), end_query(key, seqlen_q)), without packed heads.
+  __device__ __forceinline__ int first_query(int key) const {
+    if (!kRight || (kLeft && window_right < 0)) return 0;
+    return max(0, key - diagonal - window_right);
+  }
+
+  __device__ __forceinline__ int end_query(int key, int seqlen_q) const {
+    if (!kLeft || window_left < 0) return seqlen_q;
+    return min(seqlen_q, key - diagonal + window_left + 1);
+  }
 };
 
 // The blocks of kBlockN keys that the queries [first_row, last_row] see: [begin, end), of which

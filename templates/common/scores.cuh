@@ -36,10 +36,21 @@ struct ScoreModifiers {
   __device__ __forceinline__ float apply(float score, int distance) const {
     const float scaled =
         softcap_log2 > 0.0f ? softcap_log2 * tanh(score * softcap_inner) : score * scale_log2;
-    return scaled - slope_log2 * fabsf(static_cast<float>(distance));
+    return scaled - bias(distance);
+  }
+
+  // The derivative of the softcap where `apply` has returned `score`.
+  __device__ __forceinline__ float softcap_derivative(float score, int distance) const {
+    if (!(softcap_log2 > 0.0f)) return 1.0f;
+    const float tanh = (score + bias(distance)) / softcap_log2;
+    return 1.0f - tanh * tanh;
   }
 
  private:
+  __device__ __forceinline__ float bias(int distance) const {
+    return slope_log2 * fabsf(static_cast<float>(distance));
+  }
+
   // tanh.approx would cost half the special-function work, but its relative error of 2^-11 exceeds what
   // rounding the inputs to fp16 costs. Near 0, where 1 - 2 / (exp(2x) + 1) cancels, the series is exact to
   // 2^-23.

@@ -53,40 +53,44 @@ const char* mask_name(Mask mask) {
 
 // What a call asks for, in the table's terms.
 struct Wanted {
+  Direction direction;
   Dtype dtype;
   int head_dim;
   Mask mask;
   Family family;  // kAuto: any
 
-  explicit Wanted(const ForwardParams& params)
-      : dtype(static_cast<Dtype>(params.dtype)),
+  Wanted(Direction direction, const ForwardParams& params)
+      : direction(direction),
+        dtype(static_cast<Dtype>(params.dtype)),
         head_dim(kernel_head_dim(std::max(params.head_dim, params.head_dim_v))),
         mask(mask_class(params)),
         family(static_cast<Family>(params.family)) {}
 
   bool matches(const KernelEntry& kernel) const {
     return kernel.head_dim == head_dim && kernel.mask == mask && kernel.dtype == dtype &&
-           kernel.direction == Direction::kForward && !kernel.split &&
+           kernel.direction == direction && !kernel.split &&
            (family == Family::kAuto || kernel.family == family);
   }
 };
 
-Status fail_without_kernel(Status status, const ForwardParams& params, const Device& device) {
+Status fail_without_kernel(Status status, Direction direction, const ForwardParams& params,
+                           const Device& device) {
   char family[32] = "";
   if (params.family != 0) std::snprintf(family, sizeof(family), ", family sm%d (forced)", params.family);
-  return fail(
-      status,
-      "this build holds no forward kernel for %s, head dim %d, %s mask%s that runs on compute capability "
-      "%d.%d with %d bytes of shared memory; it was compiled for %s",
-      static_cast<Dtype>(params.dtype) == Dtype::kBf16 ? "bf16" : "fp16",
-      std::max(params.head_dim, params.head_dim_v), mask_name(mask_class(params)), family,
-      device.capability / 10, device.capability % 10, device.shared_bytes, flash_attn_targets());
+  return fail(status,
+              "this build holds no %s kernel for %s, head dim %d, %s mask%s that runs on compute capability "
+              "%d.%d with %d bytes of shared memory; it was compiled for %s",
+              direction == Direction::kForward ? "forward" : "backward",
+              static_cast<Dtype>(params.dtype) == Dtype::kBf16 ? "bf16" : "fp16",
+              std::max(params.head_dim, params.head_dim_v), mask_name(mask_class(params)), family,
+              device.capability / 10, device.capability % 10, device.shared_bytes, flash_attn_targets());
 }
 
 }  // namespace
 
-const KernelEntry* find_forward_kernel(const ForwardParams& params, const Device& device, Status& status) {
-  const Wanted wanted(params);
+const KernelEntry* find_kernel(Direction direction, const ForwardParams& params, const Device& device,
+                               Status& status) {
+  const Wanted wanted(direction, params);
   const KernelEntry* best = nullptr;
   bool too_large = false;
   for (int i = 0; i < kNumKernels; ++i) {
@@ -100,7 +104,8 @@ const KernelEntry* find_forward_kernel(const ForwardParams& params, const Device
   }
   status = Status::kOk;
   if (best == nullptr) {
-    status = fail_without_kernel(too_large ? Status::kUnsupportedDevice : Status::kNotBuilt, params, device);
+    const Status reason = too_large ? Status::kUnsupportedDevice : Status::kNotBuilt;
+    status = fail_without_kernel(reason, direction, params, device);
   }
   return best;
 }

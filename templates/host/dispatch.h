@@ -9,6 +9,7 @@
 namespace flash_attn {
 
 using ForwardLauncher = Status (*)(const ForwardParams&, const Device&, cudaStream_t);
+using BackwardLauncher = Status (*)(const BackwardParams&, const Device&, cudaStream_t);
 
 struct KernelEntry {
   const char* key;
@@ -19,7 +20,8 @@ struct KernelEntry {
   Mask mask;
   bool split;
   int shared_bytes;
-  ForwardLauncher launch;
+  ForwardLauncher launch_forward;    // null for a backward kernel
+  BackwardLauncher launch_backward;  // null for a forward kernel
 };
 
 // Machine code (or, with ptx, intermediate code) for a compute capability, given as 10 * major + minor.
@@ -48,6 +50,7 @@ extern const int kNumHeadDims;
 const FamilyInfo& family_info(Family family);
 
 // The kernel for `params` on `device`, or null with the reason in `status` and flash_attn_last_error().
-const KernelEntry* find_forward_kernel(const ForwardParams& params, const Device& device, Status& status);
+const KernelEntry* find_kernel(Direction direction, const ForwardParams& params, const Device& device,
+                               Status& status);
 
 }  // namespace flash_attn

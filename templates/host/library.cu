@@ -70,9 +70,33 @@ Status device_properties(int index, Device& device) {
   return status;
 }
 
-const KernelEntry* choose_kernel(const ForwardParams& params, Device& device, Status& status) {
+const KernelEntry* choose_kernel(Direction direction, const ForwardParams& params, Device& device,
+                                 Status& status) {
   status = device_properties(params.device, device);
-  return status == Status::kOk ? find_forward_kernel(params, device, status) : nullptr;
+  return status == Status::kOk ? find_kernel(direction, params, device, status) : nullptr;
+}
+
+// Runs a launcher, which is one direction's member of KernelEntry; `forward`, part of `params`, decides which.
+template <class Params, class Launcher>
+int32_t run(Direction direction, Launcher KernelEntry::* launcher, const Params& params,
+            const ForwardParams& forward, void* stream) {
+  Device device{};
+  Status status;
+  const KernelEntry* kernel = choose_kernel(direction, forward, device, status);
+  if (kernel == nullptr) return static_cast<int32_t>(status);
+  const DeviceGuard guard(device.index);
+  status = guard.status();
+  if (status == Status::kOk) {
+    status = (kernel->*launcher)(params, device, static_cast<cudaStream_t>(stream));
+  }
+  return static_cast<int32_t>(status);
+}
+
+const char* kernel_key(Direction direction, const ForwardParams& params) {
+  Device device{};
+  Status status;
+  const KernelEntry* kernel = choose_kernel(direction, params, device, status);
+  return kernel == nullptr ? nullptr : kernel->key;
 }
 
 }  // namespace
@@ -90,14 +114,11 @@ Status fail(Status status, const char* format, ...) {
 using namespace flash_attn;
 
 int32_t flash_attn_forward(const ForwardParams* params, void* stream) {
-  Device device{};
-  Status status;
-  const KernelEntry* kernel = choose_kernel(*params, device, status);
-  if (kernel == nullptr) return static_cast<int32_t>(status);
-  const DeviceGuard guard(params->device);
-  status = guard.status();
-  if (status == Status::kOk) status = kernel->launch(*params, device, static_cast<cudaStream_t>(stream));
-  return static_cast<int32_t>(status);
+  return run(Direction::kForward, &KernelEntry::launch_forward, *params, *params, stream);
+}
+
+int32_t flash_attn_backward(const BackwardParams* params, void* stream) {
+  return run(Direction::kBackward, &KernelEntry::launch_backward, *params, params->forward, stream);
 }
 
 int32_t flash_attn_dropout_probs(const ForwardParams* params, void* stream) {
@@ -108,10 +129,11 @@ int32_t flash_attn_dropout_probs(const ForwardParams* params, void* stream) {
 }
 
 const char* flash_attn_forward_kernel(const ForwardParams* params) {
-  Device device{};
-  Status status;
-  const KernelEntry* kernel = choose_kernel(*params, device, status);
-  return kernel == nullptr ? nullptr : kernel->key;
+  return kernel_key(Direction::kForward, *params);
+}
+
+const char* flash_attn_backward_kernel(const BackwardParams* params) {
+  return kernel_key(Direction::kBackward, params->forward);
 }
 
 const char* flash_attn_last_error() { return last_error; }
@@ -119,6 +141,8 @@ const char* flash_attn_last_error() { return last_error; }
 uint64_t flash_attn_layout_hash() { return kLayoutHash; }
 
 int64_t flash_attn_forward_params_size() { return sizeof(ForwardParams); }
+
+int64_t flash_attn_backward_params_size() { return sizeof(BackwardParams); }
 
 int32_t flash_attn_kernel_count() { return kNumKernels; }
 

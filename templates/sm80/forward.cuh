@@ -26,6 +26,7 @@
 #include "common/sequence.cuh"
 #include "common/shared_tile.cuh"
 #include "common/softmax.cuh"
+#include "common/store_tile.cuh"
 #include "host/device.h"
 #include "host/launch.h"
 #include "ptx/async_copy.cuh"
@@ -44,34 +45,6 @@ struct ForwardArguments {
   TileSchedule schedule;
 };
 
-// Writes this warp's part of O, each row times its `factor`, through the shared memory that held Q, so that
-// the stores to global memory are 16 bytes wide.
-template <class Config>
-__device__ __forceinline__ void store_output(const QueryBlock& queries, const WarpPart<Config>& part,
-                                             const Accumulator<Config::kTilesM, Config::kTilesD>& output,
-                                             const float (&factor)[2 * Config::kTilesM], uint32_t shared) {
-  using Shared = SharedTile<Config::kHeadDim>;
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int i = 0; i < 2 * Config::kTilesM; ++i) {
-    const int row = part.row + i / 2 * 16 + i % 2 * 8 + lane / 4;
-#pragma unroll
-    for (int n = 0; n < Config::kTilesD; ++n) {
-      const float* o = output[i / 2][n] + 2 * (i % 2);
-      ptx::store_shared(shared + Shared::offset(row, part.dim / 8 + n) + lane % 4 * 4,
-                        pack<Config::kDtype>(o[0] * factor[i], o[1] * factor[i]));
-    }
-  }
-  __syncwarp();
-#pragma unroll 4
-  for (int i = lane; i < Config::kWarpRows * Config::kTilesD; i += 32) {
-    const int row = part.row + i / Config::kTilesD, chunk = part.dim / 8 + i % Config::kTilesD;
-    if (row >= queries.rows || chunk * 8 >= queries.params->head_dim_v) continue;
-    *reinterpret_cast<uint4*>(queries.out<typename Config::Element>(row) + chunk * 8) =
-        ptx::load_shared_16(shared + Shared::offset(row, chunk));
-  }
-}
-
 // O += P V for a block of keys. A pair multiplies each warp's probabilities with its own half of the columns
 // of V, then the other's, which have arrived meanwhile.
 template <class Config>
@@ -79,17 +52,18 @@ __device__ __forceinline__ void accumulate_block(Accumulator<Config::kTilesM, Co
                                                  const Accumulator<Config::kTilesM, Config::kTilesN>& probs,
                                                  uint32_t value_address, const WarpPart<Config>& part,
                                                  const WarpPair<Config>& pair) {
+  constexpr int kSteps = Config::kTilesN / 2;
   if constexpr (Config::kPairs) {
     RoundedProbs<Config::kTilesM, Config::kTilesN> rounded;
     round_probs<Config::kDtype>(rounded, probs);
     pair.send(rounded);
-    accumulate_output<Config>(output, rounded, value_address);
+    accumulate_output<Config::kDtype, Config::kHeadDim, kSteps>(output, rounded, value_address);
     pair.receive(rounded);
     const int rows_to_other = Config::kWarpKeys - 2 * part.key;
-    accumulate_output<Config>(output, rounded,
-                              value_address + rows_to_other * SharedTile<Config::kHeadDim>::kRowBytes);
+    accumulate_output<Config::kDtype, Config::kHeadDim, kSteps>(
+        output, rounded, value_address + rows_to_other * SharedTile<Config::kHeadDim>::kRowBytes);
   } else {
-    accumulate_output<Config>(output, probs, value_address);
+    accumulate_output<Config::kDtype, Config::kHeadDim, kSteps>(output, probs, value_address);
   }
 }
 
@@ -111,7 +85,9 @@ __device__ __forceinline__ void finish(const QueryBlock& queries, const WarpPart
     if (stores_lse && row < queries.rows) *queries.lse(row) = softmax.log_sum_exp(i, scale_log2);
     if constexpr (kModifiers) factor[i] /= 1.0f - queries.params->dropout_p;
   }
-  store_output<Config>(queries, part, output, factor, shared);
+  store_tile<Config::kDtype, Config::kHeadDim>(
+      shared, output, factor, part.row, part.dim, queries.rows, queries.params->head_dim_v,
+      [&](int row) { return queries.out<typename Config::Element>(row); });
 }
 
 // One step of the online softmax: `scores` become probabilities. The second barrier, with `refill_keys`
@@ -193,7 +169,7 @@ __device__ __forceinline__ void attend(const QueryBlock& queries, uint8_t* share
 
     Accumulator<Config::kTilesM, Config::kTilesN> scores;
     const int row = queries.first_row + part.row, key = block * Config::kBlockN + part.key;
-    compute_scores<Config>(scores, addresses.query, addresses.key);
+    multiply_rows<Config::kDtype, Config::kHeadDim>(scores, addresses.query, addresses.key);
     if constexpr (kModifiers) {
       apply_modifiers(scores, ScoreModifiers(params, queries.batch, queries.head), mask.diagonal, row, key);
     }

@@ -13,25 +13,28 @@ from codegen import TEMPLATES, toolchain, version
 
 HERE = Path(__file__).parent
 
-FORWARD = """\
+KERNEL = """\
 #pragma once
 #include "common/scale.cuh"
 #include "host/dispatch.h"
 namespace flash_attn::sm80 {
-template <int block_m, int block_n, int...> struct ForwardTile {
-  static constexpr int bytes(int head_dim) { return 2 * head_dim * (block_m + 2 * block_n); }
+template <int block_m, int block_n, int, int, int last> struct PassTile {
+  static constexpr int bytes(int d) { return BYTES; }
 };
-template <Dtype, int head_dim, Mask, class Tile> struct ForwardConfig {
+template <Dtype, int head_dim, Mask, class Tile> struct PassConfig {
   static constexpr int kDim = head_dim, kSharedBytes = Tile::bytes(head_dim);
 };
 template <class Config> __global__ void kernel(float* out) { *out = kScale * Config::kDim; }
-template <class Config>
-Status launch_forward(const ForwardParams& params, const Device&, cudaStream_t stream, const char*) {
-  kernel<Config><<<1, 1, 0, stream>>>(static_cast<float*>(params.out));
+template <class Config, class...>
+Status launch_pass(const PassParams& params, const Device&, cudaStream_t stream, const char*) {
+  kernel<Config><<<1, 1, 0, stream>>>(static_cast<float*>(params.RESULT));
   return Status::kOk;
 }
 }
 """
+
+FORWARD_BYTES = "2 * d * (block_m + 2 * block_n)"
+BACKWARD_BYTES = "2 * (d * (2 * block_n + 4 * block_m) + last * block_m * block_n) + 16 * block_m"
 
 LIBRARY = """\
 #include "host/dispatch.h"
@@ -40,6 +43,12 @@ extern "C" int32_t flash_attn_kernel_count() { return flash_attn::kNumKernels; }
 extern "C" const char* flash_attn_kernel_key(int32_t i) { return flash_attn::kKernels[i].key; }
 extern "C" uint64_t flash_attn_layout_hash() { return flash_attn::kLayoutHash; }
 """
+
+
+def kernel(direction, shared_bytes, result):
+    """A kernel that stands in for those of a direction and writes to a member of its parameters."""
+    text = KERNEL.replace("launch_pass", f"launch_{direction}").replace("Pass", direction.capitalize())
+    return text.replace("BYTES", shared_bytes).replace("RESULT", result)
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +81,8 @@ def small_templates(tmp_path):
         "host/device.h": (TEMPLATES / "host/device.h").read_text(),
         "host/dispatch.h": (TEMPLATES / "host/dispatch.h").read_text(),
         "host/library.cu": LIBRARY,
-        "sm80/forward.cuh": FORWARD,
+        "sm80/forward.cuh": kernel("forward", FORWARD_BYTES, "out"),
+        "sm80/backward.cuh": kernel("backward", BACKWARD_BYTES, "dq"),
         "common/scale.cuh": "#pragma once\nconstexpr float kScale = 2.0f;\n",
         "common/alone.cuh": "#pragma once\n",
         "common/alone.cu": '#include "common/alone.cuh"\n',

@@ -31,7 +31,12 @@ def fake_build(fake_toolkit, small_templates, tmp_path):
 def test_build_makes_everything_then_nothing(fake_build, tmp_path):
     made = fake_build()
     assert made == sorted(
-        [f"forward_{f}_bf16_d64_{m}.o" for f in ("sm80", "sm86") for m in ("full", "causal", "windowed")]
+        [
+            f"{d}_{f}_bf16_d64_{m}.o"
+            for d in ("forward", "backward")
+            for f in ("sm80", "sm86")
+            for m in ("full", "causal", "windowed")
+        ]
         + ["dispatch.o", "library.o", "alone.o", "libflash_attn.so"]
     )
     library = tmp_path / "out" / "libflash_attn.so"
@@ -46,8 +51,8 @@ def test_a_header_rebuilds_only_its_dependents(fake_build, small_templates):
     assert fake_build() == ["alone.o", "libflash_attn.so"]
     (small_templates / "common/scale.cuh").touch()
     made = fake_build()
-    assert len(made) == 7
-    assert [name for name in made if not name.startswith("forward_")] == ["libflash_attn.so"]
+    assert len(made) == 13
+    assert [name for name in made if "_bf16_" not in name] == ["libflash_attn.so"]
 
 
 def test_another_release_of_nvcc_rebuilds(fake_build, fake_toolkit):
@@ -59,8 +64,10 @@ def test_another_release_of_nvcc_rebuilds(fake_build, fake_toolkit):
 
 def test_a_unit_that_leaves_the_selection_leaves_the_log(fake_build, tmp_path):
     fake_build()
-    assert len(report.read_records(tmp_path / "build")) == 9
+    assert len(report.read_records(tmp_path / "build")) == 15
     assert fake_build(FLASH_ATTN_ARCHS="80") == ["alone.o", "dispatch.o", "libflash_attn.so", "library.o"]
+    assert len(report.read_records(tmp_path / "build")) == 9
+    assert len(fake_build(FLASH_ATTN_ARCHS="80", FLASH_ATTN_DIRECTIONS="forward")) == 2
     assert len(report.read_records(tmp_path / "build")) == 6
 
 
@@ -84,7 +91,7 @@ def test_a_forbidden_warning_fails_the_build(fake_build, monkeypatch, capfd):
 def test_progress_and_one_line_per_unit(fake_build, capfd):
     fake_build()
     out = capfd.readouterr().out
-    assert "[10/10, " in out
+    assert "[16/16, " in out
     assert "forward_sm80_bf16_d64_full: 0." in out
 
 
@@ -93,9 +100,10 @@ def test_build_info(fake_build, tmp_path):
     info = json.loads((tmp_path / "out" / "_build.json").read_text())
     assert info["targets"] == ["sm80:80+ptx", "sm86:90"]
     assert info["archs"] == ["80+ptx", "sm86:90"]
-    assert info["head_dims"] == [64] and info["dtypes"] == ["bf16"] and info["directions"] == ["forward"]
+    assert info["head_dims"] == [64] and info["dtypes"] == ["bf16"]
+    assert info["directions"] == ["forward", "backward"]
     assert info["nvcc"] == "13.0.88"
-    assert len(info["kernels"]) == 6 and info["kernels"][0] == "forward_sm80_bf16_d64_full"
+    assert len(info["kernels"]) == 12 and info["kernels"][0] == "forward_sm80_bf16_d64_full"
     assert info["project_version"] == version("PROJECT_VERSION")
     assert info["project_version"] and "commit" in info
 
@@ -127,13 +135,13 @@ def test_small_library_with_real_nvcc(real_nvcc, small_templates, tmp_path):
     assert exported(path) == {"flash_attn_kernel_count", "flash_attn_kernel_key", "flash_attn_layout_hash"}
     library = ctypes.CDLL(str(path))
     library.flash_attn_kernel_key.restype = ctypes.c_char_p
-    assert library.flash_attn_kernel_count() == 6
-    assert library.flash_attn_kernel_key(5) == b"forward_sm86_bf16_d64_windowed"
+    assert library.flash_attn_kernel_count() == 12
+    assert library.flash_attn_kernel_key(11) == b"backward_sm86_bf16_d64_windowed"
     kernels = {
         r["name"]: [k["target"] for k in r["kernels"]] for r in report.read_records(tmp_path / "build")
     }
     assert kernels["forward_sm80_bf16_d64_full"] == ["sm_80"]
-    assert kernels["forward_sm86_bf16_d64_full"] == ["sm_90"]
+    assert kernels["backward_sm86_bf16_d64_full"] == ["sm_90"]
 
 
 @pytest.fixture(scope="module")
@@ -162,10 +170,12 @@ def test_trimmed_library_depends_on_the_system_only(trimmed):
 def test_trimmed_library_loads_without_a_gpu_and_knows_its_kernels(trimmed):
     library = ctypes.CDLL(str(trimmed / "out" / "libflash_attn.so"))
     library.flash_attn_layout_hash.restype = ctypes.c_uint64
-    library.flash_attn_forward_params_size.restype = ctypes.c_int64
+    for struct in abi.STRUCTS:
+        size = getattr(library, f"flash_attn_{struct.constant.lower()}_size")
+        size.restype = ctypes.c_int64
+        assert size() == struct.size
     library.flash_attn_kernel_key.restype = library.flash_attn_targets.restype = ctypes.c_char_p
     assert library.flash_attn_layout_hash() == abi.layout_hash()
-    assert library.flash_attn_forward_params_size() == abi.FORWARD_PARAMS.size
     keys = [library.flash_attn_kernel_key(i).decode() for i in range(library.flash_attn_kernel_count())]
     assert keys == json.loads((trimmed / "out" / "_build.json").read_text())["kernels"]
     assert library.flash_attn_targets() == b"sm80:80"
@@ -173,7 +183,8 @@ def test_trimmed_library_loads_without_a_gpu_and_knows_its_kernels(trimmed):
 
 def test_trimmed_build_keeps_within_the_limits_of_a_unit(trimmed):
     for record in report.read_records(trimmed / "build"):
-        assert record["cpu_s"] < 60 and record["peak_mb"] < 1536, record["name"]
+        seconds = 90 if record["name"].startswith("backward") else 60
+        assert record["cpu_s"] < seconds and record["peak_mb"] < 1536, record["name"]
 
 
 def test_rebuilding_nothing_compiles_nothing(trimmed):

@@ -22,6 +22,7 @@ RECORDS = [
     record("dispatch", 1.0, 100, 10),
     record("forward_sm80_bf16_d64_full", 3.0, 300, 50, [(128, 0, 0, 0), (168, 4, 16, 512)], 1000),
     record("forward_sm80_bf16_d128_full", 5.0, 200, 40, [(255, 0, 0, 0)]),
+    record("backward_sm80_bf16_d64_full", 4.0, 250, 30, [(240, 0, 0, 0)]),
     record("forward_sm86_bf16_d64_full", 2.0, 150, 60, [(90, 0, 0, 0)]),
 ]
 
@@ -36,11 +37,12 @@ def test_units():
     assert cells("dispatch") == ["1.0", "0.5", "100", "-", "-", "-", "-", "10"]
 
 
-def test_totals_per_family_and_for_all():
-    assert cells("total sm80") == ["8.0", "7.0", "300", "255", "4", "16", "1512", "90"]
-    assert cells("total sm86")[0] == "2.0"
+def test_totals_per_direction_and_family_and_for_all():
+    assert cells("total forward sm80") == ["8.0", "7.0", "300", "255", "4", "16", "1512", "90"]
+    assert cells("total backward sm80") == ["4.0", "3.5", "250", "240", "0", "0", "0", "30"]
+    assert cells("total forward sm86")[0] == "2.0"
     assert cells("total host")[0] == "1.0"
-    assert cells("total  ")[:3] == ["11.0", "9.0", "300"]
+    assert cells("total  ")[:3] == ["15.0", "12.5", "300"]
 
 
 def test_sizes_per_family_and_head_dim():
@@ -48,9 +50,9 @@ def test_sizes_per_family_and_head_dim():
     assert lines == [
         ["object", "KB", "d64", "d128", "other", "total"],
         ["host", "0", "0", "10", "10"],
-        ["sm80", "50", "40", "0", "90"],
+        ["sm80", "80", "40", "0", "120"],
         ["sm86", "60", "0", "0", "60"],
-        ["total", "110", "40", "10", "160"],
+        ["total", "140", "40", "10", "190"],
     ]
 
 

@@ -66,12 +66,16 @@ def test_packer_fills_the_struct(struct, mirror):
     packer, ctypes_struct = mirror[struct.constant], mirror[struct.name]
     assert packer.size == ctypes.sizeof(ctypes_struct) == struct.size
     draw = random.Random(0)
-    values = [
-        0.5 * i if field.type == "float32" else draw.randrange(1, 2**31)
-        for i, field in enumerate(struct.fields)
-    ]
+    values = [value_of(field, draw) for field in struct.fields]
     filled = ctypes_struct.from_buffer_copy(packer.pack(*values))
-    assert [getattr(filled, field.name) for field in struct.fields] == values
+    unpacked = [getattr(filled, field.name) for field in struct.fields]
+    assert [bytes(x) if isinstance(x, ctypes.Structure) else x for x in unpacked] == values
+
+
+def value_of(field, draw):
+    if field.type == "float32":
+        return draw.randrange(1, 100) / 2
+    return draw.randbytes(field.size) if isinstance(field.type, abi.Struct) else draw.randrange(1, 2**31)
 
 
 def test_a_null_pointer_packs_as_zero(mirror):
@@ -88,6 +92,20 @@ def test_padding_is_part_of_the_layout():
     assert struct.packing == "<1i4x1q1f4x"
 
 
+def test_a_struct_may_hold_structs():
+    inner = abi.Struct("Inner", "", (abi.Field("a", "int64"), abi.Field("b", "int32")))
+    fields = (
+        abi.Field("x", "int32"),
+        abi.Field("first", inner),
+        abi.Field("second", inner),
+        abi.Field("y", "int32"),
+    )
+    outer = abi.Struct("Outer", "", fields)
+    assert outer.offsets() == [0, 8, 24, 40]
+    assert outer.size == 48
+    assert outer.packing == "<1i4x16s16s1i4x"
+
+
 def test_hash_follows_names_types_and_enums(monkeypatch):
     hashes = {abi.layout_hash()}
     first, *rest = abi.FORWARD_PARAMS.fields
@@ -100,10 +118,21 @@ def test_hash_follows_names_types_and_enums(monkeypatch):
     assert len(hashes) == 5
 
 
+def reworded(struct):
+    fields = tuple(
+        abi.Field(
+            field.name,
+            reworded(field.type) if isinstance(field.type, abi.Struct) else field.type,
+            "other words",
+        )
+        for field in struct.fields
+    )
+    return abi.Struct(struct.name, "other words", fields)
+
+
 def test_hash_ignores_documentation(monkeypatch):
     before = abi.layout_hash()
-    fields = tuple(abi.Field(field.name, field.type, "other words") for field in abi.FORWARD_PARAMS.fields)
-    monkeypatch.setattr(abi, "STRUCTS", (abi.Struct("ForwardParams", "other words", fields),))
+    monkeypatch.setattr(abi, "STRUCTS", tuple(reworded(struct) for struct in abi.STRUCTS))
     assert abi.layout_hash() == before
 
 

@@ -20,7 +20,11 @@ def test_turing_is_known_and_not_built():
     assert not axes.is_legal("sm75", "forward", "fp16")
 
 
+def test_every_built_family_has_every_direction():
+    assert all(set(family.directions) == set(axes.DIRECTIONS) for family in axes.built_families())
+
+
 def test_legal_is_direction_and_dtype():
     assert axes.is_legal("sm80", "forward", "bf16")
-    assert not axes.is_legal("sm80", "backward", "bf16")
+    assert axes.is_legal("sm90", "backward", "bf16")
     assert not axes.is_legal("sm80", "forward", "fp8")

@@ -6,18 +6,21 @@ import pytest
 
 from codegen import GENERATED, axes, render, selection, tiles, units
 from codegen.selection import Selection, Target
-from codegen.tiles import ForwardTile
+from codegen.tile_shapes import BackwardTile, ForwardTile
 
 GOLDEN = Path(__file__).parent / "golden"
-SMALL = Selection((Target("sm80", 80), Target("sm86", 89, ptx=True)), (64,), ("bf16",), ("forward",))
+SMALL = Selection((Target("sm80", 80), Target("sm86", 89, ptx=True)), (64,), ("bf16",), axes.DIRECTIONS)
 
 
 @pytest.fixture
 def fixed_tiles(monkeypatch):
     """Tiles that tuning does not change, so that the golden files follow the templates alone."""
-    tile = ForwardTile(128, 64, 4, 2)
+    backward = {"default": BackwardTile(32, 128, 4, 1, 2)}
     for family in ("sm80", "sm86"):
-        monkeypatch.setitem(tiles.FORWARD_TILES[family], 64, {"default": tile})
+        monkeypatch.setitem(tiles.FORWARD_TILES[family], 64, {"default": ForwardTile(128, 64, 4, 2)})
+        monkeypatch.setitem(tiles.BACKWARD_TILES[family], 64, backward)
+    roomy = {**backward, "roomy": BackwardTile(64, 128, 4, 2, 2)}
+    monkeypatch.setitem(tiles.BACKWARD_TILES["sm80"], 64, roomy)
     monkeypatch.setitem(tiles.FORWARD_TILES["sm86"][64], "causal", ForwardTile(64, 32, 4, 1))
 
 
@@ -56,33 +59,34 @@ def test_a_name_that_a_template_does_not_get_is_an_error():
 
 
 def test_an_empty_selection_still_gives_valid_tables():
-    files = render.render_sources(Selection((), axes.HEAD_DIMS, axes.DTYPES, ("forward",)))
+    files = render.render_sources(Selection((), axes.HEAD_DIMS, axes.DTYPES, axes.DIRECTIONS))
     assert set(files) == {"abi.h", "dispatch.cu", "manifest.json"}
     assert "kNumKernels = 0;" in files["dispatch.cu"] and "{nullptr, " in files["dispatch.cu"]
 
 
 def test_a_new_head_dim_is_data(monkeypatch):
     monkeypatch.setattr(axes, "HEAD_DIMS", (*axes.HEAD_DIMS, 160))
-    tile = ForwardTile(64, 64, 4, 1)
     for rows in tiles.FORWARD_TILES.values():
-        monkeypatch.setitem(rows, 160, {"default": tile})
+        monkeypatch.setitem(rows, 160, {"default": ForwardTile(64, 64, 4, 1)})
+    for rows in tiles.BACKWARD_TILES.values():
+        monkeypatch.setitem(rows, 160, {"default": BackwardTile(32, 32, 4, 1, 2)})
     files = render.render_sources(selection.full_selection())
     assert "/*head_dim*/ 160" in files["sm86/forward_fp16_d160_windowed.cu"]
     assert "forward_sm80_bf16_d160_full" in files["dispatch.cu"]
     assert "kNumHeadDims = 7;" in files["dispatch.cu"]
     chosen = selection.from_environment({"FLASH_ATTN_ARCHS": "80", "FLASH_ATTN_HEAD_DIMS": "160"})
-    assert len(units.list_units(chosen)) == 6
+    assert len(units.list_units(chosen)) == 12
 
 
 def test_a_new_family_is_data(monkeypatch):
-    family = axes.Family("sm95", "sm95", ("bf16",), ("forward",), 200 * axes.KIB, 201 * axes.KIB)
+    family = axes.Family("sm95", ("bf16",), {"forward": "sm95"}, 200 * axes.KIB, 201 * axes.KIB)
     monkeypatch.setitem(axes.FAMILIES, "sm95", family)
     monkeypatch.setitem(axes.ARCHS, 95, axes.Arch(95, "sm95", (13, 0)))
     monkeypatch.setitem(tiles.FORWARD_TILES, "sm95", tiles.FORWARD_TILES["sm80"])
     chosen = selection.from_environment({"FLASH_ATTN_ARCHS": "95"})
     files = render.render_sources(chosen)
     assert '#include "sm95/forward.cuh"' in files["sm95/forward_bf16_d64_full.cu"]
-    assert not any("fp16" in path for path in files)
+    assert not any("fp16" in path or "backward" in path for path in files)
     assert '{Family::kSm95, "sm95", 204800},' in files["dispatch.cu"]
     assert "{Family::kSm95, 95, false}," in files["dispatch.cu"]
     assert "kSm95 = 95," in files["abi.h"]

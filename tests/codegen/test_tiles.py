@@ -1,24 +1,29 @@
 import pytest
 
-from codegen import axes, tiles
-from codegen.tiles import ForwardTile, HopperTile, TileError
+from codegen import axes, tile_shapes, tiles
+from codegen.tile_shapes import BackwardTile, ForwardTile, HopperTile
+from codegen.tiles import TileError
 
 SM80, SM86, SM90 = (axes.FAMILIES[name] for name in ("sm80", "sm86", "sm90"))
 
 
 def test_every_tile_of_the_table_fits():
     for family in axes.built_families():
-        for head_dim in axes.HEAD_DIMS:
-            for mask in axes.MASKS:
-                assert tiles.forward_tile(family.name, head_dim, mask).block_m > 0
+        for direction in family.directions:
+            for head_dim in axes.HEAD_DIMS:
+                for mask in axes.MASKS:
+                    tile = tiles.find_tile(direction, family.name, head_dim, mask)
+                    assert tile.smem_bytes(head_dim) <= family.smem_per_block
 
 
 def test_the_table_holds_no_row_that_nothing_reads():
-    assert set(tiles.FORWARD_TILES) == {family.name for family in axes.built_families()}
-    for rows in tiles.FORWARD_TILES.values():
-        assert set(rows) == set(axes.HEAD_DIMS)
-        for row in rows.values():
-            assert set(row) <= {"default", *tiles.VARIANTS, *axes.MASKS}
+    assert tuple(tiles.TABLES) == axes.DIRECTIONS
+    for table in tiles.TABLES.values():
+        assert set(table) == {family.name for family in axes.built_families()}
+        for rows in table.values():
+            assert set(rows) == set(axes.HEAD_DIMS)
+            for row in rows.values():
+                assert set(row) <= {"default", *tiles.VARIANTS, *axes.MASKS}
 
 
 def test_arithmetic():
@@ -86,35 +91,64 @@ def test_every_problem_is_listed_at_once():
 def test_missing_row(monkeypatch):
     monkeypatch.delitem(tiles.FORWARD_TILES["sm80"], 96)
     with pytest.raises(TileError, match="family sm80, head_dim 96, mask full: add it to FORWARD_TILES"):
-        tiles.forward_tile("sm80", 96, "full")
+        tiles.find_tile("forward", "sm80", 96, "full")
+    assert tiles.find_tile("backward", "sm80", 96, "full")
 
 
 def test_mask_override(monkeypatch):
     special = ForwardTile(64, 64, 4, 1)
     monkeypatch.setitem(tiles.FORWARD_TILES["sm80"][64], "windowed", special)
-    assert tiles.forward_tile("sm80", 64, "windowed") == special
-    assert tiles.forward_tile("sm80", 64, "full") == tiles.FORWARD_TILES["sm80"][64]["default"]
+    assert tiles.find_tile("forward", "sm80", 64, "windowed") == special
+    assert tiles.find_tile("forward", "sm80", 64, "full") == tiles.FORWARD_TILES["sm80"][64]["default"]
 
 
 def test_a_roomy_tile_may_need_more_of_a_multiprocessor_than_the_family_has(monkeypatch):
     roomy = ForwardTile(64, 64, 4, 2, 2)
     assert "per SM" in refusal(roomy, SM80, 256)
     monkeypatch.setitem(tiles.FORWARD_TILES["sm80"][256], "roomy", roomy)
-    assert tiles.tile_variants("sm80", 256) == {"roomy": roomy}
-    assert tiles.tile_variants("sm80", 32) == {}
+    assert tiles.tile_variants("forward", "sm80", 256) == {"roomy": roomy}
+    assert tiles.tile_variants("forward", "sm80", 32) == {}
 
 
 def test_a_roomy_tile_must_fit_a_block(monkeypatch):
     monkeypatch.setitem(tiles.FORWARD_TILES["sm86"][256], "roomy", ForwardTile(128, 64, 8, 1))
     with pytest.raises(TileError, match="shared memory per block"):
-        tiles.tile_variants("sm86", 256)
+        tiles.tile_variants("forward", "sm86", 256)
+
+
+def test_backward_arithmetic():
+    tile = BackwardTile(block_m=64, block_n=128, warps=8, min_blocks=1, score_stages=2)
+    assert tile.keys_per_warp == 32 and tile.queries_at_once == 64
+    assert tile.smem_bytes(128) == 2 * (2 * 128 * 128 + 4 * 64 * 128 + 2 * 64 * 128) + 2 * 2 * 64 * 4
+    assert tile.register_floor(128) == 32 * 128 // 32 + 32 * 64 // 32 + 40
+    narrow = BackwardTile(block_m=64, block_n=128, warps=4, min_blocks=1, score_stages=1)
+    assert narrow.keys_per_warp == 64 and narrow.queries_at_once == 32
+
+
+@pytest.mark.parametrize(
+    ("tile", "words"),
+    [
+        (BackwardTile(64, 96, 3, 1, 2), "warps = 3, not pairs"),
+        (BackwardTile(48, 64, 4, 1, 2), "block_m = 48, not 16, 32, 64 or 128"),
+        (BackwardTile(64, 96, 4, 1, 2), "96 / 2 = 48, not 16, 32 or 64"),
+        (BackwardTile(64, 32, 8, 1, 2), "32 / 4 = 8, not 16, 32 or 64"),
+        (BackwardTile(64, 64, 4, 1, 3), "score_stages = 3, not 1 or 2"),
+        (BackwardTile(128, 512, 16, 1, 1), "barriers: 1 + pairs * block_m / queries_at_once = 33"),
+        (BackwardTile(16, 64, 8, 1, 2), "block_m = 16, not a multiple of the 32 rows that 8 warps copy"),
+        (BackwardTile(64, 128, 8, 2, 2), "2 * (164864 + 1024) = 331776 > 167936 bytes"),
+        (BackwardTile(64, 128, 8, 2, 2), "32 * (128 + 64) / 32 + 40 = 232 > min(255, 65536 / (2 * 8 * 32))"),
+        (BackwardTile(128, 128, 8, 1, 2), "+ 16 * 128 = 264192 > 166912 bytes"),
+    ],
+)
+def test_wrong_backward_tiles(tile, words):
+    assert words in refusal(tile, SM80, 128)
 
 
 def test_hopper_arithmetic():
     tile = HopperTile(block_m=128, block_n=80, stages=2, query_stages=1)
     assert tile.smem_bytes(256) == 2 * (128 * 256 + 4 * 80 * 256) + tile.BARRIER_BYTES
     assert tile.smem_bytes(96) == tile.smem_bytes(128)
-    assert tile.register_floor(256) == 128 + 40 + 20 + tiles.HOPPER_REGISTER_OVERHEAD
+    assert tile.register_floor(256) == 128 + 40 + 20 + tile_shapes.HOPPER_REGISTER_OVERHEAD
     narrow = HopperTile(block_m=128, block_n=80, stages=2, query_stages=1, head_dim_v=64)
     assert tile.smem_bytes(256) - narrow.smem_bytes(256) == 2 * 80 * 192 * 2
 

@@ -6,7 +6,7 @@ FULL = units.list_units(selection.full_selection())
 
 
 def test_the_full_matrix():
-    assert len(FULL) == 3 * len(axes.HEAD_DIMS) * len(axes.DTYPES) * len(axes.MASKS)
+    assert len(FULL) == 3 * len(axes.DIRECTIONS) * len(axes.HEAD_DIMS) * len(axes.DTYPES) * len(axes.MASKS)
     assert len({unit.key for unit in FULL}) == len({unit.path for unit in FULL}) == len(FULL)
     assert len({unit.config for unit in FULL}) == len(FULL)
 
@@ -24,6 +24,11 @@ def test_a_family_can_use_the_kernels_of_another():
     assert unit.namespace == "sm80"
 
 
+def test_hopper_shares_the_backward_kernels_alone():
+    hopper = {unit.direction: unit.namespace for unit in FULL if unit.family == "sm90"}
+    assert hopper == {"forward": "sm90", "backward": "sm80"}
+
+
 def test_a_split_unit_says_so():
     unit = FULL[0]
     split = units.Unit(
@@ -38,7 +43,10 @@ def test_a_trimmed_selection():
     )
     keys = [unit.key for unit in units.list_units(chosen)]
     assert keys == [
-        f"forward_{family}_bf16_d128_{mask}" for family in ("sm80", "sm90") for mask in axes.MASKS
+        f"{direction}_{family}_bf16_d128_{mask}"
+        for family in ("sm80", "sm90")
+        for direction in axes.DIRECTIONS
+        for mask in axes.MASKS
     ]
 
 
@@ -59,6 +67,8 @@ def test_shards_are_disjoint_complete_and_even(count):
     assert max(sizes) - min(sizes) <= 1
     if count <= 7:
         cost = [sum(u.head_dim for u in part) / len(part) for part in shards]
+        backward = [sum(u.direction == "backward" for u in part) / len(part) for part in shards]
+        assert max(backward) < 1.2 * min(backward)
         assert max(cost) < 1.2 * min(cost)
 
 

@@ -15,7 +15,8 @@ def fake_library(**changes):
     """Return an object with the library's functions, as ctypes would give them."""
     results = {
         "flash_attn_layout_hash": _abi.LAYOUT_HASH,
-        "flash_attn_forward_params_size": _abi.FORWARD_PARAMS.size, "flash_attn_kernel_count": 2,
+        "flash_attn_forward_params_size": _abi.FORWARD_PARAMS.size,
+        "flash_attn_backward_params_size": _abi.BACKWARD_PARAMS.size, "flash_attn_kernel_count": 2,
         "flash_attn_targets": b"sm80:80,sm80:90+ptx",
     }  # fmt: skip
 
@@ -63,7 +64,13 @@ def test_signatures_are_declared(opened):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"flash_attn_layout_hash": 1}, {"flash_attn_forward_params_size": 8}], ids=str
+    "changes",
+    [
+        {"flash_attn_layout_hash": 1},
+        {"flash_attn_forward_params_size": 8},
+        {"flash_attn_backward_params_size": 8},
+    ],
+    ids=str,
 )
 def test_another_layout_is_refused(opened, changes):
     opened(fake_library(**changes))

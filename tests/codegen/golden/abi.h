@@ -7,7 +7,7 @@
 
 namespace flash_attn {
 
-constexpr uint64_t kLayoutHash = 0xE6DCFB2071C1F55Du;
+constexpr uint64_t kLayoutHash = 0x834863F769E7F44Cu;
 
 // Element type of q, k, v and out.
 enum class Dtype : int32_t {
@@ -142,6 +142,57 @@ static_assert(offsetof(ForwardParams, softmax_scale) == 288);
 static_assert(offsetof(ForwardParams, softcap) == 292);
 static_assert(offsetof(ForwardParams, dropout_p) == 296);
 
+// Arguments of one attention backward call. The workspaces need not be initialised. Per head (and batch
+// entry), they have seqlen_q rows, or if varlen total_q + 128 * batch, rounded up to a multiple of 128.
+// Then sequence b starts at row cu_seqlens_q[b] + 128 * b, rounded down to a multiple of 128.
+struct BackwardParams {
+  ForwardParams forward;  // the forward call's, which wrote out and softmax_lse
+  const void* dout;  // as out
+  void* dq;  // as q, or null: not wanted
+  void* dk;  // as k, or null: not wanted
+  void* dv;  // as v, null iff dk is
+  float* softmax_d;  // result: rowsum(dO * O), (batch, num_heads, rows); padding = 0
+  float* softmax_lse_log2;  // workspace: LSE in log2 units, the same; padding = +inf
+  float* dq_accumulator;  // workspace: dq, the same x the kernel's head dim
+  int32_t* semaphores;  // workspace as softmax_d: dq is added up in order; or null
+  int64_t dout_batch_stride;  // from one batch to the next
+  int64_t dout_row_stride;  // from one row to the next
+  int64_t dout_head_stride;  // from one head to the next
+  int64_t dq_batch_stride;  // from one batch to the next
+  int64_t dq_row_stride;  // from one row to the next
+  int64_t dq_head_stride;  // from one head to the next
+  int64_t dk_batch_stride;  // from one batch to the next
+  int64_t dk_row_stride;  // from one row to the next
+  int64_t dk_head_stride;  // from one head to the next
+  int64_t dv_batch_stride;  // from one batch to the next
+  int64_t dv_row_stride;  // from one row to the next
+  int64_t dv_head_stride;  // from one head to the next
+  int64_t rows;  // rows of the workspaces
+};
+static_assert(sizeof(BackwardParams) == 472);
+static_assert(offsetof(BackwardParams, forward) == 0);
+static_assert(offsetof(BackwardParams, dout) == 304);
+static_assert(offsetof(BackwardParams, dq) == 312);
+static_assert(offsetof(BackwardParams, dk) == 320);
+static_assert(offsetof(BackwardParams, dv) == 328);
+static_assert(offsetof(BackwardParams, softmax_d) == 336);
+static_assert(offsetof(BackwardParams, softmax_lse_log2) == 344);
+static_assert(offsetof(BackwardParams, dq_accumulator) == 352);
+static_assert(offsetof(BackwardParams, semaphores) == 360);
+static_assert(offsetof(BackwardParams, dout_batch_stride) == 368);
+static_assert(offsetof(BackwardParams, dout_row_stride) == 376);
+static_assert(offsetof(BackwardParams, dout_head_stride) == 384);
+static_assert(offsetof(BackwardParams, dq_batch_stride) == 392);
+static_assert(offsetof(BackwardParams, dq_row_stride) == 400);
+static_assert(offsetof(BackwardParams, dq_head_stride) == 408);
+static_assert(offsetof(BackwardParams, dk_batch_stride) == 416);
+static_assert(offsetof(BackwardParams, dk_row_stride) == 424);
+static_assert(offsetof(BackwardParams, dk_head_stride) == 432);
+static_assert(offsetof(BackwardParams, dv_batch_stride) == 440);
+static_assert(offsetof(BackwardParams, dv_row_stride) == 448);
+static_assert(offsetof(BackwardParams, dv_head_stride) == 456);
+static_assert(offsetof(BackwardParams, rows) == 464);
+
 }  // namespace flash_attn
 
 extern "C" {
@@ -150,12 +201,18 @@ extern "C" {
 // Launches the forward kernel; returns a Status.
 int32_t flash_attn_forward(const flash_attn::ForwardParams* params, void* stream);
 
+// Launches the backward kernels; returns a Status.
+int32_t flash_attn_backward(const flash_attn::BackwardParams* params, void* stream);
+
 // Writes probs (sign bit = dropped) from q, k, softmax_lse, rng_state; returns a Status. probs is
 // contiguous, (batch, num_heads, seqlen_q, seqlen_k), both lengths rounded up to a multiple of 128.
 int32_t flash_attn_dropout_probs(const flash_attn::ForwardParams* params, void* stream);
 
 // Key of the kernel that flash_attn_forward would run, or null (see flash_attn_last_error).
 const char* flash_attn_forward_kernel(const flash_attn::ForwardParams* params);
+
+// Key of the kernel that flash_attn_backward would run, or null (see flash_attn_last_error).
+const char* flash_attn_backward_kernel(const flash_attn::BackwardParams* params);
 
 // Text of this thread's last error.
 const char* flash_attn_last_error();
@@ -165,6 +222,9 @@ uint64_t flash_attn_layout_hash();
 
 // sizeof(ForwardParams) in bytes.
 int64_t flash_attn_forward_params_size();
+
+// sizeof(BackwardParams) in bytes.
+int64_t flash_attn_backward_params_size();
 
 // Number of kernels in the library.
 int32_t flash_attn_kernel_count();
