@@ -239,7 +239,40 @@ BACKWARD_PARAMS = Struct(
         Field("rows", "int64", "rows of the workspaces"),
     ),
 )
-STRUCTS = (FORWARD_PARAMS, BACKWARD_PARAMS)
+SPLIT_PARAMS = Struct(
+    "SplitParams",
+    "Arguments of one attention call over a KV cache. Keys that the call appends are written to the cache"
+    " first; what would lie outside of it is dropped, and read as zero. In forward, k and v are the cache,"
+    " (cache_entries, rows, num_heads_k, head_dim), seqlen_k is the room for one sequence, cu_seqlens_q"
+    " needs pages and no appended keys, and seqused_k is null.",
+    (
+        Field("forward", FORWARD_PARAMS, "q, the cache, out, and how scores are formed"),
+        Field("cache_seqlens", "const int32_t*", "(batch): keys in the cache before, or null: cache_seqlen"),
+        Field("cache_batch_idx", "const int32_t*", "(batch): entry of each sequence, or null: its own"),
+        Field("block_table", "const int32_t*", "(batch, ..): pages of each sequence, null iff no page_size"),
+        Field("k_new", "const void*", "(batch, seqlen_new, num_heads_k, head_dim) to append, or null"),
+        Field("v_new", "const void*", "as k_new, with head_dim_v"),
+        Field("rotary_cos", "const void*", "(rotary_rows, rotary_dim / 2), contiguous, or null"),
+        Field("rotary_sin", "const void*", "as rotary_cos"),
+        Field("q_rotated", "void*", "workspace: as q, contiguous, null iff rotary_cos"),
+        Field("out_partial", "float*", "workspace: (rows of q, num_heads, num_splits, head_dim_v)"),
+        Field("lse_partial", "float*", "workspace: (rows of q, num_heads, num_splits)"),
+        *_strides("k_new", "batch", "row", "head"),
+        *_strides("v_new", "batch", "row", "head"),
+        Field("block_table_stride", "int64", "from one sequence to the next"),
+        Field("cache_entries", "int32", "entries of the cache, or pages"),
+        Field("page_size", "int32", "keys in a page, a multiple of 16; 0 = no pages"),
+        Field(
+            "cache_seqlen", "int32", "keys in the cache before, where cache_seqlens and cu_seqlens_k are null"
+        ),
+        Field("seqlen_new", "int32", "keys that the call appends to each sequence"),
+        Field("rotary_rows", "int32", "positions in the tables; later ones are not rotated"),
+        Field("rotary_dim", "int32", "elements of each head that are rotated, a multiple of 16"),
+        Field("rotary_interleaved", "int32", "pairs are (0, 1), (2, 3), ..; else the two halves"),
+        Field("num_splits", "int32", "parts of the keys; the workspaces are used where more than 1"),
+    ),
+)
+STRUCTS = (FORWARD_PARAMS, BACKWARD_PARAMS, SPLIT_PARAMS)
 
 
 def enums() -> tuple[Enum, ...]:
@@ -261,6 +294,7 @@ def _numbered(names: tuple[str, ...]) -> tuple[tuple[str, int], ...]:
 
 _PARAMS = Field("params", "const flash_attn::ForwardParams*")
 _BACKWARD_PARAMS = Field("params", "const flash_attn::BackwardParams*")
+_SPLIT_PARAMS = Field("params", "const flash_attn::SplitParams*")
 _STREAM = Field("stream", "void*")
 _CALL = (_PARAMS, _STREAM)
 
@@ -271,6 +305,12 @@ FUNCTIONS = (
         "int32",
         (_BACKWARD_PARAMS, _STREAM),
         "Launches the backward kernels; returns a Status.",
+    ),
+    Function(
+        "flash_attn_split",
+        "int32",
+        (_SPLIT_PARAMS, _STREAM),
+        "Launches the kernels of a call over a KV cache; returns a Status.",
     ),
     Function(
         "flash_attn_dropout_probs",
@@ -291,6 +331,12 @@ FUNCTIONS = (
         (_BACKWARD_PARAMS,),
         "Key of the kernel that flash_attn_backward would run, or null (see flash_attn_last_error).",
     ),
+    Function(
+        "flash_attn_split_kernel",
+        "string",
+        (_SPLIT_PARAMS,),
+        "Key of the kernel that flash_attn_split would run, or null (see flash_attn_last_error).",
+    ),
     Function("flash_attn_last_error", "string", (), "Text of this thread's last error."),
     Function(
         "flash_attn_layout_hash",
@@ -300,6 +346,7 @@ FUNCTIONS = (
     ),
     Function("flash_attn_forward_params_size", "int64", (), "sizeof(ForwardParams) in bytes."),
     Function("flash_attn_backward_params_size", "int64", (), "sizeof(BackwardParams) in bytes."),
+    Function("flash_attn_split_params_size", "int64", (), "sizeof(SplitParams) in bytes."),
     Function("flash_attn_kernel_count", "int32", (), "Number of kernels in the library."),
     Function("flash_attn_kernel_key", "string", (Field("index", "int32"),), "Key of one kernel."),
     Function("flash_attn_targets", "string", (), 'Compiled targets, such as "sm80:80,sm80:90+ptx".'),

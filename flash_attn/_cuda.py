@@ -50,7 +50,7 @@ def _public_raw_stream(device: int) -> int:
     return torch.cuda.current_stream(device).cuda_stream
 
 
-_raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", _public_raw_stream)
+raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", _public_raw_stream)
 
 
 def _prepare(device: int) -> _Device:
@@ -64,33 +64,71 @@ def _prepare(device: int) -> _Device:
     return _devices.setdefault(device, _Device(_library.load(), capability == HOPPER))
 
 
-def _fail(status: int, q: Tensor, head_dim: int, library: _library.Library) -> NoReturn:
+def library_on(device: int) -> _library.Library:
+    """Return the library, for a GPU that can run it."""
+    return (_devices.get(device) or _prepare(device)).library
+
+
+def fail(
+    status: int, q: Tensor, head_dim: int, library: _library.Library,
+    direction: _abi.Direction = _abi.Direction.FORWARD,
+) -> NoReturn:  # fmt: skip
     """Raise what a nonzero status means; a kernel that is missing comes with the command that builds it."""
     text = (library.last_error() or b"").decode() or f"status {status}"
     if status in (_abi.Status.NOT_BUILT, _abi.Status.UNSUPPORTED_DEVICE):
         major, minor = torch.cuda.get_device_capability(q.get_device())
         arch = _library.arch_of(10 * major + minor, library.family)
-        command = _library.build_command(arch, head_dim, DTYPE_NAMES[q.dtype])
+        command = _library.build_command(arch, head_dim, DTYPE_NAMES[q.dtype], direction)
         text = f"{text}; build it with `{command}`"
     raise RuntimeError(f"flash_attn: {text}")
 
 
-def _readable(x: Tensor) -> bool:
+def readable(x: Tensor) -> bool:
     """Return whether kernels can read x (.., h, d), or write it, where it is.
 
     They need a contiguous last dimension, rows that are a multiple of 8 elements, a base aligned to 16 bytes
     and strides that are multiples of 8 elements.
     """
     *strides, last = x.stride()
-    return last == 1 and x.data_ptr() % 16 == 0 and not any(n % 8 for n in (x.shape[-1], *strides))
+    elements = x.shape[-1]
+    for stride in strides:
+        elements |= stride
+    return last == 1 and not elements & 7 and not x.data_ptr() & 15
 
 
 def aligned(x: Tensor) -> Tensor:
     """Return x (.., h, d) as kernels read it, copied only where it must be; short rows get zeros appended."""
-    if _readable(x):
+    if readable(x):
         return x
     padding = -x.shape[-1] % 8
     return pad(x, (0, padding)) if padding else x.clone(memory_format=torch.contiguous_format)
+
+
+def with_contiguous_slopes(scoring: Scoring) -> Scoring:
+    """Return `scoring` with ALiBi slopes, if any, as kernels read them."""
+    slopes = scoring.alibi_slopes
+    return scoring if slopes is None else scoring._replace(alibi_slopes=slopes.contiguous())
+
+
+def pack_forward(
+    addresses: Sequence[int], lse_at: int, sequences: Sequence[int], rng_at: int, counter_at: int,
+    strides: Sequence[int], lse_strides: Sequence[int], sizes: Sizes, total_k: int,
+    head_dims: tuple[int, int], scoring: Scoring, dtype: torch.dtype, device: int, family: int,
+) -> bytes:  # fmt: skip
+    """Pack ForwardParams of q, k, v and out, given as addresses and as strides of batch, row and head.
+
+    The rest is as in `_attend`; ALiBi slopes are contiguous.
+    """
+    batch, seqlen_q, seqlen_k, total_q, num_heads, num_heads_k = sizes
+    softmax_scale, softcap, window_left, window_right, dropout_p, slopes = scoring
+    slopes_at = slopes_stride = 0
+    if slopes is not None:
+        slopes_at, slopes_stride = slopes.data_ptr(), num_heads if slopes.dim() == 2 else 0
+    return _pack(
+        *addresses, lse_at, *sequences, slopes_at, rng_at, 0, counter_at, *strides, *lse_strides,
+        slopes_stride, total_q, total_k, batch, num_heads, num_heads_k, seqlen_q, seqlen_k, *head_dims,
+        window_left, window_right, DTYPES[dtype], device, family, softmax_scale, softcap, dropout_p,
+    )  # fmt: skip
 
 
 def _dropout_buffers(
@@ -127,39 +165,36 @@ def _attend(
         return _attend_copies(
             q, k, v, out, lse, scoring, sizes, head_dims, lse_strides, sequences, return_softmax, generator
         )  # fmt: skip
-    batch, seqlen_q, seqlen_k, total_q, num_heads, num_heads_k = sizes
-    softmax_scale, softcap, window_left, window_right, dropout_p, slopes = scoring
-    slopes_at = slopes_stride = rng_at = 0
+    scoring = with_contiguous_slopes(scoring)
+    rng_at = 0
     probs = rng_state = None
-    if slopes is not None:
-        slopes = slopes.contiguous()
-        slopes_at, slopes_stride = slopes.data_ptr(), num_heads if slopes.dim() == 2 else 0
-    if dropout_p:
+    if scoring.dropout_p:
         probs, rng_state = _dropout_buffers(q, sizes, return_softmax, generator)
         rng_at = rng_state.data_ptr()
+    batch, seqlen_q, seqlen_k, total_q, num_heads, _ = sizes
     if not (batch and total_q and seqlen_q and seqlen_k and num_heads):
         out.zero_()
         if lse is not None:
             lse.fill_(inf)
         return probs, rng_state
     device = q.get_device()
-    stream = _raw_stream(device)
+    stream = raw_stream(device)
     library, counts_tiles = _devices.get(device) or _prepare(device)
     counter = tile_counter(device, stream) if counts_tiles else None
-    packed = _pack(
-        q_at, k_at, v_at, o_at, 0 if lse is None else lse.data_ptr(), *sequences, slopes_at, rng_at, 0,
-        0 if counter is None else counter.data_ptr(),
-        q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, o_batch, o_row, o_head,
-        *lse_strides, slopes_stride, total_q, k.shape[0],
-        batch, num_heads, num_heads_k, seqlen_q, seqlen_k, head_dim, head_dim_v, window_left, window_right,
-        DTYPES[q.dtype], device, library.family, softmax_scale, softcap, dropout_p,
+    strides = (
+        q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, o_batch, o_row, o_head
+    )  # fmt: skip
+    packed = pack_forward(
+        (q_at, k_at, v_at, o_at), 0 if lse is None else lse.data_ptr(), sequences, rng_at,
+        0 if counter is None else counter.data_ptr(), strides, lse_strides, sizes, k.shape[0], head_dims,
+        scoring, q.dtype, device, library.family,
     )  # fmt: skip
     status = library.forward(packed, stream)
     if probs is not None and not status:
         address = probs.data_ptr().to_bytes(8, "little")
         status = library.dropout_probs(packed[:PROBS_AT] + address + packed[PROBS_AT + 8 :], stream)
     if status:
-        _fail(status, q, max(head_dims), library)
+        fail(status, q, max(head_dims), library)
     return probs, rng_state
 
 
@@ -170,7 +205,7 @@ def _attend_copies(
     """`_attend` with copies of those tensors that the kernels cannot read, or write, where they are."""
     target, head_dim_v = out, head_dims[1]
     padded = round_multiple(head_dims[0], 8), round_multiple(head_dim_v, 8)
-    if not _readable(out):
+    if not readable(out):
         target = torch.empty(*out.shape[:-1], padded[1], dtype=out.dtype, device=out.device)
     result = _attend(aligned(q), aligned(k), aligned(v), target, lse, scoring, sizes, padded, *arguments)
     if target is not out:
@@ -178,7 +213,7 @@ def _attend_copies(
     return result
 
 
-def _empty_lse(shape: tuple[int, ...], strides: tuple[int, ...], q: Tensor) -> Tensor:
+def empty_lse(shape: tuple[int, ...], strides: tuple[int, ...], q: Tensor) -> Tensor:
     """Allocate a contiguous fp32 tensor; torch.empty would spend half a microsecond more on its arguments."""
     return torch.empty_strided(shape, strides, dtype=torch.float32, device=q.device)
 
@@ -196,7 +231,7 @@ def forward(
     if out is None:
         out = empty_out(q, head_dim_v)
     lse_strides = num_heads * seqlen_q, seqlen_q
-    lse = _empty_lse((batch, num_heads, seqlen_q), (*lse_strides, 1), q) if need_lse else None
+    lse = empty_lse((batch, num_heads, seqlen_q), (*lse_strides, 1), q) if need_lse else None
     sizes = batch, seqlen_q, seqlen_k, batch * seqlen_q, num_heads, num_heads_k
     probs, rng_state = _attend(
         q, k, v, out, lse, scoring, sizes, (head_dim, head_dim_v), lse_strides, FIXED_LENGTH, return_softmax,
@@ -219,7 +254,7 @@ def varlen_forward(
     (total_q, num_heads, head_dim), (_, num_heads_k, _), (_, _, head_dim_v) = shapes
     if out is None:
         out = empty_out(q, head_dim_v)
-    lse = _empty_lse((num_heads, total_q), (total_q, 1), q) if need_lse else None
+    lse = empty_lse((num_heads, total_q), (total_q, 1), q) if need_lse else None
     given = cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k
     indices = [None if x is None else x.contiguous() for x in given]
     at = [0 if x is None else x.data_ptr() for x in indices]

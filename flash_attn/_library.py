@@ -18,18 +18,23 @@ from flash_attn import _abi
 
 LIBRARY_NAME = "libflash_attn.so"
 FORCE_FAMILY = "FLASH_ATTN_FORCE_FAMILY"
+PARAMS = {"forward": _abi.FORWARD_PARAMS, "backward": _abi.BACKWARD_PARAMS, "split": _abi.SPLIT_PARAMS}
 NATIVE = "native"
 REBUILD = "pip install --force-reinstall --no-deps ."
 
 
 @dataclass(frozen=True, slots=True)
 class Library:
-    """The loaded library; `forward` and `dropout_probs` take packed ForwardParams and a stream."""
+    """The loaded library; an operation takes packed parameters (of `PARAMS`) and a stream."""
 
     path: Path
     forward: Callable[[bytes, int], int]
+    backward: Callable[[bytes, int], int]
+    split: Callable[[bytes, int], int]
     dropout_probs: Callable[[bytes, int], int]
     forward_kernel: Callable[[bytes], bytes | None]
+    backward_kernel: Callable[[bytes], bytes | None]
+    split_kernel: Callable[[bytes], bytes | None]
     last_error: Callable[[], bytes]
     kernels: tuple[str, ...]
     targets: tuple[str, ...]
@@ -51,13 +56,26 @@ def arch_of(capability: int, family: int = 0) -> str:
     return f"{_abi.Family(family).name.lower()}:{capability}" if family else str(capability)
 
 
-def build_command(arch: str = NATIVE, head_dim: int | None = None, dtype: str | None = None) -> str:
-    """Return the command that builds kernels for an item of FLASH_ATTN_ARCHS, head dim, dtype ("bf16")."""
+def kernel_head_dim(head_dim: int) -> int:
+    """Return the head dim of the kernels that serve tensors of this one."""
+    return next(d for d in _abi.HEAD_DIMS if d >= head_dim)
+
+
+def build_command(
+    arch: str = NATIVE, head_dim: int | None = None, dtype: str | None = None,
+    direction: _abi.Direction = _abi.Direction.FORWARD,
+) -> str:  # fmt: skip
+    """Return the command that builds kernels for an item of FLASH_ATTN_ARCHS, head dim, dtype ("bf16").
+
+    Those of the forward come along with those of another direction.
+    """
     variables = [f"FLASH_ATTN_ARCHS={arch}"]
     if head_dim is not None:
-        variables.append(f"FLASH_ATTN_HEAD_DIMS={next(d for d in _abi.HEAD_DIMS if d >= head_dim)}")
+        variables.append(f"FLASH_ATTN_HEAD_DIMS={kernel_head_dim(head_dim)}")
     if dtype is not None:
         variables.append(f"FLASH_ATTN_DTYPES={dtype}")
+    if direction != _abi.Direction.FORWARD:
+        variables.append(f"FLASH_ATTN_DIRECTIONS=forward,{direction.name.lower()}")
     return " ".join((*variables, "pip install ."))
 
 
@@ -97,8 +115,8 @@ def _declare(library: ctypes.CDLL) -> None:
 def _check_layout(library: ctypes.CDLL) -> None:
     """Refuse a library whose structs or enumerations are not this package's."""
     found = library.flash_attn_layout_hash()
-    sizes = (library.flash_attn_forward_params_size(), library.flash_attn_backward_params_size())
-    expected = (_abi.FORWARD_PARAMS.size, _abi.BACKWARD_PARAMS.size)
+    sizes = tuple(getattr(library, f"flash_attn_{name}_params_size")() for name in PARAMS)
+    expected = tuple(packer.size for packer in PARAMS.values())
     if found != _abi.LAYOUT_HASH or sizes != expected:
         raise RuntimeError(
             f"{library._name} was built from another version of flash-attn (layout {found:016x} of {sizes} "
@@ -120,8 +138,12 @@ def open_library(path: Path) -> Library:
     return Library(
         path=path,
         forward=library.flash_attn_forward,
+        backward=library.flash_attn_backward,
+        split=library.flash_attn_split,
         dropout_probs=library.flash_attn_dropout_probs,
         forward_kernel=library.flash_attn_forward_kernel,
+        backward_kernel=library.flash_attn_backward_kernel,
+        split_kernel=library.flash_attn_split_kernel,
         last_error=library.flash_attn_last_error,
         kernels=tuple(library.flash_attn_kernel_key(i).decode() for i in range(count)),
         targets=tuple(filter(None, targets.split(","))),

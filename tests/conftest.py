@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -38,26 +38,43 @@ def device(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def has_kernel(dtype: torch.dtype, head_dim: int) -> bool:
-    """Return whether this build, which may be trimmed, has forward kernels for a dtype and head dim."""
+def has_kernel(dtype: torch.dtype, head_dim: int, direction: str = "forward") -> bool:
+    """Return whether this build, which may be trimmed, has kernels for a dtype, head dim and direction."""
     import torch
 
     from flash_attn import _abi
 
     name = {torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
     suffix = f"_{name}_d{next(d for d in _abi.HEAD_DIMS if d >= head_dim)}_"
-    return any(key.startswith("forward") and suffix in key for key in kernels())
+    return any(key.startswith(direction) and suffix in key for key in kernels())
+
+
+def _require(direction: str, device: str, dtype: torch.dtype, *head_dims: int) -> None:
+    if device == "cuda" and not has_kernel(dtype, max(head_dims), direction):
+        pytest.skip(f"this build has no {direction} kernel for {dtype}, head dim {max(head_dims)}")
 
 
 @pytest.fixture
 def require_kernel() -> Callable[..., None]:
     """Skip the test where there is no forward kernel for a CUDA device, dtype and head dims."""
+    return lambda *arguments: _require("forward", *arguments)
 
-    def require(device: str, dtype: torch.dtype, *head_dims: int) -> None:
-        if device == "cuda" and not has_kernel(dtype, max(head_dims)):
-            pytest.skip(f"this build has no forward kernel for {dtype}, head dim {max(head_dims)}")
+
+@pytest.fixture
+def require_backward() -> Callable[..., None]:
+    """Skip the test where there is no backward kernel, or no forward one, for device, dtype and head dims."""
+
+    def require(*arguments: Any) -> None:
+        for direction in ("forward", "backward"):
+            _require(direction, *arguments)
 
     return require
+
+
+@pytest.fixture
+def require_split() -> Callable[..., None]:
+    """Skip the test where there is no kernel over a KV cache for a CUDA device, dtype and head dims."""
+    return lambda *arguments: _require("split", *arguments)
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,7 @@ struct CachedSequence : Sequence {
   int length;  // keys that the cache held before this call appends its own, skipped ones included
 
   // Lengths and rows on the device cannot be checked before the launch: they are cut down to what is there.
-  __device__ CachedSequence(const CacheParams& params, int batch)
+  __device__ CachedSequence(const SplitParams& params, int batch)
       : Sequence(params.forward, batch), batch(batch), entry(0), length(0) {
     if (batch == params.forward.batch) return;
     const int capacity = params.forward.seqlen_k;
@@ -44,7 +44,7 @@ struct KeyLocation {
   int row;
 };
 
-__device__ __forceinline__ KeyLocation locate_key(const CacheParams& params, const CachedSequence& sequence,
+__device__ __forceinline__ KeyLocation locate_key(const SplitParams& params, const CachedSequence& sequence,
                                                   int key) {
   if (key >= params.forward.seqlen_k - sequence.k_row) return {-1, 0};
   if (params.page_size == 0) return {sequence.entry, sequence.k_row + key};

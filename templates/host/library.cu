@@ -121,6 +121,10 @@ int32_t flash_attn_backward(const BackwardParams* params, void* stream) {
   return run(Direction::kBackward, &KernelEntry::launch_backward, *params, params->forward, stream);
 }
 
+int32_t flash_attn_split(const SplitParams* params, void* stream) {
+  return run(Direction::kSplit, &KernelEntry::launch_split, *params, params->forward, stream);
+}
+
 int32_t flash_attn_dropout_probs(const ForwardParams* params, void* stream) {
   const DeviceGuard guard(params->device);
   Status status = guard.status();
@@ -136,6 +140,10 @@ const char* flash_attn_backward_kernel(const BackwardParams* params) {
   return kernel_key(Direction::kBackward, params->forward);
 }
 
+const char* flash_attn_split_kernel(const SplitParams* params) {
+  return kernel_key(Direction::kSplit, params->forward);
+}
+
 const char* flash_attn_last_error() { return last_error; }
 
 uint64_t flash_attn_layout_hash() { return kLayoutHash; }
@@ -143,6 +151,8 @@ uint64_t flash_attn_layout_hash() { return kLayoutHash; }
 int64_t flash_attn_forward_params_size() { return sizeof(ForwardParams); }
 
 int64_t flash_attn_backward_params_size() { return sizeof(BackwardParams); }
+
+int64_t flash_attn_split_params_size() { return sizeof(SplitParams); }
 
 int32_t flash_attn_kernel_count() { return kNumKernels; }
 

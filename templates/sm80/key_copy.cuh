@@ -28,7 +28,7 @@ class KeyCopy {
 
   // Blocks must be asked for in ascending order. Keys past the sequence or outside the cache become zeros, so
   // that no stray NaN meets the tensor cores.
-  __device__ __forceinline__ void issue(const CacheParams& params, const CachedSequence& sequence, int block,
+  __device__ __forceinline__ void issue(const SplitParams& params, const CachedSequence& sequence, int block,
                                         uint32_t ring_offset) {
     if (block >= known_end_) locate_groups(params, sequence, block);
     const int from_known = (block - (known_end_ - kKnownBlocks)) * kGroups;
@@ -61,7 +61,7 @@ class KeyCopy {
   __device__ static __forceinline__ int chunk() { return copier() % Tile::kSlabChunks; }
   __device__ static __forceinline__ int row() { return copier() / Tile::kSlabChunks; }
 
-  __device__ __forceinline__ void locate_groups(const CacheParams& params, const CachedSequence& sequence,
+  __device__ __forceinline__ void locate_groups(const SplitParams& params, const CachedSequence& sequence,
                                                 int block) {
     const int lane = threadIdx.x % 32;
     const int key = (block + lane / kGroups) * Config::kBlockN + first_row_ + lane % kGroups * kKeyGroup;

@@ -1,14 +1,15 @@
-// Attention over a KV cache for GPUs with mma.sync m16n8k16 and cp.async: few queries, many keys, which bound it
-// by memory (Flash-Decoding; FlashAttention-2, algorithm 1).
+// Attention over a KV cache for GPUs with mma.sync m16n8k16 and cp.async: few queries, many keys, which bound
+// it by memory (Flash-Decoding; FlashAttention-2, algorithm 1).
 //
-// One thread block computes kBlockM rows over one split of the keys. The query heads that share a head of keys
-// are packed into the rows. Blocks of K and V arrive in a ring of kStages buffers each:
+// One thread block computes kBlockM rows over one split of the keys. The query heads that share a head of
+// keys are packed into the rows. Blocks of K and V arrive in a ring of kStages buffers each:
 //
 //   barrier  what has arrived   what has been read by then, so that its buffer is refilled
 //   first    K[n]               V[n - 1], by V[n - 1 + kStages]
 //   second   V[n]               K[n], by K[n + kStages]
 //
-// Where every warp has keys of its own, a barrier is one of the warp alone; their results are merged at the end.
+// Where every warp has keys of its own, a barrier is one of the warp alone; their results are merged at the
+// end.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -18,6 +19,8 @@
 #include <cstdint>
 
 #include "common/accumulator.cuh"
+#include "common/append.h"
+#include "common/combine.h"
 #include "common/kv_cache.cuh"
 #include "common/mask.cuh"
 #include "common/query_block.cuh"
@@ -35,14 +38,12 @@
 
 namespace flash_attn::sm80 {
 
-// Any mask: limits that are unlimited cost nothing where memory is the bound.
-using SplitMask = AttentionMask<Mask::kWindowed>;
-
 struct SplitArguments {
-  CacheParams params;
+  SplitParams params;
   int heads;  // of keys
   int tiles_m;
-  int group;  // query heads for each head of keys
+  int group;       // query heads for each head of keys
+  bool modifiers;  // see needs_modifiers
 };
 
 // What one thread block computes.
@@ -50,6 +51,7 @@ struct SplitWork {
   QueryBlock queries;
   int split;
   int num_splits;
+  bool modifiers;
 
   // Where row i of a partial result goes: O in fp32, and its LSE.
   __device__ __forceinline__ int64_t partial(int i) const { return queries.index(i) * num_splits + split; }
@@ -57,7 +59,7 @@ struct SplitWork {
 
 // Rows that see no key in this split: the LSE -inf says that there is no O.
 template <class Config>
-__device__ __forceinline__ void store_no_keys(const CacheParams& params, const SplitWork& work) {
+__device__ __forceinline__ void store_no_keys(const SplitParams& params, const SplitWork& work) {
   if (work.num_splits == 1) {
     store_empty<typename Config::Element>(work.queries, threadIdx.x, Config::kThreads);
   } else {
@@ -84,9 +86,9 @@ __device__ __forceinline__ void load_queries(const QueryBlock& queries, uint32_t
 
 // Scale, softcap and ALiBi: the heads of packed rows differ.
 template <class Config>
-__device__ __forceinline__ void apply_packed_modifiers(
-    Accumulator<Config::kTilesM, Config::kTilesN>& scores, const QueryBlock& queries, int diagonal, int row,
-    int key) {
+__device__ __forceinline__ void apply_packed_modifiers(Accumulator<Config::kTilesM, Config::kTilesN>& scores,
+                                                       const QueryBlock& queries, int diagonal, int row,
+                                                       int key) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int i = 0; i < 2 * Config::kTilesM; ++i) {
@@ -114,7 +116,8 @@ class WarpResults {
         sum_(max_ + Config::kWarpsN * Config::kBlockM) {}
 
   __device__ __forceinline__ void write(const Accumulator<Config::kTilesM, Config::kTilesD>& output,
-                                        const OnlineSoftmax<Config::kTilesM>& softmax, int warp_n, int first_row) {
+                                        const OnlineSoftmax<Config::kTilesM>& softmax, int warp_n,
+                                        int first_row) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int i = 0; i < 2 * Config::kTilesM; ++i) {
@@ -162,7 +165,7 @@ class WarpResults {
 
 // Writes the merged rows: the result, or this split's part of it.
 template <class Config>
-__device__ __forceinline__ void store_merged(const CacheParams& params, const SplitWork& work,
+__device__ __forceinline__ void store_merged(const SplitParams& params, const SplitWork& work,
                                              const WarpResults<Config>& results, float scale_log2) {
   constexpr int kChunks = Config::kHeadDim / 8;
   const QueryBlock& queries = work.queries;
@@ -201,16 +204,16 @@ __device__ __forceinline__ void barrier() {
 
 // The main loop over this split's blocks of keys, [begin, end).
 template <class Config>
-__device__ __forceinline__ void attend(const CacheParams& params, const CachedSequence& sequence,
-                                       const SplitWork& work, const SplitMask& mask,
-                                       const KeyBlocks<Mask::kWindowed, Config::kBlockN>& blocks, int begin,
+__device__ __forceinline__ void attend(const SplitParams& params, const CachedSequence& sequence,
+                                       const SplitWork& work, const AttentionMask<Config::kMask>& mask,
+                                       const KeyBlocks<Config::kMask, Config::kBlockN>& blocks, int begin,
                                        int end, uint8_t* shared_memory) {
   using Element = typename Config::Element;
   using Shared = SharedTile<Config::kHeadDim>;
   constexpr uint32_t kStageBytes = 2 * Config::kKeyBytes;
   const ForwardParams& forward = params.forward;
   const QueryBlock& queries = work.queries;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
   const int warp_row = warp / Config::kWarpsN * Config::kWarpRows;
   const int warp_key = warp % Config::kWarpsN * Config::kWarpKeys;
   const uint32_t shared = ptx::shared_address(shared_memory), ring = shared + Config::kQueryBytes;
@@ -238,14 +241,13 @@ __device__ __forceinline__ void attend(const CacheParams& params, const CachedSe
   load_queries<Config>(queries, shared);
   __syncthreads();
 
-  const int low = lane % 8 + (lane / 8 % 2) * 8, high = lane / 16;
-  const uint32_t query_address = shared + Shared::offset(warp_row + low, high);
-  const uint32_t key_address = ring + Shared::offset(warp_key + lane % 8 + (lane / 16) * 8, lane / 8 % 2);
-  const uint32_t value_address = ring + Config::kKeyBytes + Shared::offset(warp_key + low, high);
+  const FragmentLane a = FragmentLane::of_a(), b = FragmentLane::of_b();
+  const uint32_t query_address = shared + Shared::offset(warp_row + a.row, a.chunk);
+  const uint32_t key_address = ring + Shared::offset(warp_key + b.row, b.chunk);
+  const uint32_t value_address = ring + Config::kKeyBytes + Shared::offset(warp_key + a.row, a.chunk);
   Accumulator<Config::kTilesM, Config::kTilesD> output = {};
   OnlineSoftmax<Config::kTilesM> softmax;
-  const bool modifiers = needs_modifiers(forward);
-  const float scale_log2 = modifiers ? 1.0f : forward.softmax_scale * kLog2E;
+  const float scale_log2 = work.modifiers ? 1.0f : forward.softmax_scale * kLog2E;
 
   uint32_t stage = 0, stage_before = (Config::kStages - 1) * kStageBytes;
   for (int block = begin; block < end; ++block) {
@@ -255,8 +257,8 @@ __device__ __forceinline__ void attend(const CacheParams& params, const CachedSe
 
     Accumulator<Config::kTilesM, Config::kTilesN> scores;
     const int row = queries.first_row + warp_row, key = block * Config::kBlockN + warp_key;
-    compute_scores<Config>(scores, query_address, key_address + stage);
-    if (modifiers) apply_packed_modifiers<Config>(scores, queries, mask.diagonal, warp_row, key);
+    multiply_rows<Config::kDtype, Config::kHeadDim>(scores, query_address, key_address + stage);
+    if (work.modifiers) apply_packed_modifiers<Config>(scores, queries, mask.diagonal, warp_row, key);
     if (blocks.needs_mask(block)) apply_mask(scores, mask, row, key);
 
     float block_max[2 * Config::kTilesM];
@@ -271,7 +273,8 @@ __device__ __forceinline__ void attend(const CacheParams& params, const CachedSe
     ptx::cp_async_wait<2 * Config::kStages - 2>();
     barrier<Config>();
     issue(copy_k, block + Config::kStages, stage);
-    accumulate_output<Config>(output, scores, value_address + stage);
+    accumulate_output<Config::kDtype, Config::kHeadDim, Config::kTilesN / 2>(output, scores,
+                                                                             value_address + stage);
     stage_before = stage;
     stage = stage == (Config::kStages - 1) * kStageBytes ? 0 : stage + kStageBytes;
   }
@@ -292,7 +295,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::Tile::kMinBlocks)
     split_kernel(const __grid_constant__ SplitArguments arguments) {
   extern __shared__ __align__(128) uint8_t shared_memory[];
   ptx::launch_dependents();
-  const CacheParams& params = arguments.params;
+  const SplitParams& params = arguments.params;
   const int head = blockIdx.x % arguments.heads, rest = blockIdx.x / arguments.heads;
   const int m_block = rest % arguments.tiles_m, split = rest / arguments.tiles_m % params.num_splits;
   const CachedSequence sequence(params, rest / arguments.tiles_m / params.num_splits);
@@ -301,13 +304,15 @@ __global__ void __launch_bounds__(Config::kThreads, Config::Tile::kMinBlocks)
 
   for (int64_t first_row = int64_t{m_block} * Config::kBlockM; first_row < total_rows; first_row += step) {
     const int rows = static_cast<int>(min(total_rows - first_row, int64_t{Config::kBlockM}));
-    const SplitWork work{{&params.forward, sequence, sequence.batch, head, arguments.group,
-                          static_cast<int>(first_row), rows},
-                         split,
-                         params.num_splits};
-    const SplitMask mask(params.forward, sequence.seqlen_q, sequence.seqlen_k, arguments.group);
-    const KeyBlocks<Mask::kWindowed, Config::kBlockN> blocks(mask, work.queries.first_row,
-                                                             work.queries.first_row + rows - 1);
+    const SplitWork work{
+        {&params.forward, sequence, sequence.batch, head, arguments.group, static_cast<int>(first_row), rows},
+        split,
+        params.num_splits,
+        arguments.modifiers};
+    const AttentionMask<Config::kMask> mask(params.forward, sequence.seqlen_q, sequence.seqlen_k,
+                                            arguments.group);
+    const KeyBlocks<Config::kMask, Config::kBlockN> blocks(mask, work.queries.first_row,
+                                                           work.queries.first_row + rows - 1);
     const int per_split = (max(blocks.end - blocks.begin, 0) + work.num_splits - 1) / work.num_splits;
     const int begin = blocks.begin + split * per_split, end = min(blocks.end, begin + per_split);
     if (begin < end) {
@@ -319,22 +324,45 @@ __global__ void __launch_bounds__(Config::kThreads, Config::Tile::kMinBlocks)
   }
 }
 
-// Runs the first configuration, in ascending order of kBlockM, that holds all rows of a sequence; else the last.
+// Runs the first configuration, in ascending order of kBlockM, that holds all rows of a sequence; else the
+// last.
 template <class Config, class... Others>
-Status launch_split(const CacheParams& params, const Device& device, cudaStream_t stream, const char* name) {
+Status launch_attention(const SplitParams& params, const Device& device, cudaStream_t stream,
+                        const char* name) {
   const ForwardParams& forward = params.forward;
   const int group = forward.num_heads / forward.num_heads_k;
   const int64_t rows = int64_t{forward.seqlen_q} * group;
   if constexpr (sizeof...(Others) > 0) {
-    if (rows > Config::kBlockM) return launch_split<Others...>(params, device, stream, name);
+    if (rows > Config::kBlockM) return launch_attention<Others...>(params, device, stream, name);
   }
   const int64_t tiles_m = (rows + Config::kBlockM - 1) / Config::kBlockM;
   const int64_t batches = int64_t{forward.batch} + (forward.cu_seqlens_q != nullptr ? 1 : 0);
-  const SplitArguments arguments{params, forward.num_heads_k, static_cast<int>(tiles_m), group};
+  const SplitArguments arguments{params, forward.num_heads_k, static_cast<int>(tiles_m), group,
+                                 needs_modifiers(forward)};
+  const bool dependent = appends(params) && has_grid_dependencies(device);
   static std::atomic<uint64_t> prepared;
   return launch_kernel(split_kernel<Config>, name, device.index,
                        batches * forward.num_heads_k * tiles_m * params.num_splits, Config::kThreads,
-                       Config::kSharedBytes, stream, arguments, prepared);
+                       Config::kSharedBytes, stream, arguments, prepared, dependent);
+}
+
+template <class... Configs>
+Status launch_split(const SplitParams& params, const Device& device, cudaStream_t stream, const char* name) {
+  SplitParams attention = params;
+  if (appends(params)) {
+    const Status status = launch_append(params, device, stream);
+    if (status != Status::kOk) return status;
+    if (params.q_rotated != nullptr) {
+      ForwardParams& forward = attention.forward;
+      forward.q = params.q_rotated;
+      forward.q_head_stride = forward.head_dim;
+      forward.q_row_stride = forward.num_heads * forward.q_head_stride;
+      forward.q_batch_stride = forward.seqlen_q * forward.q_row_stride;
+    }
+  }
+  const Status status = launch_attention<Configs...>(attention, device, stream, name);
+  if (status != Status::kOk || params.num_splits == 1) return status;
+  return launch_combine(params, device, stream);
 }
 
 }  // namespace flash_attn::sm80

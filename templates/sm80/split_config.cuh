@@ -16,12 +16,13 @@ struct SplitTile {
   static constexpr int kMinBlocks = min_blocks;
 };
 
-template <Dtype dtype, int head_dim, class TileType>
+template <Dtype dtype, int head_dim, Mask mask, class TileType>
 struct SplitConfig {
   using Tile = TileType;
   using Element = typename ElementOf<dtype>::Type;
   static constexpr Dtype kDtype = dtype;
   static constexpr int kHeadDim = head_dim;
+  static constexpr Mask kMask = mask;
   static constexpr int kBlockM = Tile::kBlockM;
   static constexpr int kBlockN = Tile::kBlockN;
   static constexpr int kStages = Tile::kStages;
