@@ -8,6 +8,7 @@ from pathlib import Path
 
 SUMMARIES = {
     "forward": "speed beside torch's FlashAttention-2 and cuDNN",
+    "decode": "one query token over a KV cache",
     "host": "host time of one call",
     "memory": "peak GPU memory by sequence length",
     "build": "CPU seconds, memory and size of the last build",
@@ -15,9 +16,9 @@ SUMMARIES = {
 
 
 def parser() -> argparse.ArgumentParser:
-    from benchmarks import build, forward, host, memory
+    from benchmarks import build, decode, forward, host, memory
 
-    modules = {"forward": forward, "host": host, "memory": memory, "build": build}
+    modules = {"forward": forward, "decode": decode, "host": host, "memory": memory, "build": build}
     top = argparse.ArgumentParser(prog="python -m benchmarks", description="Benchmarks of flash_attn.")
     commands = top.add_subparsers(dest="command", required=True)
     for name, module in modules.items():

@@ -48,8 +48,10 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, backend: SDPBackend | No
     """torch's attention on transposed views of the same tensors, so that nobody pays for a copy."""
     qt, kt, vt = (x.transpose(1, 2) for x in (q, k, v))
 
+    grouped = {"enable_gqa": True} if q.shape[2] != k.shape[2] else {}
+
     def run() -> Tensor:
-        return F.scaled_dot_product_attention(qt, kt, vt, is_causal=causal)
+        return F.scaled_dot_product_attention(qt, kt, vt, is_causal=causal, **grouped)
 
     context = nullcontext if backend is None else lambda: sdpa_kernel(backend)
     return Call(run, context, heads_first=True)
