@@ -11,29 +11,24 @@ from functools import cache
 from flash_attn._abi import SPLIT_KEYS, SPLIT_ROWS
 
 MAX_SPLITS = 128
-RESIDENT = 2
-"""Thread blocks that a multiprocessor holds at a time."""
-
 START_COST = 0.5
 """What a thread block costs besides its blocks of keys, in blocks of keys."""
 
-MERGE_COST = 1.0
-"""What merging costs: a block of keys on every resident thread block."""
+MERGE_COST = 2.0
+"""What merging costs, in blocks of keys of one multiprocessor."""
 
 TOLERANCE = 1.02
 """Fewer splits are taken where they cost at most this much more than the best number."""
 
 
 def _cost(splits: int, tiles: int, key_blocks: int, multiprocessors: int) -> float:
-    """Model the time of a call, in blocks of keys read by one of all resident thread blocks at full speed.
+    """Model the time of a call, in blocks of keys that one multiprocessor reads.
 
-    Thread blocks run in waves. Half of the resident ones still read at full speed, fewer do not.
+    Multiprocessors share the memory's speed evenly; one with more thread blocks than others keeps all waiting.
     """
-    resident = RESIDENT * multiprocessors
-    waves, rest = divmod(tiles * splits, resident)
-    full_speed = waves * resident + (max(rest, multiprocessors) if rest else 0)
-    merging = MERGE_COST * resident if splits > 1 else 0.0
-    return full_speed * (-(-key_blocks // splits) + START_COST) + merging
+    thread_blocks = -(-tiles * splits // multiprocessors)
+    merging = MERGE_COST if splits > 1 else 0.0
+    return thread_blocks * (-(-key_blocks // splits) + START_COST) + merging
 
 
 def choose_num_splits(tiles: int, key_blocks: int, multiprocessors: int) -> int:

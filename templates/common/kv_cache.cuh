@@ -5,6 +5,7 @@
 
 #include "abi.h"
 #include "common/sequence.cuh"
+#include "ptx/async_copy.cuh"
 
 namespace flash_attn {
 
@@ -51,6 +52,14 @@ __device__ __forceinline__ KeyLocation locate_key(const SplitParams& params, con
   const int page = key / params.page_size;
   const int entry = params.block_table[sequence.batch * params.block_table_stride + page];
   return {entry >= 0 && entry < params.cache_entries ? entry : -1, key - page * params.page_size};
+}
+
+// Brings a sequence's row of the block table into L2 while its length is not known yet: 32 pages a thread.
+__device__ __forceinline__ void prefetch_block_table(const SplitParams& params, int batch) {
+  const int64_t pages = params.page_size > 0 ? params.forward.seqlen_k / params.page_size : 0;
+  const int64_t first = int64_t{threadIdx.x} * 32;
+  if (first >= pages || batch >= params.forward.batch) return;
+  ptx::prefetch_l2(params.block_table + batch * params.block_table_stride + first);
 }
 
 }  // namespace flash_attn

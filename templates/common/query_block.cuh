@@ -59,10 +59,12 @@ struct QueryBlock {
 template <class Element>
 __device__ __forceinline__ void store_empty(const QueryBlock& queries, int thread, int threads) {
   const int chunks = queries.params->head_dim_v / 8;
+#pragma unroll 1
   for (int i = thread; i < queries.rows * chunks; i += threads) {
     *reinterpret_cast<uint4*>(queries.out<Element>(i / chunks) + i % chunks * 8) = make_uint4(0, 0, 0, 0);
   }
   if (queries.params->softmax_lse == nullptr) return;
+#pragma unroll 1
   for (int row = thread; row < queries.rows; row += threads) *queries.lse(row) = INFINITY;
 }
 

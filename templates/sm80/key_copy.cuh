@@ -9,7 +9,7 @@
 
 namespace flash_attn::sm80 {
 
-// Each lane knows where one group of 16 keys lies: the block table is read once for every 32 groups.
+// With pages, each lane knows where one group of 16 keys lies: the block table is read once for 32 groups.
 template <class Config>
 class KeyCopy {
  public:
@@ -30,19 +30,16 @@ class KeyCopy {
   // that no stray NaN meets the tensor cores.
   __device__ __forceinline__ void issue(const SplitParams& params, const CachedSequence& sequence, int block,
                                         uint32_t ring_offset) {
-    if (block >= known_end_) locate_groups(params, sequence, block);
-    const int from_known = (block - (known_end_ - kKnownBlocks)) * kGroups;
+    if (params.page_size > 0 && block >= known_end_) locate_groups(params, sequence, block);
     const int valid_rows = sequence.seqlen_k - block * Config::kBlockN - first_row_;
 #pragma unroll
     for (int pass = 0; pass < kPasses; pass += kPassesPerGroup) {
-      const int group = from_known + (pass * kRowsPerPass + row()) / kKeyGroup;
-      const int entry = __shfl_sync(0xffffffff, known_.entry, group);
-      const int first = __shfl_sync(0xffffffff, known_.row, group);
-      const Element* source = source_ + entry * entry_stride_ + (first + row() % kKeyGroup) * row_stride_;
+      const KeyLocation at = locate(params, sequence, block, (pass * kRowsPerPass + row()) / kKeyGroup);
+      const Element* source = source_ + at.entry * entry_stride_ + (at.row + row() % kKeyGroup) * row_stride_;
 #pragma unroll
       for (int i = 0; i < kPassesPerGroup; ++i) {
         const int tile_row = (pass + i) * kRowsPerPass + row();
-        copy_row(source + i * kRowsPerPass * row_stride_, tile_row, entry >= 0 && tile_row < valid_rows,
+        copy_row(source + i * kRowsPerPass * row_stride_, tile_row, at.entry >= 0 && tile_row < valid_rows,
                  ring_offset);
       }
     }
@@ -60,6 +57,16 @@ class KeyCopy {
   __device__ static __forceinline__ int copier() { return threadIdx.x % Config::kCopyThreads; }
   __device__ static __forceinline__ int chunk() { return copier() % Tile::kSlabChunks; }
   __device__ static __forceinline__ int row() { return copier() / Tile::kSlabChunks; }
+
+  // Where a group of the block lies that this thread copies from.
+  __device__ __forceinline__ KeyLocation locate(const SplitParams& params, const CachedSequence& sequence,
+                                                int block, int group) const {
+    if (params.page_size == 0) {
+      return {sequence.entry, sequence.k_row + block * Config::kBlockN + first_row_ + group * kKeyGroup};
+    }
+    const int lane = (block - (known_end_ - kKnownBlocks)) * kGroups + group;
+    return {__shfl_sync(0xffffffff, known_.entry, lane), __shfl_sync(0xffffffff, known_.row, lane)};
+  }
 
   __device__ __forceinline__ void locate_groups(const SplitParams& params, const CachedSequence& sequence,
                                                 int block) {

@@ -57,15 +57,18 @@ struct SplitWork {
   __device__ __forceinline__ int64_t partial(int i) const { return queries.index(i) * num_splits + split; }
 };
 
-// Rows that see no key in this split: the LSE -inf says that there is no O.
+// Rows that see no key in this split: O = 0, and LSE = -inf unless it is the only split.
 template <class Config>
 __device__ __forceinline__ void store_no_keys(const SplitParams& params, const SplitWork& work) {
   if (work.num_splits == 1) {
-    store_empty<typename Config::Element>(work.queries, threadIdx.x, Config::kThreads);
-  } else {
-    for (int i = threadIdx.x; i < work.queries.rows; i += Config::kThreads) {
-      params.lse_partial[work.partial(i)] = -INFINITY;
-    }
+    return store_empty<typename Config::Element>(work.queries, threadIdx.x, Config::kThreads);
+  }
+  const int chunks = params.forward.head_dim_v / 4;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < work.queries.rows * chunks; i += Config::kThreads) {
+    const int64_t at = work.partial(i / chunks);
+    reinterpret_cast<float4*>(params.out_partial)[at * chunks + i % chunks] = make_float4(0, 0, 0, 0);
+    if (i % chunks == 0) params.lse_partial[at] = -INFINITY;
   }
 }
 
@@ -73,7 +76,6 @@ template <class Config>
 __device__ __forceinline__ void load_queries(const QueryBlock& queries, uint32_t shared) {
   using Element = typename Config::Element;
   constexpr int kChunks = Config::kHeadDim / 8;
-#pragma unroll 4
   for (int i = threadIdx.x; i < Config::kBlockM * kChunks; i += Config::kThreads) {
     const int row = i / kChunks, chunk = i % kChunks;
     uint4 value = make_uint4(0, 0, 0, 0);
@@ -83,6 +85,40 @@ __device__ __forceinline__ void load_queries(const QueryBlock& queries, uint32_t
     ptx::store_shared_16(shared + SharedTile<Config::kHeadDim>::offset(row, chunk), value);
   }
 }
+
+// The keys [first, end) that each of this lane's rows sees.
+template <class Config>
+struct RowBounds {
+  int first[2 * Config::kTilesM];
+  int end[2 * Config::kTilesM];
+
+  __device__ __forceinline__ RowBounds(const AttentionMask<Config::kMask>& mask, const QueryBlock& queries,
+                                       int warp_row) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < 2 * Config::kTilesM; ++i) {
+      const int query = (queries.first_row + warp_row + i / 2 * 16 + i % 2 * 8 + lane / 4) / queries.group;
+      first[i] = mask.first_key(query);
+      end[i] = mask.end_key(query);
+    }
+  }
+
+  __device__ __forceinline__ void apply(Accumulator<Config::kTilesM, Config::kTilesN>& scores,
+                                        int key) const {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < 2 * Config::kTilesM; ++i) {
+#pragma unroll
+      for (int n = 0; n < Config::kTilesN; ++n) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          const int column = key + n * 8 + 2 * (lane % 4) + c;
+          if (column < first[i] || column >= end[i]) scores[i / 2][n][2 * (i % 2) + c] = -INFINITY;
+        }
+      }
+    }
+  }
+};
 
 // Scale, softcap and ALiBi: the heads of packed rows differ.
 template <class Config>
@@ -202,7 +238,9 @@ __device__ __forceinline__ void barrier() {
   }
 }
 
-// The main loop over this split's blocks of keys, [begin, end).
+// The main loop over this split's blocks of keys, [begin, end). It starts kStages blocks early, to fill the
+// ring: one place where K is copied and one where V is, since code that is not in the cache yet costs time
+// too.
 template <class Config>
 __device__ __forceinline__ void attend(const SplitParams& params, const CachedSequence& sequence,
                                        const SplitWork& work, const AttentionMask<Config::kMask>& mask,
@@ -224,57 +262,60 @@ __device__ __forceinline__ void attend(const SplitParams& params, const CachedSe
   KeyCopy<Config> copy_v(static_cast<const Element*>(forward.v) + queries.head * forward.v_head_stride,
                          forward.v_batch_stride, forward.v_row_stride, forward.head_dim_v, copy_row,
                          ring + Config::kKeyBytes);
+  // The kernel before may write the keys that the call appends, but no others.
+  const int old_blocks = (sequence.length - sequence.k_row) / Config::kBlockN;
   const auto issue = [&](KeyCopy<Config>& copy, int block, uint32_t ring_offset) {
-    if (block < end) copy.issue(params, sequence, block, ring_offset);
+    if (block >= begin && block < end) {
+      if (block >= old_blocks) ptx::wait_for_dependency();
+      copy.issue(params, sequence, block, ring_offset);
+    }
     ptx::cp_async_commit();
   };
-
-  // The kernel before may write queries and the keys that the call appends, but no others.
-  const bool early = (begin + Config::kStages) * Config::kBlockN <= sequence.length - sequence.k_row;
-  if (!early) ptx::wait_for_dependency();
-#pragma unroll
-  for (int stage = 0; stage < Config::kStages; ++stage) {
-    issue(copy_k, begin + stage, stage * kStageBytes);
-    if (stage < Config::kStages - 1) issue(copy_v, begin + stage, stage * kStageBytes);
-  }
-  if (early) ptx::wait_for_dependency();
-  load_queries<Config>(queries, shared);
-  __syncthreads();
 
   const FragmentLane a = FragmentLane::of_a(), b = FragmentLane::of_b();
   const uint32_t query_address = shared + Shared::offset(warp_row + a.row, a.chunk);
   const uint32_t key_address = ring + Shared::offset(warp_key + b.row, b.chunk);
   const uint32_t value_address = ring + Config::kKeyBytes + Shared::offset(warp_key + a.row, a.chunk);
+  const RowBounds<Config> bounds(mask, queries, warp_row);
+  const float scale_log2 = work.modifiers ? 1.0f : forward.softmax_scale * kLog2E;
   Accumulator<Config::kTilesM, Config::kTilesD> output = {};
   OnlineSoftmax<Config::kTilesM> softmax;
-  const float scale_log2 = work.modifiers ? 1.0f : forward.softmax_scale * kLog2E;
 
   uint32_t stage = 0, stage_before = (Config::kStages - 1) * kStageBytes;
-  for (int block = begin; block < end; ++block) {
+#pragma unroll 1
+  for (int block = begin - Config::kStages; block < end; ++block) {
+    if (block == begin) {
+      ptx::wait_for_dependency();
+      load_queries<Config>(queries, shared);
+      __syncthreads();
+    }
     ptx::cp_async_wait<2 * Config::kStages - 2>();
     barrier<Config>();
     issue(copy_v, block + Config::kStages - 1, stage_before);
 
     Accumulator<Config::kTilesM, Config::kTilesN> scores;
-    const int row = queries.first_row + warp_row, key = block * Config::kBlockN + warp_key;
-    multiply_rows<Config::kDtype, Config::kHeadDim>(scores, query_address, key_address + stage);
-    if (work.modifiers) apply_packed_modifiers<Config>(scores, queries, mask.diagonal, warp_row, key);
-    if (blocks.needs_mask(block)) apply_mask(scores, mask, row, key);
+    if (block >= begin) {
+      const int key = block * Config::kBlockN + warp_key;
+      multiply_rows<Config::kDtype, Config::kHeadDim>(scores, query_address, key_address + stage);
+      if (work.modifiers) apply_packed_modifiers<Config>(scores, queries, mask.diagonal, warp_row, key);
+      if (blocks.needs_mask(block)) bounds.apply(scores, key);
 
-    float block_max[2 * Config::kTilesM];
-    softmax.block_max(block_max, scores);
-    if (__any_sync(0xffffffff, softmax.lags(block_max, scale_log2))) {
-      float factor[2 * Config::kTilesM];
-      softmax.advance(factor, block_max, scale_log2);
-      softmax.rescale(output, factor);
+      float block_max[2 * Config::kTilesM];
+      softmax.block_max(block_max, scores);
+      if (__any_sync(0xffffffff, softmax.lags(block_max, scale_log2))) {
+        float factor[2 * Config::kTilesM];
+        softmax.advance(factor, block_max, scale_log2);
+        softmax.rescale(output, factor);
+      }
+      softmax.exponentiate(scores, scale_log2);
+      ptx::cp_async_wait<2 * Config::kStages - 2>();
+      barrier<Config>();
     }
-    softmax.exponentiate(scores, scale_log2);
-
-    ptx::cp_async_wait<2 * Config::kStages - 2>();
-    barrier<Config>();
     issue(copy_k, block + Config::kStages, stage);
-    accumulate_output<Config::kDtype, Config::kHeadDim, Config::kTilesN / 2>(output, scores,
-                                                                             value_address + stage);
+    if (block >= begin) {
+      accumulate_output<Config::kDtype, Config::kHeadDim, Config::kTilesN / 2>(output, scores,
+                                                                               value_address + stage);
+    }
     stage_before = stage;
     stage = stage == (Config::kStages - 1) * kStageBytes ? 0 : stage + kStageBytes;
   }
@@ -298,7 +339,9 @@ __global__ void __launch_bounds__(Config::kThreads, Config::Tile::kMinBlocks)
   const SplitParams& params = arguments.params;
   const int head = blockIdx.x % arguments.heads, rest = blockIdx.x / arguments.heads;
   const int m_block = rest % arguments.tiles_m, split = rest / arguments.tiles_m % params.num_splits;
-  const CachedSequence sequence(params, rest / arguments.tiles_m / params.num_splits);
+  const int batch = rest / arguments.tiles_m / params.num_splits;
+  prefetch_block_table(params, batch);
+  const CachedSequence sequence(params, batch);
   const int64_t total_rows = int64_t{sequence.seqlen_q} * arguments.group;
   const int step = sequence.batch == params.forward.batch ? arguments.tiles_m * Config::kBlockM : 0;
 
@@ -309,10 +352,10 @@ __global__ void __launch_bounds__(Config::kThreads, Config::Tile::kMinBlocks)
         split,
         params.num_splits,
         arguments.modifiers};
-    const AttentionMask<Config::kMask> mask(params.forward, sequence.seqlen_q, sequence.seqlen_k,
-                                            arguments.group);
-    const KeyBlocks<Config::kMask, Config::kBlockN> blocks(mask, work.queries.first_row,
-                                                           work.queries.first_row + rows - 1);
+    const AttentionMask<Config::kMask> mask(params.forward, sequence.seqlen_q, sequence.seqlen_k);
+    const int first_query = work.queries.first_row / arguments.group;
+    const int last_query = (work.queries.first_row + rows - 1) / arguments.group;
+    const KeyBlocks<Config::kMask, Config::kBlockN> blocks(mask, first_query, last_query);
     const int per_split = (max(blocks.end - blocks.begin, 0) + work.num_splits - 1) / work.num_splits;
     const int begin = blocks.begin + split * per_split, end = min(blocks.end, begin + per_split);
     if (begin < end) {
