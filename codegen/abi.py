@@ -272,7 +272,35 @@ SPLIT_PARAMS = Struct(
         Field("num_splits", "int32", "parts of the keys; the workspaces are used where more than 1"),
     ),
 )
-STRUCTS = (FORWARD_PARAMS, BACKWARD_PARAMS, SPLIT_PARAMS)
+ROTARY_PARAMS = Struct(
+    "RotaryParams",
+    "Arguments of one rotation of heads by their position. Sequences are packed iff cu_seqlens is not null: then"
+    " batch strides are ignored, and rows past the last sequence stay as they are. Strides are in elements.",
+    (
+        Field("x", "const void*", "(batch, seqlen, num_heads, head_dim), or (rows, ..) if packed"),
+        Field("out", "void*", "as x; may be x"),
+        Field("cos", "const void*", "(table_rows, rotary_dim / 2), contiguous"),
+        Field("sin", "const void*", "as cos"),
+        Field("offsets", "const int32_t*", "(batch): position of each first token, or null: offset"),
+        Field("cu_seqlens", "const int32_t*", "(batch + 1), or null: where each sequence starts"),
+        *_strides("x", "batch", "row", "head"),
+        *_strides("out", "batch", "row", "head"),
+        Field("rows", "int64", "of x, all sequences together"),
+        Field("batch", "int32", "number of sequences"),
+        Field("seqlen", "int32", "rows of each sequence, unless packed"),
+        Field("num_heads", "int32", "heads of x"),
+        Field("head_dim", "int32", "elements per head, a multiple of 8"),
+        Field("rotary_dim", "int32", "of these, how many are rotated: a multiple of 16, of 8 if interleaved"),
+        Field("table_rows", "int32", "positions in the tables; rows at others stay as they are"),
+        Field("offset", "int32", "position of each first token, where offsets is null"),
+        Field("interleaved", "int32", "pairs are (0, 1), (2, 3), ..; else the two halves"),
+        Field("conjugate", "int32", "rotate back"),
+        Field("dtype", "int32", "Dtype of x and out"),
+        Field("fp32_tables", "int32", "cos and sin are fp32; else of that dtype"),
+        Field("device", "int32", "CUDA device ordinal"),
+    ),
+)
+STRUCTS = (FORWARD_PARAMS, BACKWARD_PARAMS, SPLIT_PARAMS, ROTARY_PARAMS)
 
 
 def enums() -> tuple[Enum, ...]:
@@ -295,6 +323,7 @@ def _numbered(names: tuple[str, ...]) -> tuple[tuple[str, int], ...]:
 _PARAMS = Field("params", "const flash_attn::ForwardParams*")
 _BACKWARD_PARAMS = Field("params", "const flash_attn::BackwardParams*")
 _SPLIT_PARAMS = Field("params", "const flash_attn::SplitParams*")
+_ROTARY_PARAMS = Field("params", "const flash_attn::RotaryParams*")
 _STREAM = Field("stream", "void*")
 _CALL = (_PARAMS, _STREAM)
 
@@ -311,6 +340,12 @@ FUNCTIONS = (
         "int32",
         (_SPLIT_PARAMS, _STREAM),
         "Launches the kernels of a call over a KV cache; returns a Status.",
+    ),
+    Function(
+        "flash_attn_rotary",
+        "int32",
+        (_ROTARY_PARAMS, _STREAM),
+        "Rotates x into out; returns a Status.",
     ),
     Function(
         "flash_attn_dropout_probs",
@@ -347,6 +382,7 @@ FUNCTIONS = (
     Function("flash_attn_forward_params_size", "int64", (), "sizeof(ForwardParams) in bytes."),
     Function("flash_attn_backward_params_size", "int64", (), "sizeof(BackwardParams) in bytes."),
     Function("flash_attn_split_params_size", "int64", (), "sizeof(SplitParams) in bytes."),
+    Function("flash_attn_rotary_params_size", "int64", (), "sizeof(RotaryParams) in bytes."),
     Function("flash_attn_kernel_count", "int32", (), "Number of kernels in the library."),
     Function("flash_attn_kernel_key", "string", (Field("index", "int32"),), "Key of one kernel."),
     Function("flash_attn_targets", "string", (), 'Compiled targets, such as "sm80:80,sm80:90+ptx".'),

@@ -4,7 +4,7 @@ import ctypes
 import struct
 from enum import IntEnum
 
-LAYOUT_HASH = 0x66A522B9A228A9EB
+LAYOUT_HASH = 0xA6F8D3A4A2F29559
 """Must equal flash_attn_layout_hash() of the library."""
 
 HEAD_DIMS = (32, 64, 96, 128, 192, 256)
@@ -201,10 +201,53 @@ class SplitParams(ctypes.Structure):
 SPLIT_PARAMS = struct.Struct("<304s10Q7q8i")
 """Packs the fields of SplitParams, in order, into 472 bytes; a pointer is an int, null is 0."""
 
+
+class RotaryParams(ctypes.Structure):
+    """Arguments of one rotation of heads by their position. Sequences are packed iff cu_seqlens is not
+    null: then batch strides are ignored, and rows past the last sequence stay as they are. Strides are
+    in elements.
+    """
+
+    _fields_ = (
+        ("x", ctypes.c_void_p),  # (batch, seqlen, num_heads, head_dim), or (rows, ..) if packed
+        ("out", ctypes.c_void_p),  # as x; may be x
+        ("cos", ctypes.c_void_p),  # (table_rows, rotary_dim / 2), contiguous
+        ("sin", ctypes.c_void_p),  # as cos
+        ("offsets", ctypes.c_void_p),  # (batch): position of each first token, or null: offset
+        ("cu_seqlens", ctypes.c_void_p),  # (batch + 1), or null: where each sequence starts
+        ("x_batch_stride", ctypes.c_int64),  # from one batch to the next
+        ("x_row_stride", ctypes.c_int64),  # from one row to the next
+        ("x_head_stride", ctypes.c_int64),  # from one head to the next
+        ("out_batch_stride", ctypes.c_int64),  # from one batch to the next
+        ("out_row_stride", ctypes.c_int64),  # from one row to the next
+        ("out_head_stride", ctypes.c_int64),  # from one head to the next
+        ("rows", ctypes.c_int64),  # of x, all sequences together
+        ("batch", ctypes.c_int32),  # number of sequences
+        ("seqlen", ctypes.c_int32),  # rows of each sequence, unless packed
+        ("num_heads", ctypes.c_int32),  # heads of x
+        ("head_dim", ctypes.c_int32),  # elements per head, a multiple of 8
+        (
+            "rotary_dim",
+            ctypes.c_int32,
+        ),  # of these, how many are rotated: a multiple of 16, of 8 if interleaved
+        ("table_rows", ctypes.c_int32),  # positions in the tables; rows at others stay as they are
+        ("offset", ctypes.c_int32),  # position of each first token, where offsets is null
+        ("interleaved", ctypes.c_int32),  # pairs are (0, 1), (2, 3), ..; else the two halves
+        ("conjugate", ctypes.c_int32),  # rotate back
+        ("dtype", ctypes.c_int32),  # Dtype of x and out
+        ("fp32_tables", ctypes.c_int32),  # cos and sin are fp32; else of that dtype
+        ("device", ctypes.c_int32),  # CUDA device ordinal
+    )
+
+
+ROTARY_PARAMS = struct.Struct("<6Q7q12i")
+"""Packs the fields of RotaryParams, in order, into 152 bytes; a pointer is an int, null is 0."""
+
 FUNCTIONS: dict[str, tuple[type, tuple[type, ...]]] = {
     "flash_attn_forward": (ctypes.c_int32, (ctypes.c_void_p, ctypes.c_void_p)),
     "flash_attn_backward": (ctypes.c_int32, (ctypes.c_void_p, ctypes.c_void_p)),
     "flash_attn_split": (ctypes.c_int32, (ctypes.c_void_p, ctypes.c_void_p)),
+    "flash_attn_rotary": (ctypes.c_int32, (ctypes.c_void_p, ctypes.c_void_p)),
     "flash_attn_dropout_probs": (ctypes.c_int32, (ctypes.c_void_p, ctypes.c_void_p)),
     "flash_attn_forward_kernel": (ctypes.c_char_p, (ctypes.c_void_p,)),
     "flash_attn_backward_kernel": (ctypes.c_char_p, (ctypes.c_void_p,)),
@@ -214,6 +257,7 @@ FUNCTIONS: dict[str, tuple[type, tuple[type, ...]]] = {
     "flash_attn_forward_params_size": (ctypes.c_int64, ()),
     "flash_attn_backward_params_size": (ctypes.c_int64, ()),
     "flash_attn_split_params_size": (ctypes.c_int64, ()),
+    "flash_attn_rotary_params_size": (ctypes.c_int64, ()),
     "flash_attn_kernel_count": (ctypes.c_int32, ()),
     "flash_attn_kernel_key": (ctypes.c_char_p, (ctypes.c_int32,)),
     "flash_attn_targets": (ctypes.c_char_p, ()),

@@ -18,7 +18,12 @@ from flash_attn import _abi
 
 LIBRARY_NAME = "libflash_attn.so"
 FORCE_FAMILY = "FLASH_ATTN_FORCE_FAMILY"
-PARAMS = {"forward": _abi.FORWARD_PARAMS, "backward": _abi.BACKWARD_PARAMS, "split": _abi.SPLIT_PARAMS}
+PARAMS = {
+    "forward": _abi.FORWARD_PARAMS,
+    "backward": _abi.BACKWARD_PARAMS,
+    "split": _abi.SPLIT_PARAMS,
+    "rotary": _abi.ROTARY_PARAMS,
+}
 NATIVE = "native"
 REBUILD = "pip install --force-reinstall --no-deps ."
 
@@ -31,6 +36,7 @@ class Library:
     forward: Callable[[bytes, int], int]
     backward: Callable[[bytes, int], int]
     split: Callable[[bytes, int], int]
+    rotary: Callable[[bytes, int], int]
     dropout_probs: Callable[[bytes, int], int]
     forward_kernel: Callable[[bytes], bytes | None]
     backward_kernel: Callable[[bytes], bytes | None]
@@ -140,6 +146,7 @@ def open_library(path: Path) -> Library:
         forward=library.flash_attn_forward,
         backward=library.flash_attn_backward,
         split=library.flash_attn_split,
+        rotary=library.flash_attn_rotary,
         dropout_probs=library.flash_attn_dropout_probs,
         forward_kernel=library.flash_attn_forward_kernel,
         backward_kernel=library.flash_attn_backward_kernel,

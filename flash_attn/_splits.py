@@ -24,7 +24,7 @@ TOLERANCE = 1.02
 def _cost(splits: int, tiles: int, key_blocks: int, multiprocessors: int) -> float:
     """Model the time of a call, in blocks of keys that one multiprocessor reads.
 
-    Multiprocessors share the memory's speed evenly; one with more thread blocks than others keeps all waiting.
+    Multiprocessors share the memory's speed evenly; one with more thread blocks than others ends last.
     """
     thread_blocks = -(-tiles * splits // multiprocessors)
     merging = MERGE_COST if splits > 1 else 0.0

@@ -7,7 +7,7 @@
 
 namespace flash_attn {
 
-constexpr uint64_t kLayoutHash = 0x66A522B9A228A9EBu;
+constexpr uint64_t kLayoutHash = 0xA6F8D3A4A2F29559u;
 
 // Element type of q, k, v and out.
 enum class Dtype : int32_t {
@@ -254,6 +254,63 @@ static_assert(offsetof(SplitParams, rotary_dim) == 460);
 static_assert(offsetof(SplitParams, rotary_interleaved) == 464);
 static_assert(offsetof(SplitParams, num_splits) == 468);
 
+// Arguments of one rotation of heads by their position. Sequences are packed iff cu_seqlens is not null:
+// then batch strides are ignored, and rows past the last sequence stay as they are. Strides are in
+// elements.
+struct RotaryParams {
+  const void* x;  // (batch, seqlen, num_heads, head_dim), or (rows, ..) if packed
+  void* out;  // as x; may be x
+  const void* cos;  // (table_rows, rotary_dim / 2), contiguous
+  const void* sin;  // as cos
+  const int32_t* offsets;  // (batch): position of each first token, or null: offset
+  const int32_t* cu_seqlens;  // (batch + 1), or null: where each sequence starts
+  int64_t x_batch_stride;  // from one batch to the next
+  int64_t x_row_stride;  // from one row to the next
+  int64_t x_head_stride;  // from one head to the next
+  int64_t out_batch_stride;  // from one batch to the next
+  int64_t out_row_stride;  // from one row to the next
+  int64_t out_head_stride;  // from one head to the next
+  int64_t rows;  // of x, all sequences together
+  int32_t batch;  // number of sequences
+  int32_t seqlen;  // rows of each sequence, unless packed
+  int32_t num_heads;  // heads of x
+  int32_t head_dim;  // elements per head, a multiple of 8
+  int32_t rotary_dim;  // of these, how many are rotated: a multiple of 16, of 8 if interleaved
+  int32_t table_rows;  // positions in the tables; rows at others stay as they are
+  int32_t offset;  // position of each first token, where offsets is null
+  int32_t interleaved;  // pairs are (0, 1), (2, 3), ..; else the two halves
+  int32_t conjugate;  // rotate back
+  int32_t dtype;  // Dtype of x and out
+  int32_t fp32_tables;  // cos and sin are fp32; else of that dtype
+  int32_t device;  // CUDA device ordinal
+};
+static_assert(sizeof(RotaryParams) == 152);
+static_assert(offsetof(RotaryParams, x) == 0);
+static_assert(offsetof(RotaryParams, out) == 8);
+static_assert(offsetof(RotaryParams, cos) == 16);
+static_assert(offsetof(RotaryParams, sin) == 24);
+static_assert(offsetof(RotaryParams, offsets) == 32);
+static_assert(offsetof(RotaryParams, cu_seqlens) == 40);
+static_assert(offsetof(RotaryParams, x_batch_stride) == 48);
+static_assert(offsetof(RotaryParams, x_row_stride) == 56);
+static_assert(offsetof(RotaryParams, x_head_stride) == 64);
+static_assert(offsetof(RotaryParams, out_batch_stride) == 72);
+static_assert(offsetof(RotaryParams, out_row_stride) == 80);
+static_assert(offsetof(RotaryParams, out_head_stride) == 88);
+static_assert(offsetof(RotaryParams, rows) == 96);
+static_assert(offsetof(RotaryParams, batch) == 104);
+static_assert(offsetof(RotaryParams, seqlen) == 108);
+static_assert(offsetof(RotaryParams, num_heads) == 112);
+static_assert(offsetof(RotaryParams, head_dim) == 116);
+static_assert(offsetof(RotaryParams, rotary_dim) == 120);
+static_assert(offsetof(RotaryParams, table_rows) == 124);
+static_assert(offsetof(RotaryParams, offset) == 128);
+static_assert(offsetof(RotaryParams, interleaved) == 132);
+static_assert(offsetof(RotaryParams, conjugate) == 136);
+static_assert(offsetof(RotaryParams, dtype) == 140);
+static_assert(offsetof(RotaryParams, fp32_tables) == 144);
+static_assert(offsetof(RotaryParams, device) == 148);
+
 }  // namespace flash_attn
 
 extern "C" {
@@ -267,6 +324,9 @@ int32_t flash_attn_backward(const flash_attn::BackwardParams* params, void* stre
 
 // Launches the kernels of a call over a KV cache; returns a Status.
 int32_t flash_attn_split(const flash_attn::SplitParams* params, void* stream);
+
+// Rotates x into out; returns a Status.
+int32_t flash_attn_rotary(const flash_attn::RotaryParams* params, void* stream);
 
 // Writes probs (sign bit = dropped) from q, k, softmax_lse, rng_state; returns a Status. probs is
 // contiguous, (batch, num_heads, seqlen_q, seqlen_k), both lengths rounded up to a multiple of 128.
@@ -295,6 +355,9 @@ int64_t flash_attn_backward_params_size();
 
 // sizeof(SplitParams) in bytes.
 int64_t flash_attn_split_params_size();
+
+// sizeof(RotaryParams) in bytes.
+int64_t flash_attn_rotary_params_size();
 
 // Number of kernels in the library.
 int32_t flash_attn_kernel_count();

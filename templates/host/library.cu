@@ -7,6 +7,7 @@
 #include <unordered_map>
 
 #include "common/dropout_probs.h"
+#include "common/rotary.h"
 #include "host/dispatch.h"
 #include "host/status.h"
 
@@ -125,6 +126,13 @@ int32_t flash_attn_split(const SplitParams* params, void* stream) {
   return run(Direction::kSplit, &KernelEntry::launch_split, *params, params->forward, stream);
 }
 
+int32_t flash_attn_rotary(const RotaryParams* params, void* stream) {
+  const DeviceGuard guard(params->device);
+  Status status = guard.status();
+  if (status == Status::kOk) status = launch_rotary(*params, static_cast<cudaStream_t>(stream));
+  return static_cast<int32_t>(status);
+}
+
 int32_t flash_attn_dropout_probs(const ForwardParams* params, void* stream) {
   const DeviceGuard guard(params->device);
   Status status = guard.status();
@@ -153,6 +161,8 @@ int64_t flash_attn_forward_params_size() { return sizeof(ForwardParams); }
 int64_t flash_attn_backward_params_size() { return sizeof(BackwardParams); }
 
 int64_t flash_attn_split_params_size() { return sizeof(SplitParams); }
+
+int64_t flash_attn_rotary_params_size() { return sizeof(RotaryParams); }
 
 int32_t flash_attn_kernel_count() { return kNumKernels; }
 
