@@ -274,8 +274,9 @@ SPLIT_PARAMS = Struct(
 )
 ROTARY_PARAMS = Struct(
     "RotaryParams",
-    "Arguments of one rotation of heads by their position. Sequences are packed iff cu_seqlens is not null: then"
-    " batch strides are ignored, and rows past the last sequence stay as they are. Strides are in elements.",
+    "Arguments of one rotation of heads by their position. Sequences are packed iff cu_seqlens is not null:"
+    " then batch strides are ignored, and rows past the last sequence stay as they are. Strides are in"
+    " elements.",
     (
         Field("x", "const void*", "(batch, seqlen, num_heads, head_dim), or (rows, ..) if packed"),
         Field("out", "void*", "as x; may be x"),

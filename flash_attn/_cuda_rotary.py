@@ -47,6 +47,13 @@ def _table(x: Tensor) -> Tensor:
     )
 
 
+def _as_int32(offsets: Tensor) -> Tensor:
+    """Return offsets in the kernel's type: those that do not fit stand for none in the tables either way."""
+    if offsets.dtype != torch.int32:
+        offsets = offsets.clamp(-INT32_MAX, INT32_MAX).to(torch.int32)
+    return offsets.contiguous()
+
+
 def rotate(
     x: Tensor, cos: Tensor, sin: Tensor, offsets: int | Tensor, cu_seqlens: Tensor | None, interleaved: bool,
     conjugate: bool, inplace: bool,
@@ -60,7 +67,7 @@ def rotate(
     if not _cuda.readable(out):
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     cos, sin = _table(cos), _table(sin)
-    starts = None if isinstance(offsets, int) else offsets.to(torch.int32).contiguous()
+    starts = None if isinstance(offsets, int) else _as_int32(offsets)
     bounds = None if cu_seqlens is None else cu_seqlens.to(torch.int32).contiguous()
     batch_stride = _cuda.NOT_PACKED if bounds is None else _cuda.PACKED
     *lengths, num_heads, head_dim = x.shape

@@ -22,8 +22,8 @@ struct RotaryArguments {
 
 struct RowPosition {
   int batch;
-  int row;       // of the batch entry, or of all if packed
-  int position;  // in the tables; -1 past the last sequence
+  int row;           // of the batch entry, or of all if packed
+  int64_t position;  // in the tables; -1 past the last sequence
 
   __device__ __forceinline__ RowPosition(const RotaryParams& params, int64_t index) {
     if (params.cu_seqlens == nullptr) {
@@ -39,7 +39,7 @@ struct RowPosition {
   }
 
  private:
-  __device__ static __forceinline__ int offset(const RotaryParams& params, int sequence) {
+  __device__ static __forceinline__ int64_t offset(const RotaryParams& params, int sequence) {
     return params.offsets != nullptr ? params.offsets[sequence] : params.offset;
   }
 
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kThreads) rotary_kernel(const __grid_constant_
     if (head + i < params.num_heads) values[i] = rotary.load(x + i * params.x_head_stride);
   }
   if (inside && rotary.rotates()) {
-    const int64_t angles = int64_t{at.position} * (params.rotary_dim / 2);
+    const int64_t angles = at.position * (params.rotary_dim / 2);
     rotary.load_angles(static_cast<const Table*>(params.cos) + angles,
                        static_cast<const Table*>(params.sin) + angles, params.conjugate != 0 ? -1.0f : 1.0f);
   } else {
