@@ -6,6 +6,8 @@ Each argument is positional; shapes are those of the public function of the same
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -51,6 +53,11 @@ def varlen_fwd(
     ))  # fmt: skip
 
 
+def _like(given: Any, x: Any) -> Any:
+    """Return the given gradient of x or a new one; what is no tensor is left to the checks."""
+    return torch.empty_like(x) if given is None and isinstance(x, Tensor) else given
+
+
 def bwd(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor, dq: Tensor | None,
     dk: Tensor | None, dv: Tensor | None, alibi_slopes: Tensor | None, p_dropout: float, softmax_scale: float,
@@ -60,10 +67,12 @@ def bwd(
     """Return [dq, dk, dv, softmax_d]; written to the given gradients if there are some."""
     from flash_attn import _operations
 
-    return list(_operations.backward(
+    dq, dk, dv = _like(dq, q), _like(dk, k), _like(dv, v)
+    softmax_d = _operations.backward(
         dout, q, k, v, out, softmax_lse, dq, dk, dv, p_dropout, softmax_scale, is_causal, window_size_left,
-        window_size_right, softcap, alibi_slopes, rng_state,
-    ))  # fmt: skip
+        window_size_right, softcap, alibi_slopes, deterministic, rng_state,
+    )  # fmt: skip
+    return [dq, dk, dv, softmax_d]
 
 
 def varlen_bwd(
@@ -76,11 +85,13 @@ def varlen_bwd(
     """Return [dq, dk, dv, softmax_d]; written to the given gradients if there are some."""
     from flash_attn import _operations
 
-    return list(_operations.varlen_backward(
+    dq, dk, dv = _like(dq, q), _like(dk, k), _like(dv, v)
+    softmax_d = _operations.varlen_backward(
         dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
         p_dropout, softmax_scale, is_causal, window_size_left, window_size_right, softcap, alibi_slopes,
-        rng_state,
-    ))  # fmt: skip
+        deterministic, rng_state,
+    )  # fmt: skip
+    return [dq, dk, dv, softmax_d]
 
 
 def fwd_kvcache(

@@ -6,9 +6,14 @@ import argparse
 import os
 from pathlib import Path
 
+from benchmarks.settings import WORK
+
 SUMMARIES = {
     "forward": "speed beside torch's FlashAttention-2 and cuDNN",
+    "backward": "the same of dq, dk and dv",
+    "both": "the same of forward and backward",
     "decode": "one query token over a KV cache",
+    "rotary": "rotary embedding beside a copy",
     "host": "host time of one call",
     "memory": "peak GPU memory by sequence length",
     "build": "CPU seconds, memory and size of the last build",
@@ -16,13 +21,15 @@ SUMMARIES = {
 
 
 def parser() -> argparse.ArgumentParser:
-    from benchmarks import build, decode, forward, host, memory
+    from benchmarks import build, decode, host, memory, rotary, speed
 
-    modules = {"forward": forward, "decode": decode, "host": host, "memory": memory, "build": build}
+    modules = {"decode": decode, "rotary": rotary, "host": host, "memory": memory, "build": build}
+    modules |= dict.fromkeys(WORK, speed)
     top = argparse.ArgumentParser(prog="python -m benchmarks", description="Benchmarks of flash_attn.")
     commands = top.add_subparsers(dest="command", required=True)
-    for name, module in modules.items():
-        command = commands.add_parser(name, help=SUMMARIES[name], description=module.__doc__)
+    for name, summary in SUMMARIES.items():
+        module = modules[name]
+        command = commands.add_parser(name, help=summary, description=module.__doc__)
         command.add_argument(
             "--output", type=Path, default=Path("benchmarks/results"), help="folder for JSON, PNG"
         )

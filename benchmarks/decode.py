@@ -11,11 +11,12 @@ from itertools import product
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import report
-from benchmarks.providers import CUDNN, OURS, TORCH_FA2, Call, runnable, sdpa
+from benchmarks.providers import CUDNN, OURS, TORCH_FA2, Call, runnable
 from benchmarks.timing import cold_medians
 
 HEAD_DIM = 128
@@ -83,23 +84,37 @@ def ours(q: Tensor, k: Tensor, v: Tensor, num_splits: int = 0, page_size: int = 
     if page_size:
         k, v = (x.view(-1, page_size, *x.shape[2:]) for x in (k, v))
         table = torch.randperm(k.shape[0], device="cuda").int().view(batch, -1)
-    return Call(
-        lambda: flash_attn_with_kvcache(
-            q, k, v, cache_seqlens=lengths, block_table=table, num_splits=num_splits
+
+    def run() -> tuple[Tensor]:
+        return (
+            flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths, block_table=table, num_splits=num_splits),
         )
+
+    return Call(run)
+
+
+def theirs(q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend) -> Call:
+    """One of torch's kernels on transposed views of the same tensors."""
+    qt, kt, vt = (x.transpose(1, 2) for x in (q, k, v))
+    grouped = {"enable_gqa": True} if q.shape[2] != k.shape[2] else {}
+    return Call(
+        lambda: (F.scaled_dot_product_attention(qt, kt, vt, **grouped),),
+        lambda: sdpa_kernel(backend),
+        heads_first=True,
     )
 
 
 def check_agreement(calls: dict[str, Call]) -> None:
     """Compare our result with a peer's, by the relative Frobenius norm."""
-    expected = next((calls[name].result().float() for name in (CUDNN, TORCH_FA2) if name in calls), None)
-    if expected is None:
+    peer = next((name for name in (CUDNN, TORCH_FA2) if name in calls), None)
+    if peer is None:
         return
-    error = torch.linalg.vector_norm(calls[OURS].result().float() - expected) / torch.linalg.vector_norm(
-        expected
+    (out,), (expected,) = (calls[name].results() for name in (OURS, peer))
+    error = torch.linalg.vector_norm(out.float() - expected.float()) / torch.linalg.vector_norm(
+        expected.float()
     )
     if not error.item() < AGREEMENT:
-        raise AssertionError(f"{OURS} and its peer differ: relative error {error.item():.3g}")
+        raise AssertionError(f"{OURS} and {peer} differ: relative error {error.item():.3g}")
 
 
 def measure(problem: Problem, tensors: Tensors, splits: list[int], pages: bool) -> dict[str, float]:
@@ -108,8 +123,8 @@ def measure(problem: Problem, tensors: Tensors, splits: list[int], pages: bool) 
     calls = runnable(
         {
             OURS: ours(q, k, v),
-            TORCH_FA2: sdpa(q, k, v, False, SDPBackend.FLASH_ATTENTION),
-            CUDNN: sdpa(q, k, v, False, SDPBackend.CUDNN_ATTENTION),
+            TORCH_FA2: theirs(q, k, v, SDPBackend.FLASH_ATTENTION),
+            CUDNN: theirs(q, k, v, SDPBackend.CUDNN_ATTENTION),
         }
     )
     check_agreement(calls)

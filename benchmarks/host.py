@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 
 import torch
-from torch.nn.attention import SDPBackend
 
 from benchmarks import report
-from benchmarks.providers import CUDNN, OURS, TORCH_FA2, TORCH_SDPA, Call, ours, runnable, sdpa
+from benchmarks.providers import CUDNN, OURS, TORCH_FA2, TORCH_SDPA, Call, Problem, providers, runnable
 from benchmarks.timing import host_medians
 
 SHAPE = (1, 16, 2, 64)
@@ -20,18 +19,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def calls() -> dict[str, Call]:
     """Every provider on the same q, k, v of `SHAPE`, without gradients; torch's allocations for scale."""
-    q, k, v = (torch.randn(SHAPE, device="cuda", dtype=torch.bfloat16) for _ in range(3))
-    attention = {
-        OURS: ours(q, k, v, causal=True),
-        TORCH_SDPA: sdpa(q, k, v, causal=True),
-        TORCH_FA2: sdpa(q, k, v, True, SDPBackend.FLASH_ATTENTION),
-        CUDNN: sdpa(q, k, v, True, SDPBackend.CUDNN_ATTENTION),
-    }
-    empty = Call(lambda: torch.empty(SHAPE, device="cuda", dtype=torch.bfloat16))
+    q, k, v, dout = (torch.randn(SHAPE, device="cuda", dtype=torch.bfloat16) for _ in range(4))
+    problem, known = Problem(q, k, v, dout, causal=True), providers()
+    names = (OURS, TORCH_SDPA, TORCH_FA2, CUDNN)
     return {
-        **runnable(attention),
-        "torch.empty": empty,
-        "torch.empty_like": Call(lambda: torch.empty_like(q)),
+        **runnable({name: known[name].forward(problem) for name in names}),
+        "torch.empty": Call(lambda: (torch.empty(SHAPE, device="cuda", dtype=torch.bfloat16),)),
+        "torch.empty_like": Call(lambda: (torch.empty_like(q),)),
     }
 
 

@@ -1,64 +1,74 @@
-"""Peak GPU memory of one forward pass by sequence length, beside its outputs and standard attention."""
+"""Peak GPU memory by sequence length, beside standard attention and what must exist.
+
+Forward, then forward and backward, of one causal sequence in bf16. What is there before the call (q, k, v and
+the gradient of the output) is not counted.
+"""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks import report
-from benchmarks.providers import ours, standard_attention
+from benchmarks.providers import OURS, STANDARD, Call, Problem, providers
 from benchmarks.settings import SEQLENS
 
 NUM_HEADS = 16
 HEAD_DIM = 128
+BYTES = 2
 MIB = 2**20
+NEEDED = "needed"
+NAMES = (NEEDED, OURS, STANDARD)
+DIRECTIONS = ("forward", "both")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seqlens", type=int, nargs="+", default=SEQLENS)
 
 
-def peak_bytes(run: Callable[[], Tensor]) -> int | None:
-    """Peak of what `run` allocates on the current GPU beyond what was there; None if it does not fit."""
+def peak_bytes(call: Call) -> int | None:
+    """Peak of what a call allocates on the current GPU beyond what was there; None if it does not fit."""
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     try:
-        run()
+        call.run()
     except torch.OutOfMemoryError:
         return None
     return torch.cuda.max_memory_allocated() - before
 
 
-def output_bytes(seqlen: int) -> int:
-    """Size of out (bf16) and softmax_lse (fp32), for one sequence."""
-    return NUM_HEADS * seqlen * (HEAD_DIM * 2 + 4)
+def needed_bytes(seqlen: int, direction: str) -> int:
+    """Size of out and softmax_lse (fp32), and with a backward of dq, dk and dv as well."""
+    tensors = 1 if direction == "forward" else 4
+    return NUM_HEADS * seqlen * (HEAD_DIM * BYTES * tensors + 4)
 
 
-def measure(seqlen: int) -> dict[str, int | None]:
-    """Bytes for batch 1, causal, bf16."""
-    q, k, v = (
-        torch.randn(1, seqlen, NUM_HEADS, HEAD_DIM, device="cuda", dtype=torch.bfloat16) for _ in range(3)
-    )
-    return {
-        "seqlen": seqlen,
-        "outputs": output_bytes(seqlen),
-        "flash_attn": peak_bytes(ours(q, k, v, causal=True).run),
-        "standard": peak_bytes(lambda: standard_attention(q, k, v, causal=True)),
-    }
+def measure(seqlen: int) -> dict[str, Any]:
+    """Bytes by direction, then by what is measured."""
+    shape = 1, seqlen, NUM_HEADS, HEAD_DIM
+    tensors = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
+    problem, known = Problem(*tensors, causal=True), providers()
+    record: dict[str, Any] = {"seqlen": seqlen}
+    for direction in DIRECTIONS:
+        peaks = {name: peak_bytes(getattr(known[name], direction)(problem)) for name in (OURS, STANDARD)}
+        record[direction] = {NEEDED: needed_bytes(seqlen, direction), **peaks}
+    return record
 
 
 def run(args: argparse.Namespace) -> int:
     records = []
-    print(report.aligned(["seqlen", "out + lse", "flash_attn", "standard", "MiB"]))
+    print(report.aligned(["MiB", *DIRECTIONS[:1], "", "", *DIRECTIONS[1:], "", ""]))
+    print(report.aligned(["seqlen", *NAMES * len(DIRECTIONS)]), flush=True)
     for seqlen in args.seqlens:
-        record = measure(seqlen)
-        records.append(record)
-        sizes = [record[name] for name in ("outputs", "flash_attn", "standard")]
-        print(report.aligned([str(seqlen), *("no room" if n is None else f"{n / MIB:.2f}" for n in sizes)]))
-    report.write_json(args.output / "memory.json", report.environment(), records)
+        records.append(measure(seqlen))
+        sizes = [records[-1][direction][name] for direction in DIRECTIONS for name in NAMES]
+        texts = ["no room" if size is None else f"{size / MIB:.2f}" for size in sizes]
+        print(report.aligned([str(seqlen), *texts]), flush=True)
+    facts = report.environment()
+    report.write_json(args.output / "memory.json", facts, records)
+    report.plot_memory(args.output / "memory.png", records, facts)
     return 0

@@ -14,9 +14,24 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 OURS = "flash_attn"
+DETERMINISTIC = "deterministic"
 TORCH_FA2 = "torch FA2"
 CUDNN = "cuDNN"
 TORCH_SDPA = "torch SDPA"
+STANDARD = "standard"
+
+Context = Callable[[], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """q, k, v and the gradient of the output, all (batch, seqlen, num_heads, head_dim)."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    dout: Tensor
+    causal: bool
 
 
 @dataclass(frozen=True)
@@ -26,43 +41,96 @@ class Call:
     `run()` launches it once; `context()` picks torch's backend and is entered around it, untimed.
     """
 
-    run: Callable[[], Tensor]
-    context: Callable[[], AbstractContextManager[None]] = field(default=nullcontext)
+    run: Callable[[], tuple[Tensor, ...]]
+    context: Context = field(default=nullcontext)
     heads_first: bool = False
 
-    def result(self) -> Tensor:
-        """Launch once; return (batch, seqlen, num_heads, head_dim)."""
+    def results(self) -> tuple[Tensor, ...]:
+        """Launch once; return out, dq, dk, dv or those of them that `run` makes, heads after seqlen."""
         with self.context():
-            out = self.run()
-        return out.transpose(1, 2) if self.heads_first else out
+            made = self.run()
+        return tuple(x.transpose(1, 2) if self.heads_first else x for x in made)
 
 
-def ours(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Call:
-    """This project. q, k, v: (batch, seqlen, num_heads, head_dim), as for every provider here."""
+@dataclass(frozen=True)
+class Provider:
+    """`attend(q, k, v, causal)`, and its calls of one problem by what they compute.
+
+    Where `heads_first`, it takes transposed views of the problem's tensors, so that nobody pays for a copy.
+    """
+
+    attend: Callable[[Tensor, Tensor, Tensor, bool], Tensor]
+    context: Context = field(default=nullcontext)
+    heads_first: bool = False
+
+    def _view(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2) if self.heads_first else x
+
+    def _leaves(self, problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = (self._view(x).detach().requires_grad_() for x in (problem.q, problem.k, problem.v))
+        return q, k, v
+
+    def _call(self, run: Callable[[], tuple[Tensor, ...]]) -> Call:
+        return Call(run, self.context, self.heads_first)
+
+    def forward(self, problem: Problem) -> Call:
+        """The output, recording nothing for a backward."""
+        q, k, v = (self._view(x) for x in (problem.q, problem.k, problem.v))
+        return self._call(lambda: (self.attend(q, k, v, problem.causal),))
+
+    def backward(self, problem: Problem) -> Call:
+        """dq, dk and dv by autograd, from an output that the first run makes and all runs share."""
+        leaves, dout = self._leaves(problem), self._view(problem.dout)
+        output = cache(lambda: self.attend(*leaves, problem.causal))
+        return self._call(lambda: torch.autograd.grad(output(), leaves, dout, retain_graph=True))
+
+    def both(self, problem: Problem) -> Call:
+        """The output, then dq, dk and dv by autograd."""
+        leaves, dout = self._leaves(problem), self._view(problem.dout)
+
+        def run() -> tuple[Tensor, ...]:
+            out = self.attend(*leaves, problem.causal)
+            return out.detach(), *torch.autograd.grad(out, leaves, dout)
+
+        return self._call(run)
+
+
+def _ours(deterministic: bool) -> Provider:
     from flash_attn import flash_attn_func
 
-    return Call(lambda: flash_attn_func(q, k, v, causal=causal))
+    def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+        return flash_attn_func(q, k, v, causal=causal, deterministic=deterministic)
+
+    return Provider(attend)
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, backend: SDPBackend | None = None) -> Call:
-    """torch's attention on transposed views of the same tensors, so that nobody pays for a copy."""
-    qt, kt, vt = (x.transpose(1, 2) for x in (q, k, v))
-
-    grouped = {"enable_gqa": True} if q.shape[2] != k.shape[2] else {}
-
-    def run() -> Tensor:
-        return F.scaled_dot_product_attention(qt, kt, vt, is_causal=causal, **grouped)
+def _sdpa(backend: SDPBackend | None = None) -> Provider:
+    def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
     context = nullcontext if backend is None else lambda: sdpa_kernel(backend)
-    return Call(run, context, heads_first=True)
+    return Provider(attend, context, heads_first=True)
 
 
-def forward_calls(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> dict[str, Call]:
-    """The providers of the forward benchmark, ours first, all on the same tensors."""
+def standard_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """softmax(q k^T / sqrt(head_dim)) v in the inputs' dtype, with the whole score matrix in memory."""
+    qt, kt, vt = (x.transpose(1, 2) for x in (q, k, v))
+    scores = qt @ kt.transpose(-1, -2) / math.sqrt(q.shape[-1])
+    if causal:
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        scores.masked_fill_(hidden, float("-inf"))
+    return (scores.softmax(-1) @ vt).transpose(1, 2)
+
+
+def providers() -> dict[str, Provider]:
+    """Every provider by its name."""
     return {
-        OURS: ours(q, k, v, causal),
-        TORCH_FA2: sdpa(q, k, v, causal, SDPBackend.FLASH_ATTENTION),
-        CUDNN: sdpa(q, k, v, causal, SDPBackend.CUDNN_ATTENTION),
+        OURS: _ours(deterministic=False),
+        DETERMINISTIC: _ours(deterministic=True),
+        TORCH_FA2: _sdpa(SDPBackend.FLASH_ATTENTION),
+        CUDNN: _sdpa(SDPBackend.CUDNN_ATTENTION),
+        TORCH_SDPA: _sdpa(),
+        STANDARD: Provider(standard_attention),
     }
 
 
@@ -83,19 +151,9 @@ def runnable(calls: dict[str, Call]) -> dict[str, Call]:
             with call.context():
                 call.run()
         except RuntimeError as error:
-            if name == OURS:
+            if name in (OURS, DETERMINISTIC):
                 raise
             _report_dropped(name, str(error).strip().partition("\n")[0])
         else:
             kept[name] = call
     return kept
-
-
-def standard_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    """softmax(q k^T / sqrt(head_dim)) v in the inputs' dtype, with the whole score matrix in memory."""
-    qt, kt, vt = (x.transpose(1, 2) for x in (q, k, v))
-    scores = qt @ kt.transpose(-1, -2) / math.sqrt(q.shape[-1])
-    if causal:
-        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-        scores.masked_fill_(hidden, float("-inf"))
-    return (scores.softmax(-1) @ vt).transpose(1, 2)

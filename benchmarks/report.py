@@ -13,6 +13,8 @@ from typing import Any
 
 from benchmarks.settings import Setting
 
+DIRECTIONS = {"forward": "Forward", "backward": "Backward", "both": "Forward and backward"}
+
 
 @dataclass(frozen=True)
 class Row:
@@ -49,12 +51,12 @@ def ratios(rows: Iterable[Row], name: str, peer: str) -> list[float]:
 
 
 def titles(names: Sequence[str]) -> list[str]:
-    """Column titles of the forward table: setting, TFLOP/s by provider, ratio of the first to each peer."""
+    """Column titles of a table of speeds: setting, TFLOP/s by provider, ratio of the first to each peer."""
     return ["d", "mask", "s", *names, *(f"vs {peer}" for peer in names[1:])]
 
 
 def cells(row: Row, names: Sequence[str]) -> list[str]:
-    """One row of the forward table as text, in the order of `titles`; what is missing is a dash."""
+    """One row of a table of speeds as text, in the order of `titles`; what is missing is a dash."""
     setting = row.setting
     speeds = [f"{row.tflops[name]:.0f}" if name in row.tflops else "-" for name in names]
     against = [row.ratio(names[0], peer) for peer in names[1:]]
@@ -62,7 +64,7 @@ def cells(row: Row, names: Sequence[str]) -> list[str]:
     return [str(setting.head_dim), setting.mask, str(setting.seqlen), *speeds, *quotients]
 
 
-def aligned(cells: Sequence[str], width: int = 11) -> str:
+def aligned(cells: Sequence[str], width: int = 13) -> str:
     """Right-aligned columns for a terminal."""
     return "  ".join(cell.rjust(width) for cell in cells)
 
@@ -83,13 +85,17 @@ def summary(rows: Sequence[Row], names: Sequence[str]) -> list[str]:
     return sentences
 
 
+def _where(facts: Mapping[str, Any]) -> str:
+    return f"{facts['device']}, torch {facts['torch']}"
+
+
 def short_commit(commit: str) -> str:
     """Ten digits of a commit, and whether the tree differed from it."""
     return commit[:10] + ("-dirty" if commit.endswith("-dirty") else "")
 
 
 def markdown(rows: Sequence[Row], names: Sequence[str], facts: Mapping[str, Any]) -> str:
-    """The forward table with its circumstances, for the README; rows are head dim and mask, columns seqlens.
+    """The table of speeds with its circumstances, for the README: by head dim and mask, then seqlen.
 
     A cell has our TFLOP/s and in brackets the ratio to each peer.
     """
@@ -103,7 +109,8 @@ def markdown(rows: Sequence[Row], names: Sequence[str], facts: Mapping[str, Any]
     lines = [
         f"{facts['device']}, driver {facts['driver']}, torch {facts['torch']}, {facts['dtype']}, "
         f"kernel family {facts['family']}, {facts['date']}, commit {short_commit(facts['commit'])}. "
-        f"TFLOP/s by sequence length, in brackets our speed over that of {' and '.join(names[1:])}:",
+        f"{DIRECTIONS[facts['direction']]}, TFLOP/s by sequence length, in brackets our speed over that of "
+        f"{' and '.join(names[1:])}:",
         "",
         "| head dim, mask | " + " | ".join(map(str, seqlens)) + " |",
         "|---|" + "---|" * len(seqlens),
@@ -176,16 +183,31 @@ def _plot_panel(speed: Any, ratio: Any, rows: Sequence[Row], names: Sequence[str
     ratio.set_xticks(ticks, [str(tick) for tick in ticks])
 
 
-def plot_forward(path: Path, rows: Sequence[Row], names: Sequence[str], facts: Mapping[str, Any]) -> None:
-    """A PNG with one panel per mask (down) and head dim (across). Without matplotlib: says so and returns."""
+def _pyplot() -> Any:
+    """matplotlib's pyplot for files; None, and a line that says so, where it is not installed."""
     try:
         import matplotlib
     except ImportError:
         print("matplotlib is not installed: no plot")
-        return
+        return None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    return pyplot
+
+
+def _save(figure: Any, path: Path, pyplot: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    print(f"wrote {path}")
+
+
+def plot_speed(path: Path, rows: Sequence[Row], names: Sequence[str], facts: Mapping[str, Any]) -> None:
+    """A PNG with one panel per mask (down) and head dim (across). Without matplotlib: says so and returns."""
+    pyplot = _pyplot()
+    if pyplot is None:
+        return
     head_dims = sorted({row.setting.head_dim for row in rows})
     masks = list(dict.fromkeys(row.setting.mask for row in rows))
     figure, axes = pyplot.subplots(
@@ -198,8 +220,37 @@ def plot_forward(path: Path, rows: Sequence[Row], names: Sequence[str], facts: M
             if panel:
                 _plot_panel(axes[2 * i][j], axes[2 * i + 1][j], panel, names)
     axes[0][0].legend()
-    figure.suptitle(f"Forward, {facts['dtype']}, {facts['device']}, torch {facts['torch']}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-    print(f"wrote {path}")
+    figure.suptitle(f"{DIRECTIONS[facts['direction']]}, {facts['dtype']}, {_where(facts)}")
+    _save(figure, path, pyplot)
+
+
+def plot_memory(path: Path, records: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> None:
+    """A PNG with one panel per direction: peak MiB by sequence length. Without matplotlib as above.
+
+    A record has `seqlen` and for each direction the bytes by name, None where there was no room.
+    """
+    pyplot = _pyplot()
+    if pyplot is None:
+        return
+    directions = [key for key in records[0] if key in DIRECTIONS]
+    figure, axes = pyplot.subplots(
+        1,
+        len(directions),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+        figsize=(5 * len(directions), 4.5),
+    )
+    for axis, direction in zip(axes[0], directions, strict=True):
+        for name in records[0][direction]:
+            known = [(r["seqlen"], r[direction][name]) for r in records if r[direction][name] is not None]
+            style = {"linestyle": "--", "color": "gray"} if name == "needed" else {"marker": "o"}
+            axis.plot([n for n, _ in known], [size / 2**20 for _, size in known], label=name, **style)
+        axis.set(title=DIRECTIONS[direction], xlabel="seqlen", xscale="log", yscale="log")
+        ticks = [record["seqlen"] for record in records]
+        axis.set_xticks(ticks, [str(tick) for tick in ticks])
+        axis.minorticks_off()
+    axes[0][0].set_ylabel("peak MiB")
+    axes[0][0].legend()
+    figure.suptitle(f"Peak memory, {_where(facts)}")
+    _save(figure, path, pyplot)

@@ -10,6 +10,8 @@ TOTAL_TOKENS = 16384
 MODEL_DIM = 2048
 HEAD_DIMS = (64, 128, 256)
 MASKS = ("full", "causal")
+WORK = {"forward": 1.0, "backward": 2.5, "both": 3.5}
+"""FLOPs of each direction over those of the forward: the backward has five matrix products to its two."""
 SEQLENS = (512, 1024, 2048, 4096, 8192, 16384)
 
 
@@ -44,12 +46,12 @@ class Setting:
         dense = 4 * self.batch * self.num_heads * self.seqlen**2 * self.head_dim
         return dense // 2 if self.causal else dense
 
-    def tflops(self, milliseconds: float) -> float:
-        """The speed, in TFLOP/s, of a forward pass that took `milliseconds`."""
-        return self.forward_flops / milliseconds * 1e-9
+    def tflops(self, milliseconds: float, direction: str) -> float:
+        """The speed, in TFLOP/s, of a pass in a direction of `WORK` that took `milliseconds`."""
+        return WORK[direction] * self.forward_flops / milliseconds * 1e-9
 
 
-def forward_settings(
+def all_settings(
     head_dims: Sequence[int] = HEAD_DIMS,
     masks: Sequence[str] = MASKS,
     seqlens: Sequence[int] = SEQLENS,

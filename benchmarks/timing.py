@@ -92,9 +92,7 @@ def _graph(call: Call) -> torch.cuda.CUDAGraph:
 def cold_medians(calls: Mapping[str, Call], rounds: int = 25) -> dict[str, float]:
     """Median device time of each call in milliseconds, replayed as a CUDA graph with nothing of it in L2."""
     graphs = {name: _graph(call) for name, call in calls.items()}
-    flush = torch.empty(
-        torch.cuda.get_device_properties().L2_cache_size, dtype=torch.float32, device="cuda"
-    )
+    flush = torch.empty(torch.cuda.get_device_properties().L2_cache_size, dtype=torch.float32, device="cuda")
 
     replays = {name: Call(graph.replay) for name, graph in graphs.items()}
     _enqueue_rounds(replays, 2, flush)

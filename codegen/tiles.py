@@ -40,11 +40,11 @@ FORWARD_TILES: Table = {
 
 BACKWARD_TILES: Table = {
     "sm80": {
-        32: {"default": BackwardTile(64, 128, 4, 2, 2), "roomy": BackwardTile(64, 128, 4, 3, 2)},
+        32: {"default": BackwardTile(64, 128, 4, 2, 2)},
         64: {"default": BackwardTile(32, 128, 4, 2, 2), "roomy": BackwardTile(64, 128, 4, 2, 2)},
         96: {"default": BackwardTile(64, 128, 8, 1, 2)},
         128: {"default": BackwardTile(64, 128, 8, 1, 2)},
-        192: {"default": BackwardTile(32, 64, 8, 1, 2)},
+        192: {"default": BackwardTile(64, 64, 8, 1, 2)},
         256: {"default": BackwardTile(32, 64, 8, 1, 2)},
     },
     "sm86": {
@@ -56,7 +56,7 @@ BACKWARD_TILES: Table = {
         256: {"default": BackwardTile(32, 32, 4, 1, 1)},
     },
     "sm90": {
-        32: {"default": BackwardTile(64, 128, 4, 3, 2)},
+        32: {"default": BackwardTile(64, 128, 4, 2, 2)},
         64: {"default": BackwardTile(64, 128, 4, 2, 2)},
         96: {"default": BackwardTile(64, 128, 8, 1, 2)},
         128: {"default": BackwardTile(64, 128, 8, 1, 2)},

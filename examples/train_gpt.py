@@ -205,7 +205,7 @@ def obstacle(name: str, args: argparse.Namespace) -> str | None:
     q, k, v = (torch.zeros(shape, dtype=dtype, device=device, requires_grad=True) for _ in range(3))
     try:
         ATTENTIONS[name](q, k, v, batch).sum().backward()
-    except RuntimeError as error:  # NotImplementedError is one
+    except RuntimeError as error:  # a GPU or a build that has no kernel for it
         return " ".join(str(error).split())
     return None
 

@@ -1,35 +1,67 @@
-"""Autograd of attention: saves q, k, v, out and the LSE, and recomputes the probabilities in backward."""
+"""Autograd of attention: saves the inputs, the output and the LSE, and recomputes the probabilities."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from flash_attn import _custom_ops as ops
-from flash_attn._layout import maybe_contiguous
-from flash_attn._operations import refuse_gradient
-from flash_attn._validation import QKV, Labels
 
 Gradients = tuple[Tensor | None, ...]
 
 
-def gradient_needed(q: Tensor, k: Tensor, v: Tensor, labels: Labels = QKV) -> bool:
+def must_record(inputs: Sequence[Tensor]) -> bool:
     """Return whether autograd must record the call. Arguments that are no tensors are left to the checks.
 
     Raises:
-        NotImplementedError: it must, and the tensors are on CUDA, where there is no backward yet.
+        NotImplementedError: an input carries a tangent, of which the kernels would know nothing.
     """
     try:
-        needed = (q.requires_grad or k.requires_grad or v.requires_grad) and torch.is_grad_enabled()
+        needed = torch.is_grad_enabled() and any([x.requires_grad for x in inputs])
     except AttributeError:
         return False
-    if not needed:
-        return False
-    refuse_gradient(*zip(labels, (q, k, v), strict=True))
-    return True
+    if getattr(forward_ad, "_current_level", -1) >= 0:
+        _refuse_tangents(inputs)
+    return needed
+
+
+def _refuse_tangents(inputs: Sequence[Tensor]) -> None:
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in inputs):
+        raise NotImplementedError("flash_attn has no forward-mode derivative: take gradients in reverse mode")
+
+
+def split(inputs: Sequence[Any]) -> tuple[Any, ...]:
+    """Return q, k, v of (q, k, v), (q, kv) or (qkv,), the latter packed in the last dimension but two.
+
+    A packed entry of None stands for that many of them.
+    """
+    *unpacked, last = inputs
+    parts = 3 - len(unpacked)
+    if parts == 1:
+        return tuple(inputs)
+    return (*unpacked, *((None,) * parts if last is None else last.unbind(-3)))
+
+
+def record(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """Apply an autograd function. torch.compile takes no tensor twice: views stand in for repeated ones."""
+    if torch.compiler.is_compiling():
+        distinct: list[Any] = []
+        for x in arguments:
+            repeated = isinstance(x, Tensor) and any([x is y for y in distinct])
+            distinct.append(x.view_as(x) if repeated else x)
+        arguments = tuple(distinct)
+    return function.apply(*arguments)
+
+
+def _buffers(inputs: Sequence[Tensor], needed: Sequence[bool]) -> tuple[list[Tensor | None], Gradients]:
+    """Return unset gradients of the inputs that need one, and their parts dq, dk and dv."""
+    gradients = [torch.empty_like(x) if need else None for x, need in zip(inputs, needed, strict=True)]
+    return gradients, split(gradients)
 
 
 def _function(name: str, q: Tensor) -> Any:
@@ -38,17 +70,17 @@ def _function(name: str, q: Tensor) -> Any:
 
 
 class FlashAttention(torch.autograd.Function):
-    """q (b, sq, h, d), k (b, sk, hk, d), v (b, sk, hk, dv) -> (out, softmax_lse, S_dmask).
+    """`inputs` as `split` takes them, of fixed length -> (out, softmax_lse, S_dmask).
 
     `scoring` is (dropout_p, softmax_scale, causal, window_left, window_right, softcap).
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, scoring: tuple,
-                deterministic: bool, return_softmax: bool) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        run = _function("_flash_attn_forward", q)
-        out, lse, probs, rng_state = run(q, k, v, *scoring, slopes, return_softmax)
-        ctx.save_for_backward(q, k, v, out, lse, rng_state, slopes)
+    def forward(ctx: Any, slopes: Tensor | None, scoring: tuple, deterministic: bool, return_softmax: bool,
+                *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        run = _function("_flash_attn_forward", inputs[0])
+        out, lse, probs, rng_state = run(*split(inputs), *scoring, slopes, return_softmax)
+        ctx.save_for_backward(out, lse, rng_state, slopes, *inputs)
         ctx.scoring, ctx.deterministic = scoring, deterministic
         ctx.mark_non_differentiable(lse, probs)
         return out, lse, probs
@@ -56,28 +88,26 @@ class FlashAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor, *unused: Tensor) -> Gradients:
-        q, k, v, out, lse, rng_state, slopes = ctx.saved_tensors
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        run = _function("_flash_attn_backward", q)
-        run(
-            maybe_contiguous(dout), q, k, v, out, lse, dq, dk, dv, *ctx.scoring, slopes, ctx.deterministic,
-            rng_state,
-        )  # fmt: skip
-        return dq, dk, dv, None, None, None, None
+        out, lse, rng_state, slopes, *inputs = ctx.saved_tensors
+        gradients, parts = _buffers(inputs, ctx.needs_input_grad[-len(inputs) :])
+        run = _function("_flash_attn_backward", inputs[0])
+        run(dout, *split(inputs), out, lse, *parts, *ctx.scoring, slopes, ctx.deterministic, rng_state)
+        return None, None, None, None, *gradients
 
 
 class VarlenFlashAttention(torch.autograd.Function):
-    """Packed q (total_q, h, d), k (total_k, hk, d), v (total_k, hk, dv) -> as above, as is `scoring`."""
+    """The same of sequences packed end to end."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
-                max_seqlen_q: int, max_seqlen_k: int, slopes: Tensor | None, scoring: tuple,
-                deterministic: bool, return_softmax: bool) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        run = _function("_flash_attn_varlen_forward", q)
+    def forward(ctx: Any, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
+                slopes: Tensor | None, scoring: tuple, deterministic: bool, return_softmax: bool,
+                *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        run = _function("_flash_attn_varlen_forward", inputs[0])
         out, lse, probs, rng_state = run(
-            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *scoring, slopes, return_softmax
+            *split(inputs), cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *scoring, slopes,
+            return_softmax,
         )  # fmt: skip
-        ctx.save_for_backward(q, k, v, out, lse, rng_state, slopes, cu_seqlens_q, cu_seqlens_k)
+        ctx.save_for_backward(out, lse, rng_state, slopes, cu_seqlens_q, cu_seqlens_k, *inputs)
         ctx.max_seqlens, ctx.scoring, ctx.deterministic = (max_seqlen_q, max_seqlen_k), scoring, deterministic
         ctx.mark_non_differentiable(lse, probs)
         return out, lse, probs
@@ -85,11 +115,11 @@ class VarlenFlashAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor, *unused: Tensor) -> Gradients:
-        q, k, v, out, lse, rng_state, slopes, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        run = _function("_flash_attn_varlen_backward", q)
+        out, lse, rng_state, slopes, cu_seqlens_q, cu_seqlens_k, *inputs = ctx.saved_tensors
+        gradients, parts = _buffers(inputs, ctx.needs_input_grad[-len(inputs) :])
+        run = _function("_flash_attn_varlen_backward", inputs[0])
         run(
-            maybe_contiguous(dout), q, k, v, out, lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k,
-            *ctx.max_seqlens, *ctx.scoring, slopes, ctx.deterministic, rng_state,
+            dout, *split(inputs), out, lse, *parts, cu_seqlens_q, cu_seqlens_k, *ctx.max_seqlens,
+            *ctx.scoring, slopes, ctx.deterministic, rng_state,
         )  # fmt: skip
-        return dq, dk, dv, *(None,) * 8
+        return *(None,) * 8, *gradients

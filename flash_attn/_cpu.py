@@ -6,19 +6,28 @@ Half types are computed in fp32, fp32 and fp64 in themselves. Arguments come val
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import inf
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from flash_attn._layout import empty_out, lse_dtype, probs_shape, softmax_d_shape, varlen_softmax_d_shape
+from flash_attn._layout import empty_out, empty_softmax_d, lse_dtype, probs_shape
 from flash_attn._philox import keep_mask, new_rng_state
-from flash_attn._validation import Scoring, Shapes
+from flash_attn._validation import Gradients, Scoring, Shapes
 
 SCORES_AT_ONCE = 2**21
 Outputs = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def undisturbed(function: Function) -> Function:
+    """Decorate what computes: outside autograd, and in the types it chose whatever autocast says."""
+    return torch.no_grad()(torch.autocast("cpu", enabled=False)(function))
 
 
 @dataclass(frozen=True)
@@ -164,13 +173,15 @@ def attend(
 
 
 def attend_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dq: Tensor, dk: Tensor,
-    dv: Tensor, softmax_d: Tensor, scoring: Scoring, first_batch: int = 0, rng_state: Tensor | None = None,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, gradients: Gradients,
+    softmax_d: Tensor, scoring: Scoring, first_batch: int = 0, rng_state: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Write dq, dk, dv and D = rowsum(dO * O), given as (b, h, sq) (FlashAttention-2, section 3.1.2).
+    """Write dq, dk, dv, those that are not None, and D = rowsum(dO * O), given as (b, h, sq).
 
-    P is recomputed from the LSE, which may be that of more keys than these (a ring of devices, say).
+    As in FlashAttention-2, section 3.1.2. P is recomputed from the LSE, which may be that of more keys than
+    these (a ring of devices, say).
     """
+    dq, dk, dv = gradients
     for part, chunk in _chunks(q, k, v, scoring, first_batch):
         do = _heads_first(dout[part])
         delta = (do * _heads_first(out[part])).sum(-1)
@@ -178,27 +189,35 @@ def attend_backward(
         dk_sum, dv_sum = torch.zeros_like(chunk.k), torch.zeros_like(chunk.v)
         for rows, cols in chunk.tiles():
             at, seen = _slice(rows), _slice(cols)
-            if not cols:
+            if dq is not None and not cols:
                 dq[part, at] = 0.0
+            if not cols or dq is dk is dv is None:
                 continue
             scores, tanh = chunk.scores(rows, cols)
             p = (scores - lse[part, :, at, None]).exp_()
             do_rows = chunk.grouped(do[:, :, at])
-            dp = (do_rows @ chunk.v[:, :, seen].mT).view_as(p)
-            p_kept = p
+            keep = None
             if rng_state is not None:
                 keep = chunk.keep(rng_state, rows, cols) / (1.0 - scoring.dropout_p)
-                p_kept, dp = p * keep, dp * keep
-            dv_sum[:, :, seen] += chunk.grouped(p_kept).mT @ do_rows
+            if dv is not None:
+                dv_sum[:, :, seen] += chunk.grouped(p if keep is None else p * keep).mT @ do_rows
+            if dq is dk is None:
+                continue
+            dp = (do_rows @ chunk.v[:, :, seen].mT).view_as(p)
+            if keep is not None:
+                dp *= keep
             ds = (dp - delta[:, :, at, None]).mul_(p).mul_(scoring.softmax_scale)
             if tanh is not None:
                 ds *= 1.0 - tanh.square()
             ds = chunk.grouped(ds)
-            dk_sum[:, :, seen] += ds.mT @ chunk.grouped(chunk.q[:, :, at])
-            dq_rows = (ds @ chunk.k[:, :, seen]).view(*p.shape[:3], q.shape[-1])
-            dq[part, at] = dq_rows.transpose(1, 2).to(dq.dtype)
-        dk[part] = dk_sum.transpose(1, 2).to(dk.dtype)
-        dv[part] = dv_sum.transpose(1, 2).to(dv.dtype)
+            if dk is not None:
+                dk_sum[:, :, seen] += ds.mT @ chunk.grouped(chunk.q[:, :, at])
+            if dq is not None:
+                dq_rows = (ds @ chunk.k[:, :, seen]).view(*p.shape[:3], q.shape[-1])
+                dq[part, at] = dq_rows.transpose(1, 2).to(dq.dtype)
+        for target, total in ((dk, dk_sum), (dv, dv_sum)):
+            if target is not None:
+                target[part] = total.transpose(1, 2).to(target.dtype)
 
 
 def _dropout_buffers(
@@ -212,7 +231,7 @@ def _dropout_buffers(
     return probs, new_rng_state(q.device, generator)
 
 
-@torch.no_grad()
+@undisturbed
 def forward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, shapes: Shapes, scoring: Scoring,
     return_softmax: bool, generator: torch.Generator | None,
@@ -227,15 +246,15 @@ def forward(
     return out, lse, probs, rng_state
 
 
-@torch.no_grad()
+@undisturbed
 def backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dq: Tensor, dk: Tensor,
-    dv: Tensor, scoring: Scoring, rng_state: Tensor | None,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, gradients: Gradients,
+    scoring: Scoring, deterministic: bool, rng_state: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """Write dq, dk, dv; return softmax_d (b, h, sq rounded up to 128), zero past sq."""
-    softmax_d = torch.zeros(softmax_d_shape(q), dtype=lse_dtype(q.dtype), device=q.device)
+    """Write dq, dk, dv, those that are not None, always deterministic; return softmax_d, zero past sq."""
+    softmax_d = empty_softmax_d(q).zero_()
     d_rows = softmax_d[:, :, : q.shape[1]]
-    attend_backward(dout, q, k, v, out, lse, dq, dk, dv, d_rows, scoring, 0, rng_state)
+    attend_backward(dout, q, k, v, out, lse, gradients, d_rows, scoring, 0, rng_state)
     return softmax_d
 
 
@@ -245,7 +264,7 @@ def gather_pages(pages: Tensor, blocks: Tensor, length: int) -> Tensor:
     return pages[used].flatten(0, 1)[:length].unsqueeze(0)
 
 
-@torch.no_grad()
+@undisturbed
 def varlen_forward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, shapes: Shapes, scoring: Scoring,
     cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
@@ -274,23 +293,29 @@ def varlen_forward(
     return out, lse, probs, rng_state
 
 
-@torch.no_grad()
+def _only(x: Tensor | None, rows: slice) -> Tensor | None:
+    """Return rows of a packed tensor as a batch of one; None stays None."""
+    return None if x is None else x[None, rows]
+
+
+@undisturbed
 def varlen_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dq: Tensor, dk: Tensor,
-    dv: Tensor, scoring: Scoring, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, rng_state: Tensor | None,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, gradients: Gradients,
+    scoring: Scoring, deterministic: bool, rng_state: Tensor | None, cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
 ) -> Tensor:  # fmt: skip
-    """Write dq, dk, dv, zero outside the sequences; return softmax_d (h, total_q + 128 b)."""
+    """Write dq, dk, dv, those that are not None, zero outside the sequences; return softmax_d."""
     q_bounds, k_bounds = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    batch = len(q_bounds) - 1
-    shape = varlen_softmax_d_shape(q, batch)
-    softmax_d = torch.zeros(shape, dtype=lse_dtype(q.dtype), device=q.device)
-    for gradient in (dq, dk, dv):
-        gradient.zero_()
+    batch, (dq, dk, dv) = len(q_bounds) - 1, gradients
+    softmax_d = empty_softmax_d(q, batch).zero_()
+    for gradient in gradients:
+        if gradient is not None:
+            gradient.zero_()
     for b in range(batch):
         rows, cols = slice(q_bounds[b], q_bounds[b + 1]), slice(k_bounds[b], k_bounds[b + 1])
+        of_sequence = _only(dq, rows), _only(dk, cols), _only(dv, cols)
         attend_backward(
             dout[None, rows], q[None, rows], k[None, cols], v[None, cols], out[None, rows],
-            lse[None, :, rows], dq[None, rows], dk[None, cols], dv[None, cols], softmax_d[None, :, rows],
-            scoring, b, rng_state,
+            lse[None, :, rows], of_sequence, softmax_d[None, :, rows], scoring, b, rng_state,
         )  # fmt: skip
     return softmax_d

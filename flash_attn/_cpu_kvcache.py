@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flash_attn._cpu import attend, gather_pages
+from flash_attn._cpu import attend, gather_pages, undisturbed
 from flash_attn._layout import empty_out, lse_dtype
 from flash_attn._validation import Scoring
 from flash_attn.layers.rotary import rotate
@@ -71,7 +71,7 @@ class Rotary(NamedTuple):
         return rotate(x, self.cos[positions], self.sin[positions], self.interleaved)
 
 
-@torch.no_grad()
+@undisturbed
 def forward_kvcache(
     q: Tensor, cache: Cache, k: Tensor | None, v: Tensor | None, rotary: Rotary | None, scoring: Scoring,
     out: Tensor | None,

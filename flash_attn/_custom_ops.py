@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flash_attn import _operations
-from flash_attn._layout import empty_out, lse_dtype, probs_shape, softmax_d_shape, varlen_softmax_d_shape
+from flash_attn._layout import empty_out, empty_softmax_d, lse_dtype, probs_shape
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -96,11 +96,14 @@ def _flash_attn_backward(
     window_size_left: int, window_size_right: int, softcap: float, alibi_slopes: Tensor | None,
     deterministic: bool, rng_state: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Write the gradients into dq, dk, dv; return softmax_d (b, h, sq rounded up to 128) fp32."""
+    """Write dq, dk, dv, those that are not None; return softmax_d (b, h, sq rounded up to 128) fp32.
+
+    softmax_d is rowsum(dO * O) of each query, zero past sq. `deterministic` adds dq up in a fixed order.
+    """
     return _operations.backward(
         dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal, window_size_left,
-        window_size_right, softcap, alibi_slopes, rng_state,
-    )[3]  # fmt: skip
+        window_size_right, softcap, alibi_slopes, deterministic, rng_state,
+    )  # fmt: skip
 
 
 def _flash_attn_varlen_backward(
@@ -110,12 +113,15 @@ def _flash_attn_varlen_backward(
     window_size_right: int, softcap: float, alibi_slopes: Tensor | None, deterministic: bool,
     rng_state: Tensor | None = None, zero_tensors: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Write the gradients into dq, dk, dv, zero past the sequences; return softmax_d (h, total_q + 128 b)."""
+    """Write dq, dk, dv, those that are not None, zero past the sequences; return softmax_d.
+
+    softmax_d (h, total_q + 128 b) is fp32, its layout the backend's own.
+    """
     return _operations.varlen_backward(
         dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
         dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes,
-        rng_state,
-    )[3]  # fmt: skip
+        deterministic, rng_state,
+    )  # fmt: skip
 
 
 def _fake_outputs(
@@ -144,12 +150,11 @@ def _fake_varlen_forward(
 
 
 def _fake_backward(dout, q, *unused, **unused_named):
-    return q.new_empty(softmax_d_shape(q), dtype=lse_dtype(q.dtype))
+    return empty_softmax_d(q)
 
 
 def _fake_varlen_backward(dout, q, k, v, out, lse, dq, dk, dv, cu_seqlens_q, *unused, **unused_named):
-    batch = cu_seqlens_q.shape[0] - 1
-    return q.new_empty(varlen_softmax_d_shape(q, batch), dtype=lse_dtype(q.dtype))
+    return empty_softmax_d(q, cu_seqlens_q.shape[0] - 1)
 
 
 def _register(function: Callable[..., Any], fake: Callable[..., Any]) -> Any:

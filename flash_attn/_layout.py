@@ -41,12 +41,47 @@ def probs_shape(batch: int, num_heads: int, seqlen_q: int, seqlen_k: int) -> tup
     return batch, num_heads, round_multiple(seqlen_q, PROBS_BLOCK), round_multiple(seqlen_k, PROBS_BLOCK)
 
 
-def softmax_d_shape(q: Tensor) -> tuple[int, ...]:
-    """Return the shape of softmax_d for q (b, s, h, d): rows rounded up to 128."""
-    batch, seqlen_q, num_heads, _ = q.shape
-    return batch, num_heads, round_multiple(seqlen_q, PROBS_BLOCK)
+def overlap(x: Tensor, y: Tensor) -> bool:
+    """Return whether two tensors of one dtype have an element of memory in common.
+
+    Parts of a packed tensor have none, although they lie between one another.
+    """
+    if x.untyped_storage().data_ptr() != y.untyped_storage().data_ptr() or not (x.numel() and y.numel()):
+        return False
+    ranges: dict[int, tuple[int, int]] = {}
+    for tensor, sign in ((x, 1), (y, -1)):
+        for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+            low, high = ranges.get(stride, (0, 0))
+            ranges[stride] = low + min(0, sign * (size - 1)), high + max(0, sign * (size - 1))
+    steps = [(stride, *ranges[stride]) for stride in sorted(ranges, reverse=True)]
+    return _reaches(int(y.storage_offset() - x.storage_offset()), steps)
 
 
-def varlen_softmax_d_shape(q: Tensor, batch: int) -> tuple[int, int]:
-    """Return the shape of softmax_d for q (total, h, d): room for every sequence to be padded to 128."""
-    return q.shape[1], q.shape[0] + PROBS_BLOCK * batch
+def _reaches(distance: int, steps: list[tuple[int, int, int]]) -> bool:
+    """Return whether strides, each times a number of its range (stride, low, high), can add up to `distance`.
+
+    The strides decrease, so that where they nest there are one or two numbers of each to try.
+    """
+    if not steps:
+        return distance == 0
+    (stride, low, high), *finer = steps
+    if stride == 0:
+        return _reaches(distance, finer)
+    least, most = (sum(step[0] * step[i] for step in finer) for i in (1, 2))
+    first, last = max(low, -((most - distance) // stride)), min(high, (distance - least) // stride)
+    return any(_reaches(distance - n * stride, finer) for n in range(first, last + 1))
+
+
+def empty_softmax_d(q: Tensor, batch: int | None = None) -> Tensor:
+    """Allocate softmax_d for q (b, s, h, d), or for q (total, h, d) of `batch` packed sequences.
+
+    It is (b, h, s rounded up to 128), or (h, total + 128 * batch): room for every sequence to be padded to
+    128. Either way memory for whole blocks of 128 rows lies behind each head.
+    """
+    dtype = lse_dtype(q.dtype)
+    if batch is None:
+        batch, seqlen_q, num_heads, _ = q.shape
+        return q.new_empty((batch, num_heads, round_multiple(seqlen_q, PROBS_BLOCK)), dtype=dtype)
+    total_q, num_heads, _ = q.shape
+    rows = total_q + PROBS_BLOCK * batch
+    return q.new_empty((num_heads, round_multiple(rows, PROBS_BLOCK)), dtype=dtype)[:, :rows]

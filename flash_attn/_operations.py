@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from flash_attn import _cpu, _cuda, _cuda_kvcache
+from flash_attn import _cpu, _cuda, _cuda_backward, _cuda_kvcache
 from flash_attn import _validation as check
 
 Outputs = tuple[Tensor, Any, Tensor | None, Tensor | None]
@@ -20,17 +20,6 @@ Outputs = tuple[Tensor, Any, Tensor | None, Tensor | None]
 def not_on_cuda(what: str) -> NoReturn:
     """Say what CUDA cannot do yet and what can."""
     raise NotImplementedError(f"{what} is not implemented on CUDA yet; the CPU backend has it")
-
-
-def refuse_gradient(*named: tuple[str, Tensor]) -> None:
-    """Refuse CUDA tensors that require grad: there is no backward on CUDA yet.
-
-    Raises:
-        NotImplementedError: naming the first such tensor.
-    """
-    for name, x in named:
-        if getattr(x, "is_cuda", False) and x.requires_grad:
-            not_on_cuda(f"{name} requires grad, but the backward")
 
 
 def forward(
@@ -141,46 +130,48 @@ def varlen_forward(
     )  # fmt: skip
 
 
-def _gradient(given: Tensor | None, name: str, like: Tensor, like_name: str) -> Tensor:
-    """Return the caller's buffer for a gradient once checked, or a new one."""
-    if given is None:
-        return torch.empty_like(like)
-    check.check_like(given, name, like, like_name)
-    return given
+def _check_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor,
+    lse_shape: tuple[int, ...], gradients: check.Gradients, rng_state: Tensor | None, dropout_p: float,
+) -> Tensor | None:  # fmt: skip
+    """Check what only a backward is given; return the rng_state if it is used."""
+    check.check_output(dout, "dout", q, v.shape)
+    check.check_output(out, "out", q, v.shape)
+    check.check_lse(softmax_lse, lse_shape, q)
+    check.check_gradients(gradients, (q, k, v))
+    return check.check_rng_state(rng_state, q) if dropout_p else None
 
 
 def backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor, dq: Tensor | None,
     dk: Tensor | None, dv: Tensor | None, dropout_p: float, softmax_scale: float | None, causal: bool,
-    window_left: int, window_right: int, softcap: float, alibi_slopes: Tensor | None,
+    window_left: int, window_right: int, softcap: float, alibi_slopes: Tensor | None, deterministic: bool,
     rng_state: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return (dq, dk, dv, softmax_d), written into the given buffers if there are some."""
-    (batch, seqlen_q, num_heads, head_dim), (_, seqlen_k, _, _), v_shape = check.check_qkv(q, k, v, 4, 4)
+) -> Tensor:  # fmt: skip
+    """Write dq, dk and dv, those that are not None; return softmax_d."""
+    (batch, seqlen_q, num_heads, head_dim), (_, seqlen_k, _, _), _ = check.check_qkv(q, k, v, 4, 4)
     check.check_batch(k, batch)
     scoring = check.check_scoring(
         q, head_dim, batch, seqlen_q, seqlen_k, dropout_p, softmax_scale, causal, window_left, window_right,
         softcap, alibi_slopes,
     )  # fmt: skip
-    check.check_output(dout, "dout", q, v_shape)
-    check.check_output(out, "out", q, v_shape)
-    check.check_lse(softmax_lse, (batch, num_heads, seqlen_q), q)
-    check.check_rng_state(rng_state, scoring.dropout_p)
-    dq, dk, dv = _gradient(dq, "dq", q, "q"), _gradient(dk, "dk", k, "k"), _gradient(dv, "dv", v, "v")
-    if q.is_cuda:
-        not_on_cuda("the backward")
-    state = rng_state if scoring.dropout_p else None
-    return dq, dk, dv, _cpu.backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, scoring, state)
+    gradients, lse_shape = (dq, dk, dv), (batch, num_heads, seqlen_q)
+    state = _check_backward(
+        dout, q, k, v, out, softmax_lse, lse_shape, gradients, rng_state, scoring.dropout_p
+    )  # fmt: skip
+    run = _cuda_backward.backward if q.is_cuda else _cpu.backward
+    return run(dout, q, k, v, out, softmax_lse, gradients, scoring, bool(deterministic), state)
 
 
 def varlen_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor, dq: Tensor | None,
     dk: Tensor | None, dv: Tensor | None, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
     max_seqlen_k: int, dropout_p: float, softmax_scale: float | None, causal: bool, window_left: int,
-    window_right: int, softcap: float, alibi_slopes: Tensor | None, rng_state: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return (dq, dk, dv, softmax_d), written into the given buffers if any; zero past the sequences."""
-    (total_q, num_heads, head_dim), (total_k, _, _), v_shape = check.check_qkv(q, k, v, 3, 3)
+    window_right: int, softcap: float, alibi_slopes: Tensor | None, deterministic: bool,
+    rng_state: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Write dq, dk and dv, those that are not None, zero past the sequences; return softmax_d."""
+    (total_q, num_heads, head_dim), (total_k, _, _), _ = check.check_qkv(q, k, v, 3, 3)
     batch, max_seqlen_q, max_seqlen_k = _check_varlen(
         q, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, total_k
     )  # fmt: skip
@@ -188,15 +179,12 @@ def varlen_backward(
         q, head_dim, batch, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, window_left,
         window_right, softcap, alibi_slopes,
     )  # fmt: skip
-    check.check_output(dout, "dout", q, v_shape)
-    check.check_output(out, "out", q, v_shape)
-    check.check_lse(softmax_lse, (num_heads, total_q), q)
-    check.check_rng_state(rng_state, scoring.dropout_p)
-    dq, dk, dv = _gradient(dq, "dq", q, "q"), _gradient(dk, "dk", k, "k"), _gradient(dv, "dv", v, "v")
-    if q.is_cuda:
-        not_on_cuda("the backward")
-    state = rng_state if scoring.dropout_p else None
-    softmax_d = _cpu.varlen_backward(
-        dout, q, k, v, out, softmax_lse, dq, dk, dv, scoring, cu_seqlens_q, cu_seqlens_k, state
+    gradients, lse_shape = (dq, dk, dv), (num_heads, total_q)
+    state = _check_backward(
+        dout, q, k, v, out, softmax_lse, lse_shape, gradients, rng_state, scoring.dropout_p
     )  # fmt: skip
-    return dq, dk, dv, softmax_d
+    run = _cuda_backward.varlen_backward if q.is_cuda else _cpu.varlen_backward
+    return run(
+        dout, q, k, v, out, softmax_lse, gradients, scoring, bool(deterministic), state, cu_seqlens_q,
+        cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+    )  # fmt: skip

@@ -8,11 +8,13 @@ device tensors are checked on CPU only, where reading them costs no synchronisat
 from __future__ import annotations
 
 import operator
-from itertools import pairwise
+from itertools import combinations, pairwise
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
+
+from flash_attn._layout import overlap
 
 MAX_HEAD_DIM = 256
 MAX_SEQLEN = 2**31 - 128  # int32, also when rounded up to 128
@@ -24,7 +26,9 @@ CUDA_DTYPES = frozenset({torch.float16, torch.bfloat16})
 CPU_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 Labels = tuple[str, str, str]
 Shapes = tuple[torch.Size, torch.Size, torch.Size]
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 QKV: Labels = ("q", "k", "v")
+GRADIENTS: Labels = ("dq", "dk", "dv")
 
 
 class Scoring(NamedTuple):
@@ -130,12 +134,11 @@ def check_batch(k: Tensor, batch: int, name: str = "k", q_name: str = "q") -> No
         fail(ValueError, name, f"of {q_name}'s batch size ({batch})", k.shape[0])
 
 
-def unpack(x: Tensor, name: str, rank: int, count: int) -> tuple[Tensor, ...]:
-    """Return the `count` parts (..., heads, d) of a packed tensor (..., count, heads, d) of that rank."""
+def check_packed(x: Tensor, name: str, rank: int, count: int) -> None:
+    """Check that x of that rank packs `count` tensors (..., heads, d) as (..., count, heads, d)."""
     _check_tensor(x, name)
     if x.dim() != rank or x.shape[-3] != count:
         fail(ValueError, name, f"{rank}-dimensional with {count} in the last but two", tuple(x.shape))
-    return x.unbind(rank - 3)
 
 
 def check_parts(x: Tensor, name: str, q: Tensor | None = None) -> None:
@@ -313,19 +316,34 @@ def check_output(x: Tensor, name: str, q: Tensor, v_shape: torch.Size) -> None:
 def check_lse(lse: Tensor, shape: tuple[int, ...], q: Tensor) -> None:
     """Check the softmax LSE that a backward was given."""
     _check_tensor(lse, "softmax_lse")
-    if lse.dtype not in (torch.float32, torch.float64):
+    if lse.dtype != torch.float32 and (q.is_cuda or lse.dtype != torch.float64):
         fail(TypeError, "softmax_lse", "of dtype torch.float32", lse.dtype)
     _check_same_device(lse, "softmax_lse", q)
     if tuple(lse.shape) != shape:
         fail(ValueError, "softmax_lse", f"of shape {shape}", tuple(lse.shape))
 
 
-def check_rng_state(rng_state: Tensor | None, dropout_p: float) -> None:
-    """Check that a backward with dropout was given the forward's (seed, offset)."""
-    if dropout_p == 0.0:
-        return
+def check_rng_state(rng_state: Tensor | None, q: Tensor) -> Tensor:
+    """Check that a backward with dropout was given the forward's (seed, offset), and return it."""
     if not isinstance(rng_state, Tensor):
         fail(TypeError, "rng_state", "the forward's tensor where dropout_p > 0", type(rng_state).__name__)
     if rng_state.dtype != torch.int64 or tuple(rng_state.shape) != (2,):
         got = f"{rng_state.dtype} of shape {tuple(rng_state.shape)}"
         fail(ValueError, "rng_state", "int64 of shape (2,)", got)
+    _check_same_device(rng_state, "rng_state", q)
+    return rng_state
+
+
+def check_gradients(gradients: Gradients, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Check what dq, dk and dv, if not None, are to be written to: no element may be there twice."""
+    given = []
+    for x, name, like, like_name in zip(gradients, GRADIENTS, inputs, QKV, strict=True):
+        if x is None:
+            continue
+        check_like(x, name, like, like_name)
+        if any(n > 1 and stride == 0 for n, stride in zip(x.shape, x.stride(), strict=True)):
+            fail(ValueError, name, "a tensor that is not expanded", f"strides {x.stride()}")
+        given.append((x, name))
+    for (x, name), (y, y_name) in combinations(given, 2):
+        if overlap(x, y):
+            fail(ValueError, y_name, f"apart from {name}", "memory that they share")

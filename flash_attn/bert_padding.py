@@ -28,14 +28,17 @@ def __getattr__(name: str) -> Any:
 
 
 def index_first_axis(input: Tensor, indices: Tensor) -> Tensor:
-    """Return rows `indices` (n,) of `input` (total, ...): (n, ...)."""
+    """Return rows `indices` (n,), int32 or int64, of `input` (total, ...): (n, ...)."""
     return input.index_select(0, indices)
 
 
 def index_put_first_axis(values: Tensor, indices: Tensor, first_axis_dim: int) -> Tensor:
-    """Return (first_axis_dim, ...) holding `values` (n, ...) at rows `indices` (n,), zero elsewhere."""
+    """Return (first_axis_dim, ...) holding `values` (n, ...) at rows `indices` (n,), zero elsewhere.
+
+    `indices` are int32 or int64, all different.
+    """
     out = values.new_zeros(first_axis_dim, *values.shape[1:])
-    return out.index_copy(0, indices, values)
+    return out.index_copy(0, indices.long(), values)
 
 
 def _cumulative(lengths: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 import flash_attn_2_cuda as flash_attn_gpu
 from flash_attn import _kvcache, _operations
 from flash_attn import _validation as check
-from flash_attn._autograd import FlashAttention, VarlenFlashAttention, gradient_needed
+from flash_attn._autograd import FlashAttention, VarlenFlashAttention, must_record, record, split
 from flash_attn._custom_ops import (
     _flash_attn_backward,
     _flash_attn_forward,
@@ -73,10 +73,53 @@ def _window(window_size: Window) -> tuple[int, int]:
     return check.as_int(left, "window_size[0]"), check.as_int(right, "window_size[1]")
 
 
-def _check_packed(x: Tensor, name: str, q: Tensor | None = None) -> None:
-    """After a call with the parts of a packed tensor was refused: name that tensor if it is at fault."""
-    gradient_needed(x if q is None else q, x, x, (name if q is None else "q", name, name))
-    check.check_parts(x, name, q)
+def _attend(
+    inputs: tuple[Tensor, ...], dropout_p: float, softmax_scale: float | None, causal: bool,
+    window_size: Window, softcap: float, alibi_slopes: Tensor | None, deterministic: bool,
+    return_attn_probs: bool,
+) -> Result:  # fmt: skip
+    """`flash_attn_func` of (q, k, v), (q, kv) or (qkv,)."""
+    scoring = (dropout_p, softmax_scale, bool(causal), *_window(window_size), softcap)
+    if must_record(inputs):
+        result = record(FlashAttention, alibi_slopes, scoring, deterministic, return_attn_probs, *inputs)
+        return result if return_attn_probs else result[0]
+    q, k, v = split(inputs)
+    arguments = q, k, v, *scoring, alibi_slopes, return_attn_probs
+    if needs_dispatcher(inputs[0]):
+        out, lse, probs, _ = _wrapped_flash_attn_forward(*arguments)
+    else:
+        out, lse, probs, _ = _operations.forward(*arguments, need_lse=return_attn_probs)
+    return _result(return_attn_probs, out, lse, probs)
+
+
+def _attend_varlen(
+    inputs: tuple[Tensor, ...], cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
+    max_seqlen_k: int, dropout_p: float, softmax_scale: float | None, causal: bool, window_size: Window,
+    softcap: float, alibi_slopes: Tensor | None, deterministic: bool, return_attn_probs: bool,
+    block_table: Tensor | None = None,
+) -> Result:  # fmt: skip
+    """`flash_attn_varlen_func` of (q, k, v), (q, kv) or (qkv,)."""
+    scoring = (dropout_p, softmax_scale, bool(causal), *_window(window_size), softcap)
+    if must_record(inputs):
+        if block_table is not None:
+            raise NotImplementedError("block_table must be None where a tensor requires grad: forward only")
+        max_seqlen_q = check.check_max_seqlen(max_seqlen_q, "max_seqlen_q")
+        max_seqlen_k = check.check_max_seqlen(max_seqlen_k, "max_seqlen_k")
+        result = record(
+            VarlenFlashAttention, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, alibi_slopes,
+            scoring, deterministic, return_attn_probs, *inputs,
+        )  # fmt: skip
+        return result if return_attn_probs else result[0]
+    q, k, v = split(inputs)
+    arguments = (
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *scoring, alibi_slopes,
+        return_attn_probs, block_table,
+    )  # fmt: skip
+    if needs_dispatcher(inputs[0]):
+        out, lse, probs, _ = _wrapped_flash_attn_varlen_forward(*arguments)
+    else:
+        out, lse, probs, _ = _operations.varlen_forward(*arguments, need_lse=return_attn_probs)
+    return _result(return_attn_probs, out, lse, probs)
 
 
 def flash_attn_func(
@@ -95,7 +138,7 @@ def flash_attn_func(
     """Attention softmax(scores) v, where scores = q k^T * softmax_scale, capped, biased and masked.
 
     Positions are aligned at the last query and the last key: query i stands at key i + sk - sq. A query that
-    sees no key gives zeros and an LSE of +inf. Differentiable in q, k and v.
+    sees no key gives zeros and an LSE of +inf. Differentiable once in q, k and v.
 
     Args:
         q: (b, sq, h, d). Only the last dimension need be contiguous; a copy is made if it is not.
@@ -108,7 +151,8 @@ def flash_attn_func(
             dropout.
         alibi_slopes: fp32 (h,) or (b, h); adds -slope * |i + sk - sq - j| (Press et al., "Train Short, Test
             Long").
-        deterministic: the same gradients, bit for bit, on every run.
+        deterministic: the same gradients, bit for bit, on every run; on CUDA slower, and with 4 bytes more
+            per query and head during the backward.
         return_attn_probs: return more than `out`; for testing.
 
     Returns:
@@ -122,22 +166,12 @@ def flash_attn_func(
             named.
         RuntimeError: this build or GPU cannot run it; the message has the command that builds what is
             missing.
-        NotImplementedError: CUDA tensors that require grad, for now.
+        NotImplementedError: forward-mode derivatives.
     """
-    window_left, window_right = _window(window_size)
-    if gradient_needed(q, k, v):
-        scoring = (dropout_p, softmax_scale, bool(causal), window_left, window_right, softcap)
-        result = FlashAttention.apply(q, k, v, alibi_slopes, scoring, deterministic, return_attn_probs)
-        return result if return_attn_probs else result[0]
-    arguments = (
-        q, k, v, dropout_p, softmax_scale, bool(causal), window_left, window_right, softcap, alibi_slopes,
+    return _attend(
+        (q, k, v), dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
         return_attn_probs,
     )  # fmt: skip
-    if needs_dispatcher(q):
-        out, lse, probs, _ = _wrapped_flash_attn_forward(*arguments)
-    else:
-        out, lse, probs, _ = _operations.forward(*arguments, need_lse=return_attn_probs)
-    return _result(return_attn_probs, out, lse, probs)
 
 
 def flash_attn_qkvpacked_func(
@@ -152,15 +186,15 @@ def flash_attn_qkvpacked_func(
     return_attn_probs: bool = False,
 ) -> Result:
     """`flash_attn_func` of q, k, v packed in one tensor qkv (b, s, 3, h, d), uncopied."""
-    q, k, v = check.unpack(qkv, "qkv", 5, 3)
+    check.check_packed(qkv, "qkv", 5, 3)
     try:
-        return flash_attn_func(
-            q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
+        return _attend(
+            (qkv,), dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
             return_attn_probs,
         )  # fmt: skip
     except REFUSALS as error:
         refusal = error
-    _check_packed(qkv, "qkv")
+    check.check_parts(qkv, "qkv")
     raise refusal
 
 
@@ -177,15 +211,15 @@ def flash_attn_kvpacked_func(
     return_attn_probs: bool = False,
 ) -> Result:
     """`flash_attn_func` of q (b, sq, h, d) and k, v packed in one tensor kv (b, sk, 2, hk, d), uncopied."""
-    k, v = check.unpack(kv, "kv", 5, 2)
+    check.check_packed(kv, "kv", 5, 2)
     try:
-        return flash_attn_func(
-            q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
+        return _attend(
+            (q, kv), dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
             return_attn_probs,
         )  # fmt: skip
     except REFUSALS as error:
         refusal = error
-    _check_packed(kv, "kv", q)
+    check.check_parts(kv, "kv", q)
     raise refusal
 
 
@@ -227,27 +261,10 @@ def flash_attn_varlen_func(
         out (total_q, h, dv), or (out, softmax_lse, S_dmask): softmax_lse (h, total_q), S_dmask as in
         `flash_attn_func`.
     """
-    window_left, window_right = _window(window_size)
-    if gradient_needed(q, k, v):
-        if block_table is not None:
-            raise NotImplementedError("block_table must be None where a tensor requires grad: forward only")
-        max_seqlen_q = check.check_max_seqlen(max_seqlen_q, "max_seqlen_q")
-        max_seqlen_k = check.check_max_seqlen(max_seqlen_k, "max_seqlen_k")
-        scoring = (dropout_p, softmax_scale, bool(causal), window_left, window_right, softcap)
-        result = VarlenFlashAttention.apply(
-            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, alibi_slopes, scoring,
-            deterministic, return_attn_probs,
-        )  # fmt: skip
-        return result if return_attn_probs else result[0]
-    arguments = (
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale,
-        bool(causal), window_left, window_right, softcap, alibi_slopes, return_attn_probs, block_table,
+    return _attend_varlen(
+        (q, k, v), cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
+        window_size, softcap, alibi_slopes, deterministic, return_attn_probs, block_table,
     )  # fmt: skip
-    if needs_dispatcher(q):
-        out, lse, probs, _ = _wrapped_flash_attn_varlen_forward(*arguments)
-    else:
-        out, lse, probs, _ = _operations.varlen_forward(*arguments, need_lse=return_attn_probs)
-    return _result(return_attn_probs, out, lse, probs)
 
 
 def flash_attn_varlen_qkvpacked_func(
@@ -264,15 +281,15 @@ def flash_attn_varlen_qkvpacked_func(
     return_attn_probs: bool = False,
 ) -> Result:
     """`flash_attn_varlen_func` of q, k, v packed in qkv (total, 3, h, d), cu_seqlens int32 (b + 1,)."""
-    q, k, v = check.unpack(qkv, "qkv", 4, 3)
+    check.check_packed(qkv, "qkv", 4, 3)
     try:
-        return flash_attn_varlen_func(
-            q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale, causal,
+        return _attend_varlen(
+            (qkv,), cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale, causal,
             window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
         )  # fmt: skip
     except REFUSALS as error:
         refusal = error
-    _check_packed(qkv, "qkv")
+    check.check_parts(qkv, "qkv")
     check.check_cu_seqlens(cu_seqlens, "cu_seqlens", qkv)
     max_seqlen = check.check_max_seqlen(max_seqlen, "max_seqlen")
     if qkv.is_cpu:
@@ -297,15 +314,15 @@ def flash_attn_varlen_kvpacked_func(
     return_attn_probs: bool = False,
 ) -> Result:
     """`flash_attn_varlen_func` of q (total_q, h, d) and k, v packed in one tensor kv (total_k, 2, hk, d)."""
-    k, v = check.unpack(kv, "kv", 4, 2)
+    check.check_packed(kv, "kv", 4, 2)
     try:
-        return flash_attn_varlen_func(
-            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
+        return _attend_varlen(
+            (q, kv), cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
             window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
         )  # fmt: skip
     except REFUSALS as error:
         refusal = error
-    _check_packed(kv, "kv", q)
+    check.check_parts(kv, "kv", q)
     raise refusal
 
 

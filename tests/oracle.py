@@ -140,6 +140,19 @@ def assert_within(actual: Tensor, truth: Tensor, yardstick: Tensor, factor: floa
     assert error <= allowed, f"worst error {error:.3g}, allowed {allowed:.3g}"
 
 
+def assert_gradients(
+    actual: tuple[Tensor, ...], compute: Callable[..., Tensor], inputs: tuple[Tensor, ...], dout: Tensor
+) -> None:
+    """Assert that gradients are within the tolerance of those of `compute(*inputs, dtype)`."""
+    exact, rough = (
+        gradients(lambda *x, d=dtype: compute(*x, d), inputs, dout, dtype)
+        for dtype in (torch.float64, dout.dtype)
+    )
+    for a, truth, yardstick, x in zip(actual, exact, rough, inputs, strict=True):
+        assert a.dtype == x.dtype
+        assert_within(a, truth, yardstick, factor=3.0)
+
+
 def assert_lse(actual: Tensor, truth: Tensor) -> None:
     """Assert equal infinities and finite values within 1e-3 relative (absolute below 1)."""
     assert actual.shape == truth.shape

@@ -6,8 +6,8 @@ namespace flash_attn {
 // Types of this unit alone, so that families with equal tiles never share a kernel's symbol.
 struct BackwardSm80Bf16D192Causal
     : sm80::BackwardConfig<Dtype::kBf16, /*head_dim*/ 192, Mask::kCausal,
-                          sm80::BackwardTile</*block_m*/ 32, /*block_n*/ 64, /*warps*/ 8, /*min_blocks*/ 1, /*score_stages*/ 2>> {};
-static_assert(BackwardSm80Bf16D192Causal::kSharedBytes == 107008, "the tile table counts shared memory otherwise");
+                          sm80::BackwardTile</*block_m*/ 64, /*block_n*/ 64, /*warps*/ 8, /*min_blocks*/ 1, /*score_stages*/ 2>> {};
+static_assert(BackwardSm80Bf16D192Causal::kSharedBytes == 164864, "the tile table counts shared memory otherwise");
 
 Status backward_sm80_bf16_d192_causal(const BackwardParams& params, const Device& device, cudaStream_t stream) {
   return sm80::launch_backward<BackwardSm80Bf16D192Causal>(params, device, stream, "backward_sm80_bf16_d192_causal");

@@ -4,18 +4,13 @@
 namespace flash_attn {
 
 // Types of this unit alone, so that families with equal tiles never share a kernel's symbol.
-struct BackwardSm80Bf16D32CausalRoomy
-    : sm80::BackwardConfig<Dtype::kBf16, /*head_dim*/ 32, Mask::kCausal,
-                          sm80::BackwardTile</*block_m*/ 64, /*block_n*/ 128, /*warps*/ 4, /*min_blocks*/ 3, /*score_stages*/ 2>> {};
-static_assert(BackwardSm80Bf16D32CausalRoomy::kSharedBytes == 66560, "the tile table counts shared memory otherwise");
-
 struct BackwardSm80Bf16D32Causal
     : sm80::BackwardConfig<Dtype::kBf16, /*head_dim*/ 32, Mask::kCausal,
                           sm80::BackwardTile</*block_m*/ 64, /*block_n*/ 128, /*warps*/ 4, /*min_blocks*/ 2, /*score_stages*/ 2>> {};
 static_assert(BackwardSm80Bf16D32Causal::kSharedBytes == 66560, "the tile table counts shared memory otherwise");
 
 Status backward_sm80_bf16_d32_causal(const BackwardParams& params, const Device& device, cudaStream_t stream) {
-  return sm80::launch_backward<BackwardSm80Bf16D32CausalRoomy, BackwardSm80Bf16D32Causal>(params, device, stream, "backward_sm80_bf16_d32_causal");
+  return sm80::launch_backward<BackwardSm80Bf16D32Causal>(params, device, stream, "backward_sm80_bf16_d32_causal");
 }
 
 }  // namespace flash_attn

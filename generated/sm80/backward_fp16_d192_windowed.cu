@@ -6,8 +6,8 @@ namespace flash_attn {
 // Types of this unit alone, so that families with equal tiles never share a kernel's symbol.
 struct BackwardSm80Fp16D192Windowed
     : sm80::BackwardConfig<Dtype::kFp16, /*head_dim*/ 192, Mask::kWindowed,
-                          sm80::BackwardTile</*block_m*/ 32, /*block_n*/ 64, /*warps*/ 8, /*min_blocks*/ 1, /*score_stages*/ 2>> {};
-static_assert(BackwardSm80Fp16D192Windowed::kSharedBytes == 107008, "the tile table counts shared memory otherwise");
+                          sm80::BackwardTile</*block_m*/ 64, /*block_n*/ 64, /*warps*/ 8, /*min_blocks*/ 1, /*score_stages*/ 2>> {};
+static_assert(BackwardSm80Fp16D192Windowed::kSharedBytes == 164864, "the tile table counts shared memory otherwise");
 
 Status backward_sm80_fp16_d192_windowed(const BackwardParams& params, const Device& device, cudaStream_t stream) {
   return sm80::launch_backward<BackwardSm80Fp16D192Windowed>(params, device, stream, "backward_sm80_fp16_d192_windowed");

@@ -6,7 +6,7 @@ namespace flash_attn {
 // Types of this unit alone, so that families with equal tiles never share a kernel's symbol.
 struct BackwardSm90Bf16D32Windowed
     : sm80::BackwardConfig<Dtype::kBf16, /*head_dim*/ 32, Mask::kWindowed,
-                          sm80::BackwardTile</*block_m*/ 64, /*block_n*/ 128, /*warps*/ 4, /*min_blocks*/ 3, /*score_stages*/ 2>> {};
+                          sm80::BackwardTile</*block_m*/ 64, /*block_n*/ 128, /*warps*/ 4, /*min_blocks*/ 2, /*score_stages*/ 2>> {};
 static_assert(BackwardSm90Bf16D32Windowed::kSharedBytes == 66560, "the tile table counts shared memory otherwise");
 
 Status backward_sm90_bf16_d32_windowed(const BackwardParams& params, const Device& device, cudaStream_t stream) {

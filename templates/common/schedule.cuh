@@ -39,24 +39,40 @@ struct TileSchedule {
   __host__ __device__ int64_t num_tiles() const { return tiles_m * batch_heads; }
 };
 
-// `section_bytes` of keys and values may form a section: what stays in L2 while a section runs.
-// `packed` query heads share a tile, see QueryBlock.
-inline TileSchedule make_schedule(const ForwardParams& params, int block_m, Mask mask, int64_t section_bytes,
-                                  int packed = 1) {
+// Of `tiles_m` tiles for each of `num_heads` heads; under a causal mask in sections of `heads`, at least one,
+// groups of `group` heads.
+inline TileSchedule make_sections(const ForwardParams& params, int64_t tiles_m, int num_heads, Mask mask,
+                                  int64_t heads, int64_t group) {
   const int64_t batches = int64_t{params.batch} + (params.cu_seqlens_q != nullptr ? 1 : 0);
   TileSchedule schedule{};
-  schedule.tiles_m = (int64_t{params.seqlen_q} * packed + block_m - 1) / block_m;
-  schedule.num_heads = params.num_heads / packed;
-  schedule.batch_heads = batches * schedule.num_heads;
-  schedule.section_heads = 1;
-  if (mask == Mask::kCausal) {
-    const int64_t head_bytes =
-        std::max<int64_t>(int64_t{2} * params.seqlen_k * (params.head_dim + params.head_dim_v), 1);
-    const int64_t group = schedule.num_heads / params.num_heads_k;
-    const int64_t heads = std::max<int64_t>(section_bytes / head_bytes, 1) * group;
-    schedule.section_heads = std::min(heads, schedule.batch_heads);
-  }
+  schedule.tiles_m = tiles_m;
+  schedule.num_heads = num_heads;
+  schedule.batch_heads = batches * num_heads;
+  schedule.section_heads =
+      mask == Mask::kCausal ? std::min(std::max<int64_t>(heads, 1) * group, schedule.batch_heads) : 1;
   return schedule;
+}
+
+// For tiles of `block_m` queries. `section_bytes` of keys and values may form a section: what stays in L2
+// while a section runs. `packed` query heads share a tile, see QueryBlock.
+inline TileSchedule make_schedule(const ForwardParams& params, int block_m, Mask mask, int64_t section_bytes,
+                                  int packed = 1) {
+  const int64_t tiles_m = (int64_t{params.seqlen_q} * packed + block_m - 1) / block_m;
+  const int num_heads = params.num_heads / packed;
+  const int64_t head_bytes = int64_t{2} * params.seqlen_k * (params.head_dim + params.head_dim_v);
+  return make_sections(params, tiles_m, num_heads, mask, section_bytes / std::max<int64_t>(head_bytes, 1),
+                       num_heads / params.num_heads_k);
+}
+
+// For tiles of `block_n` keys of the heads of K and V: Q, dO and dQ in fp32 are to stay in L2.
+inline TileSchedule make_key_schedule(const ForwardParams& params, int block_n, Mask mask,
+                                      int64_t section_bytes) {
+  const int64_t tiles_n = (int64_t{params.seqlen_k} + block_n - 1) / block_n;
+  const int64_t group = params.num_heads / params.num_heads_k;
+  const int64_t row_bytes = int64_t{2} * (params.head_dim + params.head_dim_v) + int64_t{4} * params.head_dim;
+  const int64_t head_bytes = row_bytes * params.seqlen_q * group;
+  return make_sections(params, tiles_n, params.num_heads_k, mask,
+                       section_bytes / std::max<int64_t>(head_bytes, 1), 1);
 }
 
 }  // namespace flash_attn

@@ -49,28 +49,40 @@ struct Sequence {
 
   __device__ static int clamp(int length, int limit) { return min(max(length, 0), limit); }
 
+  // Rows of a head from `row` on, in a tensor that is laid out as Q, or as K.
+  template <class Element>
+  __device__ Element* query_rows(Element* tensor, int64_t batch_stride, int64_t row_stride,
+                                 int64_t head_stride, int head, int row) const {
+    return tensor + q_batch * batch_stride + int64_t{q_row + row} * row_stride + head * head_stride;
+  }
+  template <class Element>
+  __device__ Element* key_rows(Element* tensor, int64_t batch_stride, int64_t row_stride, int64_t head_stride,
+                               int key_head, int row = 0) const {
+    return tensor + k_batch * batch_stride + int64_t{k_row + row} * row_stride + key_head * head_stride;
+  }
+
   template <class Element>
   __device__ const Element* q_rows(const ForwardParams& params, int head, int row) const {
-    return static_cast<const Element*>(params.q) + q_batch * params.q_batch_stride +
-           int64_t{q_row + row} * params.q_row_stride + head * params.q_head_stride;
+    return query_rows(static_cast<const Element*>(params.q), params.q_batch_stride, params.q_row_stride,
+                      params.q_head_stride, head, row);
   }
 
   template <class Element>
   __device__ const Element* k_rows(const ForwardParams& params, int key_head) const {
-    return static_cast<const Element*>(params.k) + k_batch * params.k_batch_stride +
-           k_row * params.k_row_stride + key_head * params.k_head_stride;
+    return key_rows(static_cast<const Element*>(params.k), params.k_batch_stride, params.k_row_stride,
+                    params.k_head_stride, key_head);
   }
 
   template <class Element>
   __device__ const Element* v_rows(const ForwardParams& params, int key_head) const {
-    return static_cast<const Element*>(params.v) + k_batch * params.v_batch_stride +
-           k_row * params.v_row_stride + key_head * params.v_head_stride;
+    return key_rows(static_cast<const Element*>(params.v), params.v_batch_stride, params.v_row_stride,
+                    params.v_head_stride, key_head);
   }
 
   template <class Element>
   __device__ Element* out_rows(const ForwardParams& params, int head, int row) const {
-    return static_cast<Element*>(params.out) + q_batch * params.out_batch_stride +
-           int64_t{q_row + row} * params.out_row_stride + head * params.out_head_stride;
+    return query_rows(static_cast<Element*>(params.out), params.out_batch_stride, params.out_row_stride,
+                      params.out_head_stride, head, row);
   }
 
   __device__ float* lse_rows(const ForwardParams& params, int head, int row) const {

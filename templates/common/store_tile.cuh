@@ -10,9 +10,9 @@
 
 namespace flash_attn {
 
-// Writes one warp's accumulators, each row times its `factor`, as 16-bit elements: row r, from `first_row` on,
-// to row_pointer(r), as far as r < rows and the column, from `first_column` on, is below `columns`. `shared` is
-// a tile of rows of kHeadDim elements, of which the warp overwrites its own part.
+// Writes one warp's accumulators, each row times its `factor`, as 16-bit elements: row r, from `first_row`
+// on, to row_pointer(r), as far as r < rows and the column, from `first_column` on, is below `columns`.
+// `shared` is a tile of rows of kHeadDim elements, of which the warp overwrites its own part.
 template <Dtype kDtype, int kHeadDim, int kTilesM, int kTilesN, class RowPointer>
 __device__ __forceinline__ void store_tile(uint32_t shared, const Accumulator<kTilesM, kTilesN>& values,
                                            const float (&factor)[2 * kTilesM], int first_row,

@@ -28,4 +28,10 @@ __device__ __forceinline__ uint4 load_shared_16(uint32_t shared) {
   return value;
 }
 
+__device__ __forceinline__ float2 load_shared_floats(uint32_t shared) {
+  float2 value;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(value.x), "=f"(value.y) : "r"(shared) : "memory");
+  return value;
+}
+
 }  // namespace flash_attn::ptx

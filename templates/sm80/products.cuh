@@ -27,8 +27,9 @@ struct WarpPart {
   }
 };
 
-// Where in a fragment this lane's address for ldmatrix_x4 points: lanes 8..15 address rows 8..15 for A operands
-// and for transposed B (V), columns 8..15 for B (K); lanes 16..31 the other way round. A chunk is 8 columns.
+// Where in a fragment this lane's address for ldmatrix_x4 points: lanes 8..15 address rows 8..15 for A
+// operands and for transposed B (V), columns 8..15 for B (K); lanes 16..31 the other way round. A chunk is 8
+// columns.
 struct FragmentLane {
   int row;
   int chunk;

@@ -6,13 +6,14 @@ import pytest
 
 from benchmarks import report
 from benchmarks.report import Row
-from benchmarks.settings import Setting
+from benchmarks.settings import WORK, Setting
 
 NAMES = ["ours", "peer", "absent"]
 FACTS = {
     "device": "GPU",
     "driver": "1.2",
     "torch": "2.13",
+    "direction": "backward",
     "dtype": "bf16",
     "family": "sm80",
     "date": "2026-01-01",
@@ -72,7 +73,16 @@ def test_markdown_is_a_table_with_its_circumstances(rows):
     assert len(table) == 2 + len({(row.setting.head_dim, row.setting.mask) for row in rows})
     assert all(f"{row.tflops[NAMES[0]]:.0f} (" in text for row in rows if NAMES[0] in row.tflops)
     assert len({line.count("|") for line in table}) == 1
-    for fact in ("GPU", "driver 1.2", "torch 2.13", "bf16", "sm80", "2026-01-01", "commit 0123456789"):
+    for fact in (
+        "Backward, TFLOP/s",
+        "GPU",
+        "driver 1.2",
+        "torch 2.13",
+        "bf16",
+        "sm80",
+        "2026-01-01",
+        "commit 0123456789",
+    ):
         assert fact in text
 
 
@@ -91,9 +101,10 @@ def test_replace_between_markers_needs_the_pair(text):
         report.replace_between_markers(text, "forward", "new")
 
 
-def test_the_readme_has_the_markers(pytestconfig):
+@pytest.mark.parametrize("direction", WORK)
+def test_the_readme_has_the_markers(pytestconfig, direction):
     readme = (pytestconfig.rootpath / "README.md").read_text()
-    assert "new table" in report.replace_between_markers(readme, "forward", "new table")
+    assert "new table" in report.replace_between_markers(readme, direction, "new table")
 
 
 def test_json(tmp_path, rows, capsys):
@@ -110,7 +121,23 @@ def test_json(tmp_path, rows, capsys):
     assert str(path) in capsys.readouterr().out
 
 
-def test_plot(tmp_path, rows):
+@pytest.mark.parametrize("direction", WORK)
+def test_plot_of_speeds(tmp_path, rows, direction):
     pytest.importorskip("matplotlib")
-    report.plot_forward(tmp_path / "forward.png", rows, NAMES, FACTS)
-    assert (tmp_path / "forward.png").read_bytes().startswith(b"\x89PNG")
+    report.plot_speed(tmp_path / "speed.png", rows, NAMES, {**FACTS, "direction": direction})
+    assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_plot_of_memory(tmp_path):
+    pytest.importorskip("matplotlib")
+    records = [
+        {
+            "seqlen": n,
+            "forward": {"needed": n, "ours": n, "standard": n**2},
+            "both": {"needed": 4 * n, "ours": 5 * n},
+        }
+        for n in (512, 1024)
+    ]
+    records[1]["forward"]["standard"] = None
+    report.plot_memory(tmp_path / "memory.png", records, FACTS)
+    assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")

@@ -1,12 +1,13 @@
-"""The settings of the forward benchmark and their cost."""
+"""The settings of the speed benchmarks and their cost."""
 
 import pytest
 
-from benchmarks.settings import MODEL_DIM, TOTAL_TOKENS, Setting, forward_settings
+from benchmarks.report import DIRECTIONS
+from benchmarks.settings import MODEL_DIM, TOTAL_TOKENS, WORK, Setting, all_settings
 
 
 def test_there_are_36_settings_all_of_the_same_size():
-    settings = list(forward_settings())
+    settings = list(all_settings())
     assert len(settings) == len(set(settings)) == 36
     for setting in settings:
         batch, seqlen, num_heads, head_dim = setting.shape
@@ -15,10 +16,10 @@ def test_there_are_36_settings_all_of_the_same_size():
 
 
 def test_settings_are_in_the_order_of_the_table():
-    first, *_, last = forward_settings()
+    first, *_, last = all_settings()
     assert first == Setting(64, "full", 512)
     assert last == Setting(256, "causal", 16384)
-    assert [s.seqlen for s in forward_settings(head_dims=[128], masks=["causal"], seqlens=[1024, 512])] == [
+    assert [s.seqlen for s in all_settings(head_dims=[128], masks=["causal"], seqlens=[1024, 512])] == [
         1024,
         512,
     ]
@@ -31,10 +32,15 @@ def test_forward_flops(seqlen):
     assert causal.forward_flops * 2 == full.forward_flops
 
 
-def test_tflops_of_one_millisecond():
+@pytest.mark.parametrize(("direction", "factor"), [("forward", 1), ("backward", 2.5), ("both", 3.5)])
+def test_tflops_of_one_millisecond(direction, factor):
     setting = Setting(128, "full", 1024)
-    assert setting.tflops(1.0) == pytest.approx(setting.forward_flops / 1e9)
-    assert setting.tflops(2.0) == pytest.approx(setting.tflops(1.0) / 2)
+    assert setting.tflops(1.0, direction) == pytest.approx(factor * setting.forward_flops / 1e9)
+    assert setting.tflops(2.0, direction) == pytest.approx(setting.tflops(1.0, direction) / 2)
+
+
+def test_every_direction_has_a_cost():
+    assert set(WORK) == set(DIRECTIONS)
 
 
 def test_a_sequence_longer_than_all_tokens_is_one_sequence():

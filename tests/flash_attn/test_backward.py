@@ -1,19 +1,25 @@
-"""Gradients of fixed-length attention against the fp64 oracle. On the CPU only: CUDA has no backward yet."""
+"""Gradients of fixed-length attention against the fp64 oracle."""
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
-from oracle import HEAD_DIM_PAIRS, Options, assert_within, attention, gradients
+from oracle import HEAD_DIM_PAIRS, Options, assert_gradients, attention
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
 from flash_attn import (
     flash_attn_func,
     flash_attn_kvpacked_func,
     flash_attn_qkvpacked_func,
     flash_attn_varlen_func,
+    flash_attn_varlen_qkvpacked_func,
 )
 from flash_attn.flash_attn_interface import _flash_attn_backward, _flash_attn_forward
 
+BF16 = torch.bfloat16
 MASKS = {
     "full": Options(),
     "causal": Options(causal=True),
@@ -24,47 +30,53 @@ MASKS = {
 LENGTHS = ((1, 1), (1, 147), (113, 203), (128, 217), (108, 256), (203, 113), (257, 1), (1, 5))
 
 
-def make(batch, seqlen_q, seqlen_k, heads, heads_k, head_dim, dtype, head_dim_v=None):
-    q = torch.randn(batch, seqlen_q, heads, head_dim).to(dtype).requires_grad_()
-    dims = head_dim, head_dim if head_dim_v is None else head_dim_v
-    k, v = (torch.randn(batch, seqlen_k, heads_k, dim).to(dtype).requires_grad_() for dim in dims)
-    return q, k, v
+def make(batch, seqlen_q, seqlen_k, heads, heads_k, head_dim, dtype=BF16, device="cpu", head_dim_v=None):
+    def draw(*shape):
+        return torch.randn(shape, device=device).to(dtype).requires_grad_()
+
+    head_dim_v = head_dim if head_dim_v is None else head_dim_v
+    of_keys = batch, seqlen_k, heads_k
+    return draw(batch, seqlen_q, heads, head_dim), draw(*of_keys, head_dim), draw(*of_keys, head_dim_v)
 
 
 def check(q, k, v, options):
     out = flash_attn_func(q, k, v, **options.arguments())
     dout = torch.randn_like(out)
     actual = torch.autograd.grad(out, (q, k, v), dout)
-
-    def run(dtype):
-        return gradients(lambda *x: attention(*x, options, dtype)[0], (q, k, v), dout, dtype)
-
-    for a, truth, yardstick in zip(actual, run(torch.float64), run(q.dtype), strict=True):
-        assert a.dtype == q.dtype
-        assert_within(a, truth, yardstick, factor=3.0)
+    assert_gradients(actual, lambda q, k, v, d: attention(q, k, v, options, d)[0], (q, k, v), dout)
 
 
-@pytest.mark.parametrize("head_dim", [32, 40, 59, 64, 96, 111, 128, 160, 192, 256])
+@pytest.mark.parametrize("head_dim", [32, 40, 59, 64, 80, 96, 111, 128, 160, 192, 224, 256])
 @pytest.mark.parametrize("causal", [False, True])
-def test_head_dims(head_dim, causal):
-    check(*make(1, 70, 90, 4, 2, head_dim, torch.bfloat16), Options(causal=causal))
+def test_head_dims(device, require_backward, head_dim, causal):
+    require_backward(device, BF16, head_dim)
+    check(*make(1, 70, 90, 4, 2, head_dim, BF16, device), Options(causal=causal))
 
 
 @pytest.mark.parametrize("head_dims", [*HEAD_DIM_PAIRS, (59, 17)], ids=str)
 @pytest.mark.parametrize("mask", ["full", "causal", "window"])
-def test_head_dim_of_v_differs(head_dims, mask):
-    check(*make(1, 70, 90, 4, 2, head_dims[0], torch.bfloat16, head_dims[1]), MASKS[mask])
+def test_head_dim_of_v_differs(device, require_backward, head_dims, mask):
+    require_backward(device, BF16, *head_dims)
+    check(*make(1, 70, 90, 4, 2, head_dims[0], BF16, device, head_dims[1]), MASKS[mask])
 
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @pytest.mark.parametrize("mask", MASKS)
-def test_lengths_and_masks(lengths, mask):
-    check(*make(2, *lengths, 4, 2, 32, torch.bfloat16), MASKS[mask])
+def test_lengths_and_masks(device, require_backward, lengths, mask):
+    require_backward(device, BF16, 32)
+    check(*make(2, *lengths, 4, 2, 32, BF16, device), MASKS[mask])
 
 
 @pytest.mark.parametrize("heads", [(3, 3), (6, 2), (4, 1)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_groups_and_dtypes(heads, dtype):
+@pytest.mark.parametrize("dtype", [torch.float16, BF16])
+def test_groups_and_dtypes(device, require_backward, heads, dtype):
+    require_backward(device, dtype, 64)
+    check(*make(2, 65, 80, *heads, 64, dtype, device), Options(causal=True))
+
+
+@pytest.mark.parametrize("heads", [(3, 3), (6, 2), (4, 1)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_groups_in_types_of_the_cpu_alone(heads, dtype):
     check(*make(2, 65, 80, *heads, 64, dtype), Options(causal=True))
 
 
@@ -72,30 +84,56 @@ def test_groups_and_dtypes(heads, dtype):
 @pytest.mark.parametrize(
     "extra", [{"softcap": 4.0}, {"softmax_scale": -0.2}, {"softmax_scale": 0.0}], ids=str
 )
-def test_softcap_and_scale(mask, extra):
+def test_softcap_and_scale(device, require_backward, mask, extra):
+    require_backward(device, BF16, 32)
     options = Options(**{**MASKS[mask].arguments(), **extra})
-    check(*make(1, 90, 110, 4, 2, 32, torch.float32), options)
+    check(*make(1, 90, 110, 4, 2, 32, BF16, device), options)
 
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("shape", [(4,), (2, 4)], ids=str)
-def test_alibi(mask, shape):
-    options = Options(**{**MASKS[mask].arguments(), "alibi_slopes": torch.rand(shape)})
-    check(*make(2, 90, 110, 4, 2, 32, torch.bfloat16), options)
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+def test_alibi(device, require_backward, mask, shape, softcap):
+    require_backward(device, BF16, 32)
+    slopes = torch.rand(shape, device=device)
+    options = Options(**{**MASKS[mask].arguments(), "alibi_slopes": slopes, "softcap": softcap})
+    check(*make(2, 90, 110, 4, 2, 32, BF16, device), options)
 
 
 @pytest.mark.parametrize("lengths", [(0, 5), (5, 0), (0, 0)], ids=str)
-def test_empty(lengths):
-    q, k, v = make(2, *lengths, 4, 2, 32, torch.bfloat16)
+def test_empty(device, lengths):
+    q, k, v = make(2, *lengths, 4, 2, 32, BF16, device)
     dq, dk, dv = torch.autograd.grad(flash_attn_func(q, k, v), (q, k, v), torch.randn_like(q))
     assert dq.shape == q.shape and dk.shape == k.shape and dv.shape == v.shape
     assert not dq.any() and not dk.any() and not dv.any()
 
 
-def test_rows_that_see_no_key_get_no_gradient():
-    q, k, v = make(1, 100, 30, 2, 2, 32, torch.float32)
+def test_rows_that_see_no_key_get_no_gradient(device, require_backward):
+    require_backward(device, BF16, 32)
+    q, k, v = make(1, 100, 30, 2, 2, 32, BF16, device)
     (dq,) = torch.autograd.grad(flash_attn_func(q, k, v, causal=True), q, torch.randn_like(q))
     assert not dq[:, :70].any() and dq[:, 71:].any()
+
+
+NEEDS = [needs for n in (1, 2, 3) for needs in itertools.combinations(range(3), n)]
+
+
+@pytest.mark.parametrize("needs", NEEDS, ids=str)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.17])
+def test_only_what_needs_a_gradient_gets_one(device, require_backward, needs, dropout_p):
+    require_backward(device, BF16, 64)
+    q, k, v = make(2, 113, 203, 4, 2, 64, BF16, device)
+    dout = torch.randn(2, 113, 4, 64, device=device).to(BF16)
+
+    def run(needed):
+        torch.manual_seed(5)
+        leaves = [x.detach().requires_grad_(i in needed) for i, x in enumerate((q, k, v))]
+        out = flash_attn_func(*leaves, dropout_p=dropout_p, causal=True, deterministic=True)
+        out.backward(dout)
+        return [x.grad for x in leaves]
+
+    for i, (part, whole) in enumerate(zip(run(needs), run((0, 1, 2)), strict=True)):
+        assert torch.equal(part, whole) if i in needs else part is None
 
 
 @pytest.mark.parametrize(
@@ -103,40 +141,85 @@ def test_rows_that_see_no_key_get_no_gradient():
 )
 @pytest.mark.parametrize("head_dim_v", [3, 5])
 def test_gradcheck(options, head_dim_v):
-    q, k, v = make(2, 7, 9, 4, 2, 3, torch.float64, head_dim_v)
+    q, k, v = make(2, 7, 9, 4, 2, 3, torch.float64, "cpu", head_dim_v)
     torch.autograd.gradcheck(lambda *x: flash_attn_func(*x, **options.arguments()), (q, k, v))
 
 
-def test_packed():
-    qkv = torch.randn(2, 40, 3, 4, 32, requires_grad=True)
+@pytest.mark.parametrize("head_dim", [32, 59])
+def test_packed(device, require_backward, head_dim):
+    """The same gradients as without packing, written where they belong."""
+    require_backward(device, BF16, head_dim)
+    qkv = torch.randn(2, 140, 3, 4, head_dim, device=device).to(BF16).requires_grad_()
     q, k, v = (x.detach().requires_grad_() for x in qkv.unbind(2))
     dout = torch.randn_like(q)
-    expected = torch.stack(torch.autograd.grad(flash_attn_func(q, k, v, causal=True), (q, k, v), dout), dim=2)
-    (actual,) = torch.autograd.grad(flash_attn_qkvpacked_func(qkv, causal=True), qkv, dout)
+    named = {"causal": True, "deterministic": True}
+    expected = torch.stack(torch.autograd.grad(flash_attn_func(q, k, v, **named), (q, k, v), dout), dim=2)
+    (actual,) = torch.autograd.grad(flash_attn_qkvpacked_func(qkv, **named), qkv, dout)
     assert torch.equal(actual, expected)
     kv = qkv.detach()[:, :, 1:].requires_grad_()
-    dq, dkv = torch.autograd.grad(flash_attn_kvpacked_func(q, kv, causal=True), (q, kv), dout)
+    dq, dkv = torch.autograd.grad(flash_attn_kvpacked_func(q, kv, **named), (q, kv), dout)
     assert torch.equal(dq, expected[:, :, 0]) and torch.equal(dkv, expected[:, :, 1:])
+    (dkv,) = torch.autograd.grad(flash_attn_kvpacked_func(q.detach(), kv, **named), kv, dout)
+    assert torch.equal(dkv, expected[:, :, 1:])
 
 
-def test_deterministic_gradients_are_bitwise_equal():
-    q, k, v = make(2, 130, 130, 4, 2, 32, torch.float32)
+def test_deterministic_gradients_are_bitwise_equal(device, require_backward):
+    require_backward(device, BF16, 32)
+    q, k, v = make(2, 130, 330, 4, 2, 32, BF16, device)
     dout = torch.randn_like(q)
-    runs = [
+    first, *others = (
         torch.autograd.grad(flash_attn_func(q, k, v, causal=True, deterministic=True), (q, k, v), dout)
-        for _ in range(2)
-    ]
-    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+        for _ in range(5)
+    )
+    assert all(torch.equal(a, b) for other in others for a, b in zip(other, first, strict=True))
 
 
-def test_expanded_and_strided_inputs_and_gradient():
-    q, k, v = make(1, 33, 44, 4, 2, 16, torch.float32)
-    wide = flash_attn_func(q.expand(3, -1, -1, -1), k.expand(3, -1, -1, -1), v.expand(3, -1, -1, -1))
-    dout = torch.randn(16, 4, 33, 3).permute(3, 2, 1, 0)
-    actual = torch.autograd.grad(wide, (q, k, v), dout)
-    expected = torch.autograd.grad(flash_attn_func(q, k, v), (q, k, v), dout.sum(0, keepdim=True))
-    for a, e in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a, e, atol=1e-5, rtol=1e-5)
+def test_expanded_and_strided_inputs_and_gradient(device, require_backward):
+    require_backward(device, BF16, 16)
+    q, k, v = make(1, 33, 44, 4, 2, 16, BF16, device)
+    k = k.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+    v = v.detach().mT.contiguous().mT.requires_grad_()
+    dout = torch.randn(16, 4, 33, 3, device=device).to(BF16).permute(3, 2, 1, 0)
+
+    def wide(*tensors):
+        return [x.expand(3, -1, -1, -1) for x in tensors]
+
+    actual = torch.autograd.grad(flash_attn_func(*wide(q, k, v)), (q, k, v), dout)
+    assert_gradients(
+        actual, lambda q, k, v, d: attention(*wide(q, k, v), Options(), d)[0], (q, k, v), dout
+    )  # fmt: skip
+    (of_sum,) = torch.autograd.grad(flash_attn_func(q, k, v).sum(), v)
+    ones = torch.ones(q.shape, dtype=BF16, device=device)
+    (of_ones,) = torch.autograd.grad(flash_attn_func(q, k, v), v, ones)
+    assert torch.equal(of_sum, of_ones)
+
+
+LAYOUTS = {
+    "contiguous": lambda x: x.contiguous(),
+    "heads first": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "last strided": lambda x: x.mT.contiguous().mT,
+    "odd rows": lambda x: torch.nn.functional.pad(x, (0, 3))[..., : x.shape[-1]],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("head_dims", [(64, 64), (59, 24)], ids=str)
+def test_given_gradients_are_written_in_full(device, require_backward, layout, head_dims):
+    """They start as NaN; some queries see no key, some keys are seen by no query."""
+    require_backward(device, BF16, *head_dims)
+    q, k, v = (x.detach() for x in make(2, 203, 113, 4, 2, head_dims[0], BF16, device, head_dims[1]))
+    mask = Options(window_size=(20, 5))
+    scoring = (0.0, None, False, *mask.window_size, 0.0, None)
+    out, lse, _, _ = _flash_attn_forward(q, k, v, *scoring, False)
+    dout = LAYOUTS[layout](torch.randn_like(out))
+    given = [LAYOUTS[layout](torch.full_like(x, float("nan"))) for x in (q, k, v)]
+    softmax_d = _flash_attn_backward(dout, q, k, v, out, lse, *given, *scoring, False)
+    assert_gradients(
+        tuple(given), lambda q, k, v, d: attention(q, k, v, mask, d)[0], (q, k, v), dout.contiguous()
+    )
+    expected = (dout.double() * out.double()).sum(-1).transpose(1, 2)
+    torch.testing.assert_close(softmax_d[..., :203].double(), expected, atol=1e-4, rtol=1e-4)
+    assert softmax_d.shape == (2, 4, 256) and not softmax_d[..., 203:].any()
 
 
 def test_lse_and_probabilities_carry_no_gradient():
@@ -144,31 +227,86 @@ def test_lse_and_probabilities_carry_no_gradient():
     assert out.requires_grad and not lse.requires_grad and not probs.requires_grad
 
 
-def test_backward_takes_the_lse_of_a_merged_result():
+def test_backward_takes_the_lse_of_a_merged_result(device, require_backward):
     """As ring attention does: each part's gradients come from the output and the LSE of all parts."""
-    q, k, v = (x.detach() for x in make(1, 40, 60, 2, 2, 16, torch.float64))
+    require_backward(device, BF16, 32)
+    q, k, v = (x.detach() for x in make(1, 140, 260, 2, 2, 32, BF16, device))
     dout = torch.randn_like(q)
-    whole = gradients(lambda *x: attention(*x, Options())[0], (q, k, v), dout, torch.float64)
     options = (0.0, 0.25, False, -1, -1, 0.0, None)
     out, lse, _, _ = _flash_attn_forward(q, k, v, *options, False)
-    dq_sum = torch.zeros_like(q)
-    for part in (slice(0, 25), slice(25, 60)):
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k[:, part]), torch.empty_like(v[:, part])
-        _flash_attn_backward(dout, q, k[:, part], v[:, part], out, lse, dq, dk, dv, *options, False)
+    dq_sum, dk, dv = torch.zeros_like(q, dtype=torch.float32), torch.empty_like(k), torch.empty_like(v)
+    for part in (slice(0, 125), slice(125, 260)):
+        dq = torch.empty_like(q)
+        parts = dk[:, part], dv[:, part]
+        _flash_attn_backward(dout, q, k[:, part], v[:, part], out, lse, dq, *parts, *options, False)
         dq_sum += dq
-        torch.testing.assert_close(dk, whole[1][:, part])
-        torch.testing.assert_close(dv, whole[2][:, part])
-    torch.testing.assert_close(dq_sum, whole[0])
+    whole = Options(softmax_scale=0.25)
+    assert_gradients(
+        (dq_sum.to(BF16), dk, dv), lambda q, k, v, d: attention(q, k, v, whole, d)[0], (q, k, v), dout
+    )
 
 
 @pytest.mark.parametrize("varlen", [False, True])
-def test_a_second_derivative_is_an_error(varlen):
-    q, k, v = make(1, 9, 12, 2, 2, 16, torch.float64)
+def test_a_second_derivative_is_an_error(device, require_backward, varlen):
+    require_backward(device, BF16, 16)
+    q, k, v = make(1, 9, 12, 2, 2, 16, BF16, device)
     if varlen:
-        bounds = [torch.tensor([0, n], dtype=torch.int32) for n in (9, 12)]
+        bounds = [torch.tensor([0, n], dtype=torch.int32, device=device) for n in (9, 12)]
         out = flash_attn_varlen_func(q[0], k[0], v[0], *bounds, 9, 12)
     else:
         out = flash_attn_func(q, k, v)
     (dq,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
         dq.square().sum().backward()
+
+
+@pytest.mark.parametrize("varlen", [False, True])
+def test_forward_mode_is_an_error(device, varlen):
+    x = torch.randn(1, 9, 3, 2, 16, device=device).to(BF16)
+    bounds = torch.tensor([0, 9], dtype=torch.int32, device=device)
+
+    def run(x):
+        return flash_attn_varlen_qkvpacked_func(x[0], bounds, 9) if varlen else flash_attn_qkvpacked_func(x)
+
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jvp(run, (x,), (x,))
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            run(dual)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_repeats_the_mask(device, require_backward, reentrant):
+    require_backward(device, BF16, 64)
+    q, k, v = make(2, 60, 70, 4, 2, 64, BF16, device)
+
+    def run(wrap):
+        torch.manual_seed(3)
+        out = wrap(lambda *x: flash_attn_func(*x, dropout_p=0.5, deterministic=True))
+        for x in (q, k, v):
+            x.grad = None
+        out.float().square().sum().backward()
+        return [x.grad for x in (q, k, v)]
+
+    plain = run(lambda f: f(q, k, v))
+    again = run(lambda f: checkpoint(f, q, k, v, use_reentrant=reentrant))
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
+def test_autocast(device, require_backward):
+    """Weights in fp32, attention in bf16: as with the casts written out."""
+    require_backward(device, BF16, 64)
+    x, weight = torch.randn(2, 50, 128, device=device), torch.randn(3 * 128, 128, device=device)
+    leaves = [(weight / 11).requires_grad_() for _ in range(2)]
+
+    def attend(qkv):
+        return flash_attn_qkvpacked_func(qkv.unflatten(-1, (3, 2, 64)), causal=True, deterministic=True)
+
+    with torch.autocast(device, BF16):
+        out = attend(torch.nn.functional.linear(x, leaves[0]))
+    expected = attend(torch.nn.functional.linear(x.to(BF16), leaves[1].to(BF16)))
+    assert out.dtype == BF16 and torch.equal(out, expected)
+    for y in (out, expected):
+        y.float().square().mean().backward()
+    assert leaves[0].grad.dtype == torch.float32 and torch.equal(leaves[0].grad, leaves[1].grad)

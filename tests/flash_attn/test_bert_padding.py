@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+from oracle import Options, assert_within, gradients, varlen_attention
 
-from flash_attn import flash_attn_func, flash_attn_varlen_func
+from flash_attn import flash_attn_varlen_func
 from flash_attn.bert_padding import (
     index_first_axis,
     index_put_first_axis,
@@ -43,16 +45,28 @@ def test_pad_undoes_unpad():
     assert torch.equal(pad_input(hidden, indices, 4, 5), x * MASK[..., None, None])
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_kinds_of_indices(dtype):
+    """Transformers decodes with slices of cu_seqlens, which are int32, as indices."""
+    x, indices = torch.randn(5, 3), torch.tensor([4, 0, 2], dtype=dtype)
+    rows = index_first_axis(x, indices)
+    assert torch.equal(rows, x[[4, 0, 2]])
+    back = index_put_first_axis(rows, indices, 6)
+    assert torch.equal(back[[4, 0, 2]], rows) and not back[[1, 3, 5]].any()
+
+
 def test_gradients():
     x = torch.randn(4, 5, 3, requires_grad=True, dtype=torch.float64)
-    torch.autograd.gradcheck(
-        lambda y: pad_input(2 * unpad_input(y, MASK)[0], unpad_input(y, MASK)[1], 4, 5), x
-    )
     indices = torch.tensor([2, 0, 1])
-    torch.autograd.gradcheck(lambda y: index_first_axis(y, indices), x.detach()[:, 0].requires_grad_())
-    torch.autograd.gradcheck(
-        lambda y: index_put_first_axis(y, indices, 7), x.detach()[:3, 0].requires_grad_()
-    )
+    lengths = torch.tensor([[2, 1, 0, 0, 0], [0] * 5, [5, 0, 0, 0, 0], [1, 0, 0, 0, 0]])
+    for function in (
+        lambda y: unpad_input(y, MASK)[0].square(),
+        lambda y: unpad_input_for_concatenated_sequences(y, lengths)[0].square(),
+        lambda y: pad_input(2 * unpad_input(y, MASK)[0], unpad_input(y, MASK)[1], 4, 5),
+        lambda y: index_first_axis(y, indices),
+        lambda y: index_put_first_axis(y, indices.new_tensor([6, 0, 2, 3]), 7),
+    ):
+        assert torch.autograd.gradcheck(function, x)
 
 
 def test_concatenated_sequences():
@@ -64,13 +78,45 @@ def test_concatenated_sequences():
     assert cu_seqlens.tolist() == [0, 2, 5, 11, 12, 13, 15] and longest == 6
 
 
-def test_attention_of_a_padded_batch():
-    q = torch.randn(4, 5, 2, 8)
-    hidden, indices, cu_seqlens, longest, _ = unpad_input(q, MASK)
-    packed = flash_attn_varlen_func(hidden, hidden, hidden, cu_seqlens, cu_seqlens, longest, longest)
-    out = pad_input(packed, indices, 4, 5)
-    torch.testing.assert_close(out[0, :3], flash_attn_func(*(q[:1, :3],) * 3)[0])
-    assert not out[1].any()
+@pytest.mark.parametrize("layout", ["padded", "concatenated"])
+def test_attention_of_a_batch(device, require_backward, layout):
+    """From a padded batch to packed attention and back, with gradients, against each sequence by itself."""
+    dtype = torch.bfloat16
+    require_backward(device, dtype, 64)
+    inputs = [torch.randn(3, 40, heads, 64, device=device, dtype=dtype) for heads in (4, 2, 2)]
+    if layout == "padded":
+        lengths = [17, 0, 40]
+        described = torch.arange(40, device=device) < torch.tensor(lengths, device=device)[:, None]
+        unpad = unpad_input
+    else:
+        lengths = [10, 7, 3, 40, 1]
+        described = torch.zeros(3, 40, dtype=torch.int64, device=device)
+        described[0, :3], described[1, 0], described[2, 0] = torch.tensor([10, 7, 3]), 40, 1
+        unpad = unpad_input_for_concatenated_sequences
+
+    def run(attend):
+        def through(*padded):
+            (q, indices, cu_seqlens, longest, *_), (k, *_), (v, *_) = (unpad(x, described) for x in padded)
+            return pad_input(attend(q, k, v, cu_seqlens, longest), indices, 3, 40)
+
+        return through
+
+    def ours(q, k, v, cu_seqlens, longest):
+        return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, longest, longest, causal=True)
+
+    def oracle(dtype):
+        options = Options(causal=True)
+        return lambda q, k, v, *unused: varlen_attention(q, k, v, lengths, lengths, options, dtype)[0]
+
+    dout = torch.randn_like(inputs[0])
+    out = run(ours)(*inputs)
+    assert not out[described.sum(-1) == 0].any()
+    assert_within(out, run(oracle(torch.float64))(*inputs), run(oracle(dtype))(*inputs))
+    grads = gradients(run(ours), inputs, dout, dtype)
+    truths = gradients(run(oracle(torch.float64)), inputs, dout, torch.float64)
+    yardsticks = gradients(run(oracle(dtype)), inputs, dout, dtype)
+    for grad, truth, yardstick in zip(grads, truths, yardsticks, strict=True):
+        assert_within(grad, truth, yardstick, factor=3.0)
 
 
 def test_rearrange_is_einops():

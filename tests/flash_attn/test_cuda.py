@@ -4,37 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
+from recorder import FORWARD_FIELDS, STREAM, Recorder, install, make, strides, unpack_forward
 
 from flash_attn import _abi, _cuda, _library, _operations
 from flash_attn._validation import Scoring
 
 SCORING = Scoring(0.125, 0.0, -1, -1, 0.0, None)
-FIELDS = [name for name, _ in _abi.ForwardParams._fields_]
 BF16 = torch.bfloat16
-
-
-class Recorder:
-    """Stands in for the loaded library."""
-
-    def __init__(self, status=0, family=0):
-        self.calls, self.probs_calls, self.status, self.family = [], [], status, family
-        self.last_error = lambda: b"kernel forward_sm90_bf16_d64_full is not built"
-
-    def unpack(self, packed):
-        assert len(packed) == _abi.FORWARD_PARAMS.size
-        return SimpleNamespace(**dict(zip(FIELDS, _abi.FORWARD_PARAMS.unpack(packed), strict=True)))
-
-    def forward(self, packed, stream):
-        self.calls.append((self.unpack(packed), stream))
-        return self.status
-
-    def dropout_probs(self, packed, stream):
-        self.probs_calls.append((self.unpack(packed), stream))
-        return self.status
 
 
 @pytest.fixture
@@ -42,28 +21,6 @@ def library(monkeypatch):
     recorder = Recorder()
     install(monkeypatch, recorder)
     return recorder
-
-
-def install(monkeypatch, recorder):
-    monkeypatch.setattr(_cuda, "_devices", {-1: _cuda._Device(recorder, counts_tiles=False)})
-    monkeypatch.setattr(_cuda, "_raw_stream", lambda device: 4242)
-    backend = SimpleNamespace(
-        forward=_cuda.forward,
-        varlen_forward=lambda *arguments: _cuda.varlen_forward(
-            *arguments[:-1]
-        ),  # the last is the CPU's block_table
-    )
-    monkeypatch.setattr(_operations, "_cpu", backend)
-
-
-def make(batch=2, seqlen_q=10, seqlen_k=12, heads=4, heads_k=2, head_dim=64, dtype=BF16, head_dim_v=None):
-    q = torch.randn(batch, seqlen_q, heads, head_dim).to(dtype)
-    dims = head_dim, head_dim if head_dim_v is None else head_dim_v
-    return q, *(torch.randn(batch, seqlen_k, heads_k, dim).to(dtype) for dim in dims)
-
-
-def strides(params, name):
-    return tuple(getattr(params, f"{name}_{axis}_stride") for axis in ("batch", "row", "head"))
 
 
 def run(*arguments, **named):
@@ -74,7 +31,7 @@ def test_packed_fields(library):
     q, k, v = make()
     out, lse, probs, rng_state = run(q, k, v, causal=True, softcap=3.0)
     ((params, stream),) = library.calls
-    assert stream == 4242
+    assert stream == STREAM
     assert (params.q, params.k, params.v) == (q.data_ptr(), k.data_ptr(), v.data_ptr())
     assert (params.out, params.softmax_lse) == (out.data_ptr(), lse.data_ptr())
     for name, x in (("q", q), ("k", k), ("v", v), ("out", out)):
@@ -106,7 +63,7 @@ def test_an_lse_that_nobody_wants_is_not_allocated():
 
 
 def test_packer_equals_the_structure():
-    values = list(range(1, len(FIELDS) + 1))
+    values = list(range(1, len(FORWARD_FIELDS) + 1))
     structure = _abi.ForwardParams(*values)
     assert bytes(structure) == _abi.FORWARD_PARAMS.pack(*values)
 
@@ -155,7 +112,7 @@ def test_dropout(library):
     params = library.calls[0][0]
     assert params.dropout_p == 0.25 and params.rng_state == rng_state.data_ptr() and params.probs == 0
     ((with_probs, stream),) = library.probs_calls
-    assert with_probs.probs == probs.data_ptr() and stream == 4242
+    assert with_probs.probs == probs.data_ptr() and stream == STREAM
     assert vars(with_probs) | {"probs": 0} == vars(params)
     assert probs.shape == (2, 4, 128, 128) and probs.dtype == q.dtype
     run(q, k, v, dropout_p=0.25)
@@ -258,7 +215,7 @@ def test_given_out(library, contiguous):
 @pytest.mark.parametrize("given", [False, True])
 def test_what_the_kernel_writes_comes_back(library, monkeypatch, head_dim, head_dim_v, step, given):
     def write(packed, stream):
-        params = library.unpack(packed)
+        params = unpack_forward(packed)
         ctypes.memset(params.out, 0x3F, 2 * params.batch * params.out_batch_stride)
         return 0
 
@@ -392,7 +349,7 @@ def test_the_tile_counter_of_the_stream_is_given_on_hopper(monkeypatch, capabili
     run(*make())
     run(*make(), dropout_p=0.5, return_softmax=True)
     hopper = capability == (9, 0)
-    assert asked == [(-1, 4242)] * 2 * hopper
+    assert asked == [(-1, STREAM)] * 2 * hopper
     expected = counter.data_ptr() if hopper else 0
     assert [params.tile_counter for params, _ in recorder.calls] == [expected] * 2
 

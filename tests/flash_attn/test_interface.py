@@ -1,8 +1,7 @@
-"""Names, signatures and entry points: what other libraries import, inspect and call positionally."""
+"""Entry points: imports, the extension module, dispatch modes. Signatures: test_signatures.py."""
 
 from __future__ import annotations
 
-import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -14,80 +13,6 @@ import flash_attn
 from flash_attn import flash_attn_interface as interface
 
 ROOT = Path(__file__).parents[2]
-TAIL = {
-    "dropout_p": 0.0, "softmax_scale": None, "causal": False, "window_size": (-1, -1), "softcap": 0.0,
-    "alibi_slopes": None, "deterministic": False, "return_attn_probs": False,
-}  # fmt: skip
-REQUIRED = inspect.Parameter.empty
-SCORING = (
-    "dropout_p",
-    "softmax_scale",
-    "causal",
-    "window_size_left",
-    "window_size_right",
-    "softcap",
-    "alibi_slopes",
-)
-LENGTHS = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
-GRADIENTS = ("dout", "q", "k", "v", "out", "softmax_lse", "dq", "dk", "dv")
-
-
-def required(*names):
-    return dict.fromkeys(names, REQUIRED)
-
-
-SIGNATURES = {
-    "flash_attn_func": required("q", "k", "v") | TAIL,
-    "flash_attn_qkvpacked_func": required("qkv") | TAIL,
-    "flash_attn_kvpacked_func": required("q", "kv") | TAIL,
-    "flash_attn_varlen_func": required("q", "k", "v", *LENGTHS) | TAIL | {"block_table": None},
-    "flash_attn_varlen_qkvpacked_func": required("qkv", "cu_seqlens", "max_seqlen") | TAIL,
-    "flash_attn_varlen_kvpacked_func": required("q", "kv", *LENGTHS) | TAIL,
-    "flash_attn_with_kvcache": required("q", "k_cache", "v_cache") | {
-        "k": None, "v": None, "rotary_cos": None, "rotary_sin": None, "cache_seqlens": None,
-        "cache_batch_idx": None, "cache_leftpad": None, "block_table": None, "softmax_scale": None,
-        "causal": False, "window_size": (-1, -1), "softcap": 0.0, "rotary_interleaved": True,
-        "alibi_slopes": None, "num_splits": 0, "return_softmax_lse": False,
-    },
-    "_flash_attn_forward": required("q", "k", "v", *SCORING, "return_softmax"),
-    "_flash_attn_varlen_forward": required("q", "k", "v", *LENGTHS, *SCORING[:3]) | {
-        "window_size_left": -1, "window_size_right": -1, "softcap": 0.0, "alibi_slopes": None,
-        "return_softmax": False, "block_table": None, "leftpad_k": None, "seqused_k": None,
-        "zero_tensors": False,
-    },
-    "_flash_attn_backward": required(*GRADIENTS, *SCORING, "deterministic") | {"rng_state": None},
-    "_flash_attn_varlen_backward": required(*GRADIENTS, *LENGTHS, *SCORING, "deterministic")
-    | {"rng_state": None, "zero_tensors": False},
-}  # fmt: skip
-MODULE_ARGUMENTS = {"fwd": 13, "varlen_fwd": 21, "bwd": 19, "varlen_bwd": 24, "fwd_kvcache": 20}
-
-
-@pytest.mark.parametrize("name", SIGNATURES)
-def test_signature(name):
-    parameters = inspect.signature(getattr(interface, name)).parameters
-    assert list(parameters) == list(SIGNATURES[name])
-    assert {n: p.default for n, p in parameters.items()} == SIGNATURES[name]
-
-
-@pytest.mark.parametrize("name", [name for name in SIGNATURES if not name.startswith("_")])
-def test_public_names(name):
-    assert getattr(flash_attn, name) is getattr(interface, name)
-    assert name in flash_attn.__all__
-    assert getattr(flash_attn, name).__doc__
-
-
-def test_version():
-    assert flash_attn.__version__ == "2.8.3"
-
-
-@pytest.mark.parametrize("name", MODULE_ARGUMENTS)
-def test_extension_module_is_positional(name):
-    import flash_attn_2_cuda
-
-    assert interface.flash_attn_gpu is flash_attn_2_cuda
-    parameters = inspect.signature(getattr(flash_attn_2_cuda, name)).parameters.values()
-    assert len(parameters) == MODULE_ARGUMENTS[name]
-    assert all(p.default is REQUIRED and p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters)
 
 
 def run_python(code):
@@ -210,96 +135,6 @@ def test_generator_is_used():
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-SCORES = (0.1, True, -1, -1, 0.0, None)
-
-
-def op_cases(head_dims):
-    q, k, v = make(10, 12, head_dims=head_dims)
-    fixed = (q, k, v, 0.0, *SCORES)
-    out, lse, _, rng_state = interface._flash_attn_forward(*fixed, False)
-    grads = [torch.empty_like(x) for x in (q, k, v)]
-    yield "_flash_attn_forward", (*fixed, False)
-    yield "_flash_attn_forward", (q, k, v, 0.3, *SCORES, True)
-    yield "_flash_attn_backward", (out, q, k, v, out, lse, *grads, 0.0, *SCORES, False, rng_state)
-    packed = [x.flatten(0, 1) for x in (q, k, v)]
-    lengths = (torch.tensor([0, 10, 20]).int(), torch.tensor([0, 12, 24]).int(), 10, 12)
-    out, lse, _, rng_state = interface._flash_attn_varlen_forward(*packed, *lengths, 0.0, *SCORES)
-    grads = [torch.empty_like(x) for x in packed]
-    yield "_flash_attn_varlen_forward", (*packed, *lengths, 0.0, *SCORES)
-    yield "_flash_attn_varlen_forward", (*packed, *lengths, 0.3, *SCORES, True)
-    yield (
-        "_flash_attn_varlen_backward",
-        (out, *packed, out, lse, *grads, *lengths, 0.0, *SCORES, False, rng_state),
-    )
-
-
-@pytest.mark.parametrize("case", range(6))
-@pytest.mark.parametrize("head_dims", [(32, 32), (32, 24)], ids=str)
-def test_custom_ops(case, head_dims):
-    name, arguments = list(op_cases(head_dims))[case]
-    wrapped = getattr(interface, f"_wrapped{name}")
-    assert wrapped is getattr(torch.ops.flash_attn, name)
-    drops = any(type(x) is float and x == 0.3 for x in arguments)
-    checks = ["test_schema"] if drops else ["test_schema", "test_faketensor"]
-    torch.library.opcheck(wrapped.default, arguments, test_utils=checks)
-
-
-@pytest.mark.parametrize("case", range(6))
-@pytest.mark.parametrize("head_dims", [(32, 32), (32, 24)], ids=str)
-def test_fake_outputs_match(case, head_dims):
-    name, arguments = list(op_cases(head_dims))[case]
-    wrapped = getattr(interface, f"_wrapped{name}")
-    real = wrapped(*arguments)
-    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fake = wrapped(*(mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in arguments))
-    pairs = zip(real, fake, strict=True) if isinstance(real, tuple) else [(real, fake)]
-    for r, f in pairs:
-        assert (r.shape, r.dtype, r.stride()) == (f.shape, f.dtype, f.stride())
-
-
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("head_dims", [(32, 32), (40, 24)], ids=str)
-def test_compile(dynamic, head_dims):
-    q, k, v = (x.requires_grad_() for x in make(10, 12, head_dims=head_dims))
-    dout = torch.randn(2, 10, 4, head_dims[1])
-
-    def function(q, k, v):
-        return flash_attn.flash_attn_func(q * 2, k, v, causal=True)
-
-    compiled = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=dynamic)
-    out, expected = compiled(q, k, v), function(q, k, v)
-    assert torch.equal(out, expected)
-    for a, b in zip(*(torch.autograd.grad(o, (q, k, v), dout) for o in (out, expected)), strict=True):
-        assert torch.equal(a, b)
-    with torch.no_grad():
-        assert torch.equal(compiled(q, k, v), expected)
-
-
-def test_compile_varlen():
-    q, k, v = (x.flatten(0, 1).requires_grad_() for x in make(10, 12))
-    cu_q, cu_k = torch.tensor([0, 10, 20]).int(), torch.tensor([0, 12, 24]).int()
-
-    def function(q, k, v):
-        return flash_attn.flash_attn_varlen_func(q, k, v, cu_q, cu_k, 10, 12, window_size=(3, 0))
-
-    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
-    out, expected = compiled(q, k, v), function(q, k, v)
-    assert torch.equal(out, expected)
-    for a, b in zip(*(torch.autograd.grad(o.sum(), (q, k, v)) for o in (out, expected)), strict=True):
-        assert torch.equal(a, b)
-
-
-def test_compile_packed():
-    qkv, cu = torch.randn(2, 8, 3, 2, 16), torch.tensor([0, 3, 8]).int()
-
-    def function(x):
-        varlen = flash_attn.flash_attn_varlen_qkvpacked_func(x[0], cu, 5, causal=True)
-        return flash_attn.flash_attn_qkvpacked_func(x, causal=True), varlen
-
-    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
-    assert all(torch.equal(a, b) for a, b in zip(compiled(qkv), function(qkv), strict=True))
-
-
 def test_modes_and_subclasses_see_the_op():
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -346,21 +181,6 @@ def test_the_default_device_does_not_matter():
     with torch.device("meta"):
         actual = run()
     assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
-
-
-def test_activation_checkpointing_repeats_the_mask():
-    from torch.utils.checkpoint import checkpoint
-
-    q, k, v = (x.requires_grad_() for x in make(10, 12))
-
-    def run(wrap):
-        torch.manual_seed(3)
-        out = wrap(lambda *x: flash_attn.flash_attn_func(*x, dropout_p=0.5))
-        return torch.autograd.grad(out.square().sum(), (q, k, v))
-
-    plain = run(lambda f: f(q, k, v))
-    again = run(lambda f: checkpoint(f, q, k, v, use_reentrant=False))
-    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
 
 
 def test_build_info():

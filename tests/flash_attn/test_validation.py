@@ -176,15 +176,32 @@ def test_pages_with_gradients():
         flash_attn.flash_attn_varlen_func(**arguments, block_table=int32(0, 1)[:, None])
 
 
+STATE = torch.tensor([3, 4])
+BOTH = zeros(2, 12, 2, 2, 32)
 BACKWARD = {
-    "dout": (ValueError, {"dout": Q[:, :3]}),
-    "out": (TypeError, {"out": Q.float()}),
-    "softmax_lse": (ValueError, {"softmax_lse": zeros(2, 4, 9, dtype=FP32)}),
-    "dq": (ValueError, {"dq": K}),
-    "dk": (TypeError, {"dk": K.float()}),
-    "dv": (TypeError, {"dv": 3}),
-    "rng_state": (TypeError, {"dropout_p": 0.1}),
-}
+    "dout of another length": (ValueError, "dout", {"dout": Q[:, :3]}),
+    "dout of another dtype": (TypeError, "dout", {"dout": Q.half()}),
+    "dout elsewhere": (ValueError, "dout", {"dout": Q.to("meta")}),
+    "dout None": (TypeError, "dout", {"dout": None}),
+    "out of another dtype": (TypeError, "out", {"out": Q.float()}),
+    "out of other heads": (ValueError, "out", {"out": Q[:, :, :2]}),
+    "softmax_lse of another length": (ValueError, "softmax_lse", {"softmax_lse": zeros(2, 4, 9, dtype=FP32)}),
+    "softmax_lse of another dtype": (TypeError, "softmax_lse", {"softmax_lse": zeros(2, 4, 10)}),
+    "softmax_lse None": (TypeError, "softmax_lse", {"softmax_lse": None}),
+    "dq of k's shape": (ValueError, "dq", {"dq": K.clone()}),
+    "dk of another dtype": (TypeError, "dk", {"dk": K.float()}),
+    "dk elsewhere": (ValueError, "dk", {"dk": K.to("meta")}),
+    "dv a number": (TypeError, "dv", {"dv": 3}),
+    "dk expanded": (ValueError, "dk", {"dk": K[:1].clone().expand(2, -1, -1, -1)}),
+    "dk and dv the same": (ValueError, "dv", {"dk": BOTH[:, :, 0], "dv": BOTH[:, :, 0]}),
+    "dk and dv of one row": (ValueError, "dv", {"dk": BOTH[:, :, 0], "dv": BOTH.flatten(2, 3)[:, :, 1:3]}),
+    "dq and dv of one memory": (ValueError, "dv", {"dq": BOTH.flatten()[: Q.numel()].view_as(Q),
+                                                   "dv": BOTH[:, :, 1]}),
+    "rng_state missing": (TypeError, "rng_state", {"dropout_p": 0.1}),
+    "rng_state of one": (ValueError, "rng_state", {"dropout_p": 0.1, "rng_state": STATE[:1]}),
+    "rng_state int32": (ValueError, "rng_state", {"dropout_p": 0.1, "rng_state": STATE.int()}),
+    "rng_state elsewhere": (ValueError, "rng_state", {"dropout_p": 0.1, "rng_state": STATE.to("meta")}),
+}  # fmt: skip
 
 
 def backward_arguments(changes):
@@ -197,10 +214,25 @@ def backward_arguments(changes):
     return base | changes
 
 
-@pytest.mark.parametrize("name", BACKWARD)
-def test_backward(name):
-    kind, changes = BACKWARD[name]
+@pytest.mark.parametrize("case", BACKWARD)
+def test_backward(case):
+    kind, name, changes = BACKWARD[case]
     raises(kind, name, _flash_attn_backward, **backward_arguments(changes))
+
+
+def test_parts_of_a_packed_gradient_may_be_written():
+    packed, fused = zeros(2, 12, 3, 2, 32), zeros(2, 12, 8, 32)
+    q = K.clone()
+    tensors = {"dout": q, "q": q, "out": q, "softmax_lse": zeros(2, 2, 12, dtype=FP32)}
+    given = dict(zip(("dq", "dk", "dv"), packed.unbind(2), strict=True))
+    _flash_attn_backward(**backward_arguments(tensors | given))
+    given = {"dq": fused[:, :10, :4], "dk": fused[:, :, 4:6], "dv": fused[:, :, 6:]}
+    _flash_attn_backward(**backward_arguments(given))
+
+
+def test_any_gradient_may_be_left_out():
+    for given in ({"dq": None}, {"dk": None}, {"dv": None}, {"dq": None, "dk": None, "dv": None}):
+        assert _flash_attn_backward(**backward_arguments(given)).shape == (2, 4, 128)
 
 
 @pytest.mark.parametrize("name", ["dout", "out", "dv"])
@@ -216,12 +248,14 @@ def test_varlen_backward():
     q, k = zeros(10, 4, 32), zeros(12, 2, 32)
     lse = zeros(4, 10, dtype=FP32)
     tail = 0.0, 1.0, False, -1, -1, 0.0, None, False
-    arguments = q, q, k, k, q, lse, q, k, k, int32(0, 10), int32(0, 12), 10, 12, *tail
+    gradients = q.clone(), k.clone(), k.clone()
+    arguments = q, q, k, k, q, lse, *gradients, int32(0, 10), int32(0, 12), 10, 12, *tail
     _flash_attn_varlen_backward(*arguments)
     raises(ValueError, "softmax_lse", _flash_attn_varlen_backward, *arguments[:5], lse[:, 1:], *arguments[6:])
     raises(
         ValueError, "cu_seqlens_q", _flash_attn_varlen_backward, *arguments[:9], int32(0, 11), *arguments[10:]
     )
+    raises(ValueError, "dv", _flash_attn_varlen_backward, *arguments[:8], arguments[7], *arguments[9:])
 
 
 @pytest.mark.parametrize("out, kind", [(Q.float(), TypeError), (Q[:1], ValueError), (3, TypeError)])
@@ -263,20 +297,10 @@ class TestCudaChecks:
         raises(ValueError, "k", _validation.check_qkv, q, other, q, 4, 4)
         raises(ValueError, "v", _validation.check_qkv, q, q, other, 4, 4)
 
-    @pytest.mark.parametrize("name", ["q", "k", "v"])
-    def test_gradients_are_refused(self, name):
-        from flash_attn import _autograd
-
-        tensors = {n: cuda_like(requires_grad=n == name) for n in "qkv"}
-        with pytest.raises(NotImplementedError, match=rf"^{name} requires grad.*CPU"):
-            _autograd.gradient_needed(**tensors)
-        with torch.no_grad():
-            assert not _autograd.gradient_needed(**tensors)
-
 
 @pytest.mark.gpu
 class TestOnCuda:
-    """What CUDA cannot do yet, and what it never can, on a real GPU."""
+    """What CUDA cannot do, yet or ever, on a real GPU."""
 
     @pytest.fixture(autouse=True)
     def need_cuda(self):
@@ -303,10 +327,18 @@ class TestOnCuda:
         q, k = Q.to("cuda", dtype), K.to("cuda", dtype)
         raises(TypeError, "q", flash_attn.flash_attn_func, q, k, k)
 
-    def test_gradient(self):
-        q, k = Q.cuda().requires_grad_(), K.cuda()
-        with pytest.raises(NotImplementedError, match=r"requires grad.*CPU"):
-            flash_attn.flash_attn_func(q, k, k)
+    @pytest.mark.parametrize("name", ["dout", "out", "softmax_lse", "dq", "dk", "dv", "rng_state"])
+    def test_backward_devices_mixed(self, name):
+        arguments = backward_arguments({"dropout_p": 0.1, "rng_state": STATE})
+        there = {n: x.cuda() if isinstance(x, torch.Tensor) else x for n, x in arguments.items()}
+        raises(ValueError, name, _flash_attn_backward, **there | {name: arguments[name]})
+
+    def test_backward_lse_dtype(self):
+        arguments = {
+            n: x.cuda() if isinstance(x, torch.Tensor) else x for n, x in backward_arguments({}).items()
+        }
+        arguments["softmax_lse"] = arguments["softmax_lse"].double()
+        raises(TypeError, "softmax_lse", _flash_attn_backward, **arguments)
 
     def test_pages(self):
         arguments = varlen_arguments(

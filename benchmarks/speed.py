@@ -1,0 +1,96 @@
+"""Speed of flash_attn beside torch's FlashAttention-2 and cuDNN: same tensors, same run.
+
+A backward is dq, dk and dv together, by autograd from an output made beforehand.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from benchmarks import report
+from benchmarks.providers import CUDNN, DETERMINISTIC, OURS, TORCH_FA2, Call, Problem, providers, runnable
+from benchmarks.settings import HEAD_DIMS, MASKS, SEQLENS, Setting, all_settings
+from benchmarks.timing import device_medians
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+QUICK_SEQLENS = (512, 4096)
+QUICK_BUDGET_S = 0.2
+AGREEMENT = 1e-2
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--head-dims", type=int, nargs="+", default=HEAD_DIMS)
+    parser.add_argument("--masks", nargs="+", choices=MASKS, default=MASKS)
+    parser.add_argument("--seqlens", type=int, nargs="+", default=None)
+    parser.add_argument("--budget", type=float, default=1.0, help="seconds of device time per setting")
+    parser.add_argument("--quick", action="store_true", help="two sequence lengths, short runs")
+    parser.add_argument("--readme", type=Path, help="rewrite the benchmark table of this README")
+    parser.add_argument(
+        "--deterministic", action="store_true", help="measure deterministic gradients too, as a ratio to ours"
+    )
+
+
+def make_problem(setting: Setting, dtype: torch.dtype) -> Problem:
+    """Standard normal tensors of shape `setting.shape` on the current GPU; the same ones on every run."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    q, k, v, dout = (
+        torch.randn(setting.shape, device="cuda", dtype=dtype, generator=generator) for _ in range(4)
+    )
+    return Problem(q, k, v, dout, setting.causal)
+
+
+def check_agreement(calls: Mapping[str, Call]) -> None:
+    """Compare our results with FA2's, or cuDNN's where that is missing, by the relative Frobenius norm."""
+    peer = next((name for name in (TORCH_FA2, CUDNN) if name in calls), None)
+    if peer is None:
+        return
+    theirs = calls[peer].results()
+    for name in (name for name in (OURS, DETERMINISTIC) if name in calls):
+        for ours, other in zip(calls[name].results(), theirs, strict=True):
+            difference = torch.linalg.vector_norm(ours.float() - other.float())
+            error = (difference / torch.linalg.vector_norm(other.float())).item()
+            if not error < AGREEMENT:
+                raise AssertionError(
+                    f"{name} and {peer} differ: relative error {error:.3g}, allowed {AGREEMENT}"
+                )
+
+
+def measure(
+    setting: Setting, dtype: torch.dtype, direction: str, names: list[str], budget_seconds: float
+) -> report.Row:
+    """TFLOP/s of every provider that runs here; AssertionError if our result disagrees with a peer's."""
+    problem, known = make_problem(setting, dtype), providers()
+    calls = runnable({name: getattr(known[name], direction)(problem) for name in names})
+    check_agreement(calls)
+    medians = device_medians(calls, budget_seconds)
+    return report.Row(setting, {name: setting.tflops(ms, direction) for name, ms in medians.items()})
+
+
+def run(args: argparse.Namespace) -> int:
+    direction = args.command
+    seqlens = args.seqlens or (QUICK_SEQLENS if args.quick else SEQLENS)
+    budget = min(args.budget, QUICK_BUDGET_S) if args.quick else args.budget
+    names = [*([DETERMINISTIC] if args.deterministic else []), OURS, TORCH_FA2, CUDNN]
+    name = f"{direction}-{DETERMINISTIC}" if args.deterministic else direction
+    if args.readme:
+        report.replace_between_markers(args.readme.read_text(), name, "")  # fails before the measuring
+    rows = []
+    print(report.aligned(report.titles(names)), flush=True)
+    for setting in all_settings(args.head_dims, args.masks, seqlens):
+        rows.append(measure(setting, DTYPES[args.dtype], direction, names, budget))
+        print(report.aligned(report.cells(rows[-1], names)), flush=True)
+    for text in report.summary(rows, names):
+        print(text)
+    family = args.family or "chosen by the library"
+    facts = {**report.environment(), "direction": direction, "dtype": args.dtype, "family": family}
+    report.write_json(args.output / f"{name}.json", facts, [row.as_record() for row in rows])
+    report.plot_speed(args.output / f"{name}.png", rows, names, facts)
+    if args.readme:
+        table = report.markdown(rows, names, facts)
+        args.readme.write_text(report.replace_between_markers(args.readme.read_text(), name, table))
+    return 0

@@ -1,0 +1,144 @@
+"""Backward on CUDA: allocates the workspace, packs `_abi.BackwardParams` and calls the library.
+
+Arguments come validated from `_operations`. Gradients that are None are not wanted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from flash_attn import _abi, _cuda, _library
+from flash_attn._layout import empty_softmax_d, round_multiple
+from flash_attn._validation import Gradients, Scoring
+
+ABSENT = (0, 0, 0, 0)
+
+_pack = _abi.BACKWARD_PARAMS.pack
+
+
+def _workspace(q: Tensor, rows: int, head_dim: int, ordered: bool) -> tuple[Tensor, int, int, int]:
+    """Return memory for so many rows of queries, and where it has the LSE in log2 units, dq and semaphores.
+
+    No dq if `head_dim` is 0, no semaphores, which put the additions to it in order, unless `ordered`. As
+    `rows` is a multiple of 128, each part is aligned.
+    """
+    semaphores = rows if head_dim and ordered else 0
+    size = rows + rows * head_dim + semaphores
+    memory = torch.empty_strided((size,), (1,), dtype=torch.float32, device=q.device)
+    at = memory.data_ptr()
+    dq_at = at + 4 * rows
+    return memory, at, dq_at if head_dim else 0, dq_at + 4 * rows * head_dim if semaphores else 0
+
+
+def _launch(
+    inputs: Sequence[Tensor], lse: Tensor, gradients: Sequence[Tensor | None], softmax_d: Tensor,
+    scoring: Scoring, sizes: _cuda.Sizes, head_dims: tuple[int, int], sequences: Sequence[int],
+    deterministic: bool, rng_state: Tensor | None,
+) -> None:  # fmt: skip
+    """Run the kernels on q, k, v, out, dout and dq, dk, dv as they can read and write them.
+
+    The rest is as in `_cuda._attend`; `softmax_d` has whole blocks of 128 rows.
+    """
+    q, k = inputs[:2]
+    batch_stride = _cuda.PACKED if sequences[0] else _cuda.NOT_PACKED
+    tensors = (*inputs, *gradients)
+    addresses = [0 if x is None else x.data_ptr() for x in tensors]
+    of_each = [ABSENT if x is None else batch_stride + x.stride() for x in tensors]
+    strides = [step for x in of_each for step in x[:3]]
+    device = q.get_device()
+    library = _cuda.library_on(device)
+    rows = softmax_d.stride(-2)
+    all_rows = rows * sizes[4] * (1 if sequences[0] else sizes[0])
+    head_dim = _library.kernel_head_dim(max(head_dims)) if gradients[0] is not None else 0
+    memory, lse_log2_at, dq_at, semaphores_at = _workspace(q, all_rows, head_dim, deterministic)
+    scoring = _cuda.with_contiguous_slopes(scoring)
+    forward = _cuda.pack_forward(
+        addresses[:4], lse.data_ptr(), sequences, 0 if rng_state is None else rng_state.data_ptr(), 0,
+        strides[:12], (batch_stride + lse.stride())[:2], sizes, k.shape[0], head_dims, scoring, q.dtype,
+        device, library.family,
+    )  # fmt: skip
+    packed = _pack(
+        forward, *addresses[4:], softmax_d.data_ptr(), lse_log2_at, dq_at, semaphores_at, *strides[12:], rows
+    )
+    status = library.backward(packed, _cuda.raw_stream(device))
+    del memory  # no sooner: the next allocation on this stream may be given it
+    if status:
+        _cuda.fail(status, q, max(head_dims), library, _abi.Direction.BACKWARD)
+
+
+def _writable(x: Tensor) -> Tensor:
+    """Allocate what kernels can write in place of x (.., h, d): contiguous, rows a multiple of 8 elements."""
+    shape = (*x.shape[:-1], round_multiple(x.shape[-1], 8))
+    return torch.empty(shape, dtype=x.dtype, device=x.device)
+
+
+def _differentiate(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, gradients: Gradients,
+    softmax_d: Tensor, scoring: Scoring, sizes: _cuda.Sizes, sequences: Sequence[int], deterministic: bool,
+    rng_state: Tensor | None,
+) -> None:  # fmt: skip
+    """Write the gradients, by way of copies where kernels cannot read or write tensors where they are."""
+    batch, seqlen_q, seqlen_k, total_q, num_heads, _ = sizes
+    if not (batch and total_q and seqlen_q and seqlen_k and num_heads):
+        for x in (*gradients, softmax_d):
+            if x is not None:
+                x.zero_()
+        return
+    targets = [x if x is None or _cuda.readable(x) else _writable(x) for x in gradients]
+    if (targets[1] is None) != (targets[2] is None):  # one kernel computes both
+        targets[1:] = [_writable(x) if y is None else y for x, y in zip((k, v), targets[1:], strict=True)]
+    _launch(
+        [_cuda.aligned(x) for x in (q, k, v, out, dout)], lse if lse.stride(-1) == 1 else lse.contiguous(),
+        targets, softmax_d, scoring, sizes,
+        (round_multiple(q.shape[-1], 8), round_multiple(v.shape[-1], 8)), sequences, deterministic,
+        None if rng_state is None else rng_state.contiguous(),
+    )  # fmt: skip
+    for x, target in zip(gradients, targets, strict=True):
+        if x is not None and target is not None and target is not x:
+            x.copy_(target[..., : x.shape[-1]])
+
+
+def backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, gradients: Gradients,
+    scoring: Scoring, deterministic: bool, rng_state: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Write the gradients of q (b, sq, h, d), k (b, sk, hk, d) and v; return softmax_d, zero past sq.
+
+    Raises:
+        RuntimeError: as in `_cuda.forward`.
+    """
+    (batch, seqlen_q, num_heads, _), (_, seqlen_k, num_heads_k, _) = q.shape, k.shape
+    softmax_d = empty_softmax_d(q)
+    sizes = batch, seqlen_q, seqlen_k, batch * seqlen_q, num_heads, num_heads_k
+    _differentiate(
+        dout, q, k, v, out, lse, gradients, softmax_d, scoring, sizes, _cuda.FIXED_LENGTH, deterministic,
+        rng_state,
+    )  # fmt: skip
+    return softmax_d
+
+
+def varlen_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, gradients: Gradients,
+    scoring: Scoring, deterministic: bool, rng_state: Tensor | None, cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
+) -> Tensor:  # fmt: skip
+    """Write the gradients of packed q (total_q, h, d), k (total_k, hk, d) and v, zero past the sequences.
+
+    Returns softmax_d, zero between the sequences.
+
+    Raises:
+        RuntimeError: as in `_cuda.forward`.
+    """
+    batch = cu_seqlens_q.numel() - 1
+    (total_q, num_heads, _), (_, num_heads_k, _) = q.shape, k.shape
+    softmax_d = empty_softmax_d(q, batch)
+    bounds = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
+    sequences = bounds[0].data_ptr(), bounds[1].data_ptr(), 0, 0
+    sizes = batch, max_seqlen_q, max_seqlen_k, total_q, num_heads, num_heads_k
+    _differentiate(
+        dout, q, k, v, out, lse, gradients, softmax_d, scoring, sizes, sequences, deterministic, rng_state
+    )  # fmt: skip
+    return softmax_d

@@ -1,0 +1,37 @@
+// The workspace of a backward call: for each head the rows of all sequences, each sequence padded so that
+// whole tiles of queries may be read and written.
+#pragma once
+
+#include <cstdint>
+
+#include "abi.h"
+#include "common/sequence.cuh"
+
+namespace flash_attn {
+
+constexpr int kWorkspaceRows = 128;  // a sequence starts at a multiple of this
+
+// Row at which the queries of `batch` and `head` start.
+__device__ __forceinline__ int64_t workspace_row(const BackwardParams& params, int batch, int head) {
+  const ForwardParams& forward = params.forward;
+  if (forward.cu_seqlens_q == nullptr) {
+    return (int64_t{batch} * forward.num_heads + head) * params.rows;
+  }
+  const int64_t row = forward.cu_seqlens_q[batch] + int64_t{kWorkspaceRows} * batch;
+  return head * params.rows + row / kWorkspaceRows * kWorkspaceRows;
+}
+
+// A piece of dQ in the workspace: the four elements that each lane of a warp holds of a 16x8 accumulator
+// tile, laid out so that adding them is one instruction of 512 consecutive bytes, or four of 128.
+struct GradientFragment {
+  static constexpr int kFloats = 128;
+#if __CUDA_ARCH__ >= 900
+  static constexpr int kLaneStride = 4;
+  static constexpr int kElementStride = 1;
+#else
+  static constexpr int kLaneStride = 1;
+  static constexpr int kElementStride = 32;
+#endif
+};
+
+}  // namespace flash_attn

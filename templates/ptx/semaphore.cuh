@@ -1,0 +1,27 @@
+// Turns of warps of different thread blocks at a place in global memory, counted by an integer there.
+#pragma once
+
+#include <cstdint>
+
+namespace flash_attn::ptx {
+
+// Waits until `turn` warps have passed their turn, and sees what they have written.
+__device__ __forceinline__ void wait_for_turn(const int32_t* semaphore, int turn) {
+  if (threadIdx.x % 32 == 0) {
+    int32_t passed;
+    do {
+      asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(passed) : "l"(semaphore) : "memory");
+    } while (passed != turn);
+  }
+  __syncwarp();
+}
+
+// Lets the next warp see what this one has written or added, and begin.
+__device__ __forceinline__ void pass_turn(int32_t* semaphore) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) {
+    asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(semaphore) : "memory");
+  }
+}
+
+}  // namespace flash_attn::ptx

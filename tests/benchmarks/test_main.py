@@ -1,0 +1,20 @@
+"""The command line: every command explains itself, and says when it needs a GPU."""
+
+import pytest
+import torch
+
+from benchmarks.__main__ import SUMMARIES, main, parser
+
+
+@pytest.mark.parametrize("command", SUMMARIES)
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        parser().parse_args([command, "--help"])
+    assert "--output" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="shows what happens without a GPU")
+@pytest.mark.parametrize("command", sorted(set(SUMMARIES) - {"build"}))
+def test_without_a_gpu_it_says_so(command, capsys):
+    assert main([command]) == 2
+    assert "needs an NVIDIA GPU" in capsys.readouterr().out
