@@ -12,6 +12,8 @@ SUMMARIES = {
     "forward": "speed beside torch's FlashAttention-2 and cuDNN",
     "backward": "the same of dq, dk and dv",
     "both": "the same of forward and backward",
+    "decode": "one query token over a KV cache",
+    "rotary": "rotary embedding beside a copy",
     "host": "host time of one call",
     "memory": "peak GPU memory by sequence length",
     "build": "CPU seconds, memory and size of the last build",
@@ -19,9 +21,10 @@ SUMMARIES = {
 
 
 def parser() -> argparse.ArgumentParser:
-    from benchmarks import build, host, memory, speed
+    from benchmarks import build, decode, host, memory, rotary, speed
 
-    modules = {"host": host, "memory": memory, "build": build} | dict.fromkeys(WORK, speed)
+    modules = {"decode": decode, "rotary": rotary, "host": host, "memory": memory, "build": build}
+    modules |= dict.fromkeys(WORK, speed)
     top = argparse.ArgumentParser(prog="python -m benchmarks", description="Benchmarks of flash_attn.")
     commands = top.add_subparsers(dest="command", required=True)
     for name, summary in SUMMARIES.items():

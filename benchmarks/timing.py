@@ -24,13 +24,20 @@ def rotations(names: list[str], rounds: int) -> list[list[str]]:
     return [names[i % len(names) :] + names[: i % len(names)] for i in range(rounds)]
 
 
-def _enqueue_rounds(calls: Mapping[str, Call], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each call by CUDA events; the host only enqueues, and waits at the end."""
+def _enqueue_rounds(
+    calls: Mapping[str, Call], rounds: int, flush: torch.Tensor | None = None
+) -> dict[str, list[float]]:
+    """Milliseconds of each call by CUDA events; the host only enqueues, and waits at the end.
+
+    `flush`, larger than L2, is read before each call: nothing is left there, nor waits to be written back.
+    """
     events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in calls}
     for order in rotations(list(calls), rounds):
         for name in order:
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             with calls[name].context():
+                if flush is not None:
+                    flush.sum()
                 start.record()
                 calls[name].run()
                 end.record()
@@ -65,3 +72,28 @@ def host_medians(calls: Mapping[str, Call], batches: int, calls_per_batch: int =
                 calls[name].run()
                 samples[name].append(_batch_microseconds(calls[name].run, calls_per_batch))
     return {name: median(times) for name, times in samples.items()}
+
+
+def _graph(call: Call) -> torch.cuda.CUDAGraph:
+    """Capture one call, so that its host time does not count."""
+    with call.context():
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                call.run()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call.run()
+    return graph
+
+
+def cold_medians(calls: Mapping[str, Call], rounds: int = 25) -> dict[str, float]:
+    """Median device time of each call in milliseconds, replayed as a CUDA graph with nothing of it in L2."""
+    graphs = {name: _graph(call) for name, call in calls.items()}
+    flush = torch.empty(torch.cuda.get_device_properties().L2_cache_size, dtype=torch.float32, device="cuda")
+
+    replays = {name: Call(graph.replay) for name, graph in graphs.items()}
+    _enqueue_rounds(replays, 2, flush)
+    return {name: median(times) for name, times in _enqueue_rounds(replays, rounds, flush).items()}

@@ -239,7 +239,69 @@ BACKWARD_PARAMS = Struct(
         Field("rows", "int64", "rows of the workspaces"),
     ),
 )
-STRUCTS = (FORWARD_PARAMS, BACKWARD_PARAMS)
+SPLIT_PARAMS = Struct(
+    "SplitParams",
+    "Arguments of one attention call over a KV cache. Keys that the call appends are written to the cache"
+    " first; what would lie outside of it is dropped, and read as zero. In forward, k and v are the cache,"
+    " (cache_entries, rows, num_heads_k, head_dim), seqlen_k is the room for one sequence, cu_seqlens_q"
+    " needs pages and no appended keys, and seqused_k is null.",
+    (
+        Field("forward", FORWARD_PARAMS, "q, the cache, out, and how scores are formed"),
+        Field("cache_seqlens", "const int32_t*", "(batch): keys in the cache before, or null: cache_seqlen"),
+        Field("cache_batch_idx", "const int32_t*", "(batch): entry of each sequence, or null: its own"),
+        Field("block_table", "const int32_t*", "(batch, ..): pages of each sequence, null iff no page_size"),
+        Field("k_new", "const void*", "(batch, seqlen_new, num_heads_k, head_dim) to append, or null"),
+        Field("v_new", "const void*", "as k_new, with head_dim_v"),
+        Field("rotary_cos", "const void*", "(rotary_rows, rotary_dim / 2), contiguous, or null"),
+        Field("rotary_sin", "const void*", "as rotary_cos"),
+        Field("q_rotated", "void*", "workspace: as q, contiguous, null iff rotary_cos"),
+        Field("out_partial", "float*", "workspace: (rows of q, num_heads, num_splits, head_dim_v)"),
+        Field("lse_partial", "float*", "workspace: (rows of q, num_heads, num_splits)"),
+        *_strides("k_new", "batch", "row", "head"),
+        *_strides("v_new", "batch", "row", "head"),
+        Field("block_table_stride", "int64", "from one sequence to the next"),
+        Field("cache_entries", "int32", "entries of the cache, or pages"),
+        Field("page_size", "int32", "keys in a page, a multiple of 16; 0 = no pages"),
+        Field(
+            "cache_seqlen", "int32", "keys in the cache before, where cache_seqlens and cu_seqlens_k are null"
+        ),
+        Field("seqlen_new", "int32", "keys that the call appends to each sequence"),
+        Field("rotary_rows", "int32", "positions in the tables; later ones are not rotated"),
+        Field("rotary_dim", "int32", "elements of each head that are rotated, a multiple of 16"),
+        Field("rotary_interleaved", "int32", "pairs are (0, 1), (2, 3), ..; else the two halves"),
+        Field("num_splits", "int32", "parts of the keys; the workspaces are used where more than 1"),
+    ),
+)
+ROTARY_PARAMS = Struct(
+    "RotaryParams",
+    "Arguments of one rotation of heads by their position. Sequences are packed iff cu_seqlens is not null:"
+    " then batch strides are ignored, and rows past the last sequence stay as they are. Strides are in"
+    " elements.",
+    (
+        Field("x", "const void*", "(batch, seqlen, num_heads, head_dim), or (rows, ..) if packed"),
+        Field("out", "void*", "as x; may be x"),
+        Field("cos", "const void*", "(table_rows, rotary_dim / 2), contiguous"),
+        Field("sin", "const void*", "as cos"),
+        Field("offsets", "const int32_t*", "(batch): position of each first token, or null: offset"),
+        Field("cu_seqlens", "const int32_t*", "(batch + 1), or null: where each sequence starts"),
+        *_strides("x", "batch", "row", "head"),
+        *_strides("out", "batch", "row", "head"),
+        Field("rows", "int64", "of x, all sequences together"),
+        Field("batch", "int32", "number of sequences"),
+        Field("seqlen", "int32", "rows of each sequence, unless packed"),
+        Field("num_heads", "int32", "heads of x"),
+        Field("head_dim", "int32", "elements per head, a multiple of 8"),
+        Field("rotary_dim", "int32", "of these, how many are rotated: a multiple of 16, of 8 if interleaved"),
+        Field("table_rows", "int32", "positions in the tables; rows at others stay as they are"),
+        Field("offset", "int32", "position of each first token, where offsets is null"),
+        Field("interleaved", "int32", "pairs are (0, 1), (2, 3), ..; else the two halves"),
+        Field("conjugate", "int32", "rotate back"),
+        Field("dtype", "int32", "Dtype of x and out"),
+        Field("fp32_tables", "int32", "cos and sin are fp32; else of that dtype"),
+        Field("device", "int32", "CUDA device ordinal"),
+    ),
+)
+STRUCTS = (FORWARD_PARAMS, BACKWARD_PARAMS, SPLIT_PARAMS, ROTARY_PARAMS)
 
 
 def enums() -> tuple[Enum, ...]:
@@ -261,6 +323,8 @@ def _numbered(names: tuple[str, ...]) -> tuple[tuple[str, int], ...]:
 
 _PARAMS = Field("params", "const flash_attn::ForwardParams*")
 _BACKWARD_PARAMS = Field("params", "const flash_attn::BackwardParams*")
+_SPLIT_PARAMS = Field("params", "const flash_attn::SplitParams*")
+_ROTARY_PARAMS = Field("params", "const flash_attn::RotaryParams*")
 _STREAM = Field("stream", "void*")
 _CALL = (_PARAMS, _STREAM)
 
@@ -271,6 +335,18 @@ FUNCTIONS = (
         "int32",
         (_BACKWARD_PARAMS, _STREAM),
         "Launches the backward kernels; returns a Status.",
+    ),
+    Function(
+        "flash_attn_split",
+        "int32",
+        (_SPLIT_PARAMS, _STREAM),
+        "Launches the kernels of a call over a KV cache; returns a Status.",
+    ),
+    Function(
+        "flash_attn_rotary",
+        "int32",
+        (_ROTARY_PARAMS, _STREAM),
+        "Rotates x into out; returns a Status.",
     ),
     Function(
         "flash_attn_dropout_probs",
@@ -291,6 +367,12 @@ FUNCTIONS = (
         (_BACKWARD_PARAMS,),
         "Key of the kernel that flash_attn_backward would run, or null (see flash_attn_last_error).",
     ),
+    Function(
+        "flash_attn_split_kernel",
+        "string",
+        (_SPLIT_PARAMS,),
+        "Key of the kernel that flash_attn_split would run, or null (see flash_attn_last_error).",
+    ),
     Function("flash_attn_last_error", "string", (), "Text of this thread's last error."),
     Function(
         "flash_attn_layout_hash",
@@ -300,6 +382,8 @@ FUNCTIONS = (
     ),
     Function("flash_attn_forward_params_size", "int64", (), "sizeof(ForwardParams) in bytes."),
     Function("flash_attn_backward_params_size", "int64", (), "sizeof(BackwardParams) in bytes."),
+    Function("flash_attn_split_params_size", "int64", (), "sizeof(SplitParams) in bytes."),
+    Function("flash_attn_rotary_params_size", "int64", (), "sizeof(RotaryParams) in bytes."),
     Function("flash_attn_kernel_count", "int32", (), "Number of kernels in the library."),
     Function("flash_attn_kernel_key", "string", (Field("index", "int32"),), "Key of one kernel."),
     Function("flash_attn_targets", "string", (), 'Compiled targets, such as "sm80:80,sm80:90+ptx".'),

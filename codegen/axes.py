@@ -7,7 +7,7 @@ KIB = 1024
 
 DTYPES = ("fp16", "bf16")
 HEAD_DIMS = (32, 64, 96, 128, 192, 256)
-DIRECTIONS = ("forward", "backward")
+DIRECTIONS = ("forward", "backward", "split")
 MASKS = ("full", "causal", "windowed")
 
 
@@ -45,10 +45,17 @@ FAMILIES = {
     family.name: family
     for family in (
         Family("sm75", ("fp16",), {}, 64 * KIB, 64 * KIB),
-        Family("sm80", DTYPES, {"forward": "sm80", "backward": "sm80"}, 163 * KIB, 164 * KIB),
-        Family("sm86", DTYPES, {"forward": "sm80", "backward": "sm80"}, 99 * KIB, 100 * KIB),
         Family(
-            "sm90", DTYPES, {"forward": "sm90", "backward": "sm80"}, 227 * KIB, 228 * KIB, code_suffix="a"
+            "sm80", DTYPES, {"forward": "sm80", "backward": "sm80", "split": "sm80"}, 163 * KIB, 164 * KIB
+        ),
+        Family("sm86", DTYPES, {"forward": "sm80", "backward": "sm80", "split": "sm80"}, 99 * KIB, 100 * KIB),
+        Family(
+            "sm90",
+            DTYPES,
+            {"forward": "sm90", "backward": "sm80", "split": "sm80"},
+            227 * KIB,
+            228 * KIB,
+            code_suffix="a",
         ),
     )
 }
@@ -77,7 +84,12 @@ def built_families() -> list[Family]:
     return [family for family in FAMILIES.values() if family.directions]
 
 
-def is_legal(family: str, direction: str, dtype: str) -> bool:
-    """Whether a family has kernels for this direction and dtype (every head dim and mask exists for each)."""
+def is_legal(family: str, direction: str, dtype: str, mask: str) -> bool:
+    """Whether a family has kernels for this direction, dtype and mask; every head dim exists for each."""
     row = FAMILIES[family]
-    return direction in row.directions and dtype in row.dtypes
+    return direction in row.directions and dtype in row.dtypes and mask in masks_of(direction)
+
+
+def masks_of(direction: str) -> tuple[str, ...]:
+    """The mask classes with kernels of their own; with split keys, the general one serves all masks."""
+    return ("windowed",) if direction == "split" else MASKS

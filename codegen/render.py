@@ -49,6 +49,7 @@ def render_sources(selection: Selection) -> dict[str, str]:
         targets=selection.targets,
         families=axes.built_families(),
         head_dims=axes.HEAD_DIMS,
+        directions=axes.DIRECTIONS,
     )
     if "sm90" in selection.families:
         files["wgmma.cuh"] = _render("wgmma.cuh.j2", columns=tiles.wgmma_columns())
@@ -61,7 +62,15 @@ def render_sources(selection: Selection) -> dict[str, str]:
 def render_abi_module() -> str:
     """Text of ``flash_attn/_abi.py``: axes, enums, ctypes mirror, packers, function signatures."""
     capabilities = tuple(sorted(target.capability for target in all_targets()))
-    return _render("abi.py.j2", head_dims=axes.HEAD_DIMS, capabilities=capabilities, **_abi_variables())
+    split_rows, split_keys = tiles.split_shape()
+    return _render(
+        "abi.py.j2",
+        head_dims=axes.HEAD_DIMS,
+        capabilities=capabilities,
+        split_rows=split_rows,
+        split_keys=split_keys,
+        **_abi_variables(),
+    )
 
 
 def _abi_variables() -> dict[str, object]:

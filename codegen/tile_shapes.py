@@ -180,6 +180,60 @@ class BackwardTile:
 
 
 @dataclass(frozen=True)
+class SplitTile:
+    """Tile of a forward kernel with mma.sync for few queries and split keys, read from a KV cache.
+
+    ``warps_m`` warps share the rows among them and ``warps_n`` the keys of a block; K and V have ``stages``
+    buffers each. ``min_blocks`` is as in ForwardTile.
+    """
+
+    block_m: int
+    block_n: int
+    warps_m: int
+    warps_n: int
+    stages: int
+    min_blocks: int
+
+    @property
+    def warps(self) -> int:
+        return self.warps_m * self.warps_n
+
+    def smem_bytes(self, head_dim: int) -> int:
+        """Q and the stages of K and V, two bytes an element; in the end O, maximum and sum of each warp."""
+        ring = 2 * head_dim * (self.block_m + 2 * self.stages * self.block_n)
+        return max(ring, self.warps_n * self.block_m * (head_dim + 8 + 2) * 4)
+
+    def register_floor(self, head_dim: int) -> int:
+        """Registers per thread below which the fp32 O and S fragments must spill."""
+        columns = head_dim + self.block_n // self.warps_n
+        return self.block_m // self.warps_m * columns // 32 + REGISTER_OVERHEAD
+
+    def problems(self, family: axes.Family, head_dim: int, resident: bool) -> list[str]:
+        problems = [
+            f"{name} = {whole / parts:g}, not a multiple of 16"
+            for name, whole, parts in (
+                ("block_m / warps_m", self.block_m, self.warps_m),
+                ("block_n / warps_n", self.block_n, self.warps_n),
+            )
+            if whole % (16 * parts)
+        ]
+        shared = (
+            "max(2 * d * (block_m + 2 * stages * block_n), warps_n * block_m * (d + 10) * 4)"
+            f" = {self.smem_bytes(head_dim)}"
+        )
+        registers = (
+            "block_m / warps_m * (d + block_n / warps_n) / 32 + overhead"
+            f" = {self.block_m} / {self.warps_m} * ({head_dim} + {self.block_n} / {self.warps_n}) / 32"
+            f" + {REGISTER_OVERHEAD} = {self.register_floor(head_dim)}"
+        )
+        return [
+            *problems,
+            *_smem_problems(self, family, head_dim, shared, resident),
+            *_register_problems(self, family, head_dim, registers),
+        ]
+
+
+@dataclass(frozen=True)
 class HopperTile:
     """Tile of a forward kernel with wgmma.
 
@@ -244,7 +298,11 @@ def _copy_problems(tile: ForwardTile | BackwardTile, head_dim: int) -> list[str]
 
 
 def _smem_problems(
-    tile: ForwardTile | BackwardTile, family: axes.Family, head_dim: int, formula: str, resident: bool
+    tile: ForwardTile | BackwardTile | SplitTile,
+    family: axes.Family,
+    head_dim: int,
+    formula: str,
+    resident: bool,
 ) -> list[str]:
     smem = tile.smem_bytes(head_dim)
     problems = []
@@ -261,7 +319,7 @@ def _smem_problems(
 
 
 def _register_problems(
-    tile: ForwardTile | BackwardTile, family: axes.Family, head_dim: int, formula: str
+    tile: ForwardTile | BackwardTile | SplitTile, family: axes.Family, head_dim: int, formula: str
 ) -> list[str]:
     threads = tile.min_blocks * tile.warps * 32
     limit = min(family.regs_per_thread, family.regs_per_sm // threads)

@@ -1,7 +1,7 @@
 """The tile tables, and what fits in them."""
 
 from codegen import CodegenError, axes
-from codegen.tile_shapes import BackwardTile, ForwardTile, HopperTile, Tile
+from codegen.tile_shapes import BackwardTile, ForwardTile, HopperTile, SplitTile, Tile
 
 
 class TileError(CodegenError):
@@ -65,9 +65,37 @@ BACKWARD_TILES: Table = {
     },
 }
 
-TABLES = {"forward": FORWARD_TILES, "backward": BACKWARD_TILES}
+# "few" holds up to 16 rows: the queries of the heads that share keys.
+SPLIT_TILES: Table = {
+    "sm80": {
+        32: {"few": SplitTile(16, 64, 1, 4, 4, 2), "default": SplitTile(64, 64, 4, 1, 2, 2)},
+        64: {"few": SplitTile(16, 64, 1, 4, 3, 2), "default": SplitTile(64, 64, 4, 1, 2, 2)},
+        96: {"few": SplitTile(16, 64, 1, 4, 3, 2), "default": SplitTile(64, 64, 4, 1, 2, 2)},
+        128: {"few": SplitTile(16, 64, 1, 4, 2, 2), "default": SplitTile(64, 64, 4, 1, 2, 2)},
+        192: {"few": SplitTile(16, 64, 1, 4, 3, 1), "default": SplitTile(64, 64, 4, 1, 2, 1)},
+        256: {"few": SplitTile(16, 64, 1, 4, 2, 1), "default": SplitTile(64, 64, 4, 1, 2, 1)},
+    },
+    "sm86": {
+        32: {"few": SplitTile(16, 64, 1, 4, 4, 2), "default": SplitTile(64, 64, 4, 1, 2, 2)},
+        64: {"few": SplitTile(16, 64, 1, 4, 2, 2), "default": SplitTile(64, 64, 4, 1, 2, 2)},
+        96: {"few": SplitTile(16, 64, 1, 4, 3, 1), "default": SplitTile(64, 64, 4, 1, 1, 2)},
+        128: {"few": SplitTile(16, 64, 1, 4, 2, 1), "default": SplitTile(64, 64, 4, 1, 1, 2)},
+        192: {"few": SplitTile(16, 64, 1, 4, 1, 1), "default": SplitTile(64, 64, 4, 1, 1, 1)},
+        256: {"few": SplitTile(16, 64, 1, 4, 1, 1), "default": SplitTile(64, 64, 4, 1, 1, 1)},
+    },
+    "sm90": {
+        32: {"few": SplitTile(16, 64, 1, 4, 6, 2), "default": SplitTile(64, 64, 4, 1, 3, 2)},
+        64: {"few": SplitTile(16, 64, 1, 4, 5, 2), "default": SplitTile(64, 64, 4, 1, 3, 2)},
+        96: {"few": SplitTile(16, 64, 1, 4, 4, 2), "default": SplitTile(64, 64, 4, 1, 3, 2)},
+        128: {"few": SplitTile(16, 64, 1, 4, 3, 2), "default": SplitTile(64, 64, 4, 1, 2, 2)},
+        192: {"few": SplitTile(16, 64, 1, 4, 2, 2), "default": SplitTile(64, 64, 4, 1, 2, 1)},
+        256: {"few": SplitTile(16, 64, 1, 4, 3, 1), "default": SplitTile(64, 64, 4, 1, 2, 1)},
+    },
+}
 
-VARIANTS = ("roomy", "short", "narrow")
+TABLES = {"forward": FORWARD_TILES, "backward": BACKWARD_TILES, "split": SPLIT_TILES}
+
+VARIANTS = ("roomy", "short", "narrow", "few")
 """Keys of the tile tables for tiles that the launcher takes instead of the default where they suit."""
 
 
@@ -106,6 +134,16 @@ def check_tile(tile: Tile, family: axes.Family, head_dim: int, mask: str, reside
         raise TileError(
             f"{tile} refused for family {family.name}, head_dim {head_dim}, mask {mask}:\n{listed}"
         )
+
+
+def split_shape() -> tuple[tuple[int, ...], int]:
+    """The numbers of rows that tiles with split keys have, in ascending order, and of keys in a block."""
+    tiles = [tile for family in SPLIT_TILES.values() for row in family.values() for tile in row.values()]
+    split = [tile for tile in tiles if isinstance(tile, SplitTile)]
+    keys = {tile.block_n for tile in split}
+    if len(keys) != 1:
+        raise TileError(f"block_n differs between the tiles of SPLIT_TILES: {sorted(keys)}")
+    return tuple(sorted({tile.block_m for tile in split})), keys.pop()
 
 
 def wgmma_columns() -> list[int]:

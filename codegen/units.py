@@ -18,11 +18,10 @@ class Unit:
     mask: str
     tile: Tile
     variants: dict[str, Tile] = field(default_factory=dict)
-    split: bool = False
 
     @property
     def _suffix(self) -> str:
-        return f"{self.dtype}_d{self.head_dim}_{self.mask}{'_split' if self.split else ''}"
+        return f"{self.dtype}_d{self.head_dim}_{self.mask}"
 
     @property
     def key(self) -> str:
@@ -78,7 +77,7 @@ def list_units(selection: Selection) -> list[Unit]:
         for head_dim in selection.head_dims
         for dtype in selection.dtypes
         for mask in axes.MASKS
-        if axes.is_legal(family, direction, dtype)
+        if axes.is_legal(family, direction, dtype, mask)
     ]
 
 

@@ -18,7 +18,7 @@ class Cache(NamedTuple):
 
     k: Tensor
     v: Tensor
-    seqlens: Tensor | None
+    seqlens: Tensor | int | None
     batch_idx: Tensor | None
     leftpad: Tensor | None
     block_table: Tensor | None
@@ -31,7 +31,9 @@ class Cache(NamedTuple):
 
     def length(self, b: int) -> int:
         """Return how many keys sequence `b` holds, leading padding included."""
-        return self.capacity if self.seqlens is None else int(self.seqlens[b])
+        if self.seqlens is None or isinstance(self.seqlens, int):
+            return self.capacity if self.seqlens is None else self.seqlens
+        return int(self.seqlens[b])
 
     def row(self, b: int) -> int:
         """Return the batch entry of an unpaged cache that holds sequence `b`."""

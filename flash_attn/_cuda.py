@@ -213,7 +213,7 @@ def _attend_copies(
     return result
 
 
-def _empty_lse(shape: tuple[int, ...], strides: tuple[int, ...], q: Tensor) -> Tensor:
+def empty_lse(shape: tuple[int, ...], strides: tuple[int, ...], q: Tensor) -> Tensor:
     """Allocate a contiguous fp32 tensor; torch.empty would spend half a microsecond more on its arguments."""
     return torch.empty_strided(shape, strides, dtype=torch.float32, device=q.device)
 
@@ -231,7 +231,7 @@ def forward(
     if out is None:
         out = empty_out(q, head_dim_v)
     lse_strides = num_heads * seqlen_q, seqlen_q
-    lse = _empty_lse((batch, num_heads, seqlen_q), (*lse_strides, 1), q) if need_lse else None
+    lse = empty_lse((batch, num_heads, seqlen_q), (*lse_strides, 1), q) if need_lse else None
     sizes = batch, seqlen_q, seqlen_k, batch * seqlen_q, num_heads, num_heads_k
     probs, rng_state = _attend(
         q, k, v, out, lse, scoring, sizes, (head_dim, head_dim_v), lse_strides, FIXED_LENGTH, return_softmax,
@@ -254,7 +254,7 @@ def varlen_forward(
     (total_q, num_heads, head_dim), (_, num_heads_k, _), (_, _, head_dim_v) = shapes
     if out is None:
         out = empty_out(q, head_dim_v)
-    lse = _empty_lse((num_heads, total_q), (total_q, 1), q) if need_lse else None
+    lse = empty_lse((num_heads, total_q), (total_q, 1), q) if need_lse else None
     given = cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k
     indices = [None if x is None else x.contiguous() for x in given]
     at = [0 if x is None else x.data_ptr() for x in indices]

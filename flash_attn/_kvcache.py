@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 from torch import Tensor
 
+from flash_attn import _cuda_kvcache
 from flash_attn import _validation as check
 from flash_attn._cpu_kvcache import Cache, Rotary
 from flash_attn._cpu_kvcache import forward_kvcache as forward_on_cpu
-from flash_attn._operations import not_on_cuda
+from flash_attn._splits import MAX_SPLITS
 
-MAX_SPLITS = 128
 ROTARY_MULTIPLE = 16
 
 
@@ -20,7 +21,7 @@ def _check_cache(q: Tensor, cache: Cache) -> None:
     for held, name in ((cache.k, "k_cache"), (cache.v, "v_cache")):
         if held.stride(-1) != 1:
             check.fail(ValueError, name, "contiguous in its last dimension", f"strides {held.stride()}")
-    if cache.seqlens is not None:
+    if isinstance(cache.seqlens, Tensor):
         check.check_index(cache.seqlens, "cache_seqlens", q, (batch,))
     for x, name in ((cache.batch_idx, "cache_batch_idx"), (cache.leftpad, "cache_leftpad")):
         if x is not None:
@@ -54,7 +55,7 @@ def _check_new(q: Tensor, cache: Cache, k: Tensor | None, v: Tensor | None) -> i
 
 def _check_contents(cache: Cache, s_new: int) -> None:
     """Check on CPU that lengths, rows and pages lie inside the cache."""
-    if cache.seqlens is not None:
+    if isinstance(cache.seqlens, Tensor):
         check.check_range(cache.seqlens, "cache_seqlens", 0, cache.capacity - s_new)
     if cache.batch_idx is not None:
         check.check_range(cache.batch_idx, "cache_batch_idx", 0, cache.k.shape[0] - 1)
@@ -97,28 +98,25 @@ def _check_rotary(
     return Rotary(cos, sin, interleaved)
 
 
-def _as_lengths(seqlens: int | Tensor | None, q: Tensor) -> Tensor | None:
-    """Return cache_seqlens as a tensor, one entry per sequence."""
-    if seqlens is None or isinstance(seqlens, Tensor):
-        return seqlens
-    length = check.as_int(seqlens, "cache_seqlens")
-    return torch.full((q.shape[0],), length, dtype=torch.int32, device=q.device)
-
-
 def forward_kvcache(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None, v: Tensor | None,
     cache_seqlens: int | Tensor | None, rotary_cos: Tensor | None, rotary_sin: Tensor | None,
     cache_batch_idx: Tensor | None, cache_leftpad: Tensor | None, block_table: Tensor | None,
     alibi_slopes: Tensor | None, out: Tensor | None, softmax_scale: float | None, causal: bool,
     window_left: int, window_right: int, softcap: float, rotary_interleaved: bool, num_splits: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return (out, lse (b, h, sq)); k and v are rotated and appended to the cache in place. No gradients."""
+    need_lse: bool = True,
+) -> tuple[Tensor, Any]:  # fmt: skip
+    """Return (out, lse (b, h, sq)); k and v are rotated and appended to the cache in place. No gradients.
+
+    Without `need_lse`, CUDA does not compute the LSE: it is None.
+    """
     q_shape, _, v_shape = check.check_qkv(q, k_cache, v_cache, 4, 4, ("q", "k_cache", "v_cache"))
     if q.is_meta:
         raise NotImplementedError("flash_attn_with_kvcache is not implemented for meta tensors")
     batch, seqlen_q, _, head_dim = q_shape
-    lengths = _as_lengths(cache_seqlens, q)
-    cache = Cache(k_cache, v_cache, lengths, cache_batch_idx, cache_leftpad, block_table)
+    if cache_seqlens is not None and not isinstance(cache_seqlens, Tensor):
+        cache_seqlens = check.as_int(cache_seqlens, "cache_seqlens")
+    cache = Cache(k_cache, v_cache, cache_seqlens, cache_batch_idx, cache_leftpad, block_table)
     _check_cache(q, cache)
     s_new = _check_new(q, cache, k, v)
     if not 0 <= check.as_int(num_splits, "num_splits") <= MAX_SPLITS:
@@ -128,14 +126,17 @@ def forward_kvcache(
         softcap, alibi_slopes,
     )  # fmt: skip
     last = None
-    if q.device.type == "cpu":
+    if isinstance(cache_seqlens, int) and not 0 <= cache_seqlens <= cache.capacity - s_new:
+        check.fail(ValueError, "cache_seqlens", f"in [0, {cache.capacity - s_new}]", cache_seqlens)
+    if q.is_cpu:
         _check_contents(cache, s_new)
-        if cache.seqlens is not None and batch:
-            moving = scoring.window_left >= 0 or scoring.window_right >= 0
-            last = int(cache.seqlens.max()) + max(s_new, seqlen_q if moving else 1) - 1
+    if rotary_cos is not None and batch and (q.is_cpu or isinstance(cache_seqlens, int)):
+        longest = int(cache_seqlens.max()) if isinstance(cache_seqlens, Tensor) else cache_seqlens or 0
+        moving = scoring.window_left >= 0 or scoring.window_right >= 0
+        last = longest + max(s_new, seqlen_q if moving else 1) - 1
     rotary = _check_rotary(q, rotary_cos, rotary_sin, rotary_interleaved, k is not None, last)
     if out is not None:
         check.check_output(out, "out", q, v_shape)
     if q.is_cuda:
-        not_on_cuda("flash_attn_with_kvcache")
+        return _cuda_kvcache.forward_kvcache(q, cache, k, v, rotary, scoring, out, int(num_splits), need_lse)
     return forward_on_cpu(q, cache, k, v, rotary, scoring, out)

@@ -18,20 +18,29 @@ from flash_attn import _abi
 
 LIBRARY_NAME = "libflash_attn.so"
 FORCE_FAMILY = "FLASH_ATTN_FORCE_FAMILY"
+PARAMS = {
+    "forward": _abi.FORWARD_PARAMS,
+    "backward": _abi.BACKWARD_PARAMS,
+    "split": _abi.SPLIT_PARAMS,
+    "rotary": _abi.ROTARY_PARAMS,
+}
 NATIVE = "native"
 REBUILD = "pip install --force-reinstall --no-deps ."
 
 
 @dataclass(frozen=True, slots=True)
 class Library:
-    """The loaded library; its operations take packed ForwardParams, or BackwardParams, and a stream."""
+    """The loaded library; an operation takes packed parameters (of `PARAMS`) and a stream."""
 
     path: Path
     forward: Callable[[bytes, int], int]
     backward: Callable[[bytes, int], int]
+    split: Callable[[bytes, int], int]
+    rotary: Callable[[bytes, int], int]
     dropout_probs: Callable[[bytes, int], int]
     forward_kernel: Callable[[bytes], bytes | None]
     backward_kernel: Callable[[bytes], bytes | None]
+    split_kernel: Callable[[bytes], bytes | None]
     last_error: Callable[[], bytes]
     kernels: tuple[str, ...]
     targets: tuple[str, ...]
@@ -64,7 +73,7 @@ def build_command(
 ) -> str:  # fmt: skip
     """Return the command that builds kernels for an item of FLASH_ATTN_ARCHS, head dim, dtype ("bf16").
 
-    Those of the forward come along with those of the backward.
+    Those of the forward come along with those of another direction.
     """
     variables = [f"FLASH_ATTN_ARCHS={arch}"]
     if head_dim is not None:
@@ -72,7 +81,7 @@ def build_command(
     if dtype is not None:
         variables.append(f"FLASH_ATTN_DTYPES={dtype}")
     if direction != _abi.Direction.FORWARD:
-        variables.append("FLASH_ATTN_DIRECTIONS=forward,backward")
+        variables.append(f"FLASH_ATTN_DIRECTIONS=forward,{direction.name.lower()}")
     return " ".join((*variables, "pip install ."))
 
 
@@ -112,8 +121,8 @@ def _declare(library: ctypes.CDLL) -> None:
 def _check_layout(library: ctypes.CDLL) -> None:
     """Refuse a library whose structs or enumerations are not this package's."""
     found = library.flash_attn_layout_hash()
-    sizes = (library.flash_attn_forward_params_size(), library.flash_attn_backward_params_size())
-    expected = (_abi.FORWARD_PARAMS.size, _abi.BACKWARD_PARAMS.size)
+    sizes = tuple(getattr(library, f"flash_attn_{name}_params_size")() for name in PARAMS)
+    expected = tuple(packer.size for packer in PARAMS.values())
     if found != _abi.LAYOUT_HASH or sizes != expected:
         raise RuntimeError(
             f"{library._name} was built from another version of flash-attn (layout {found:016x} of {sizes} "
@@ -136,9 +145,12 @@ def open_library(path: Path) -> Library:
         path=path,
         forward=library.flash_attn_forward,
         backward=library.flash_attn_backward,
+        split=library.flash_attn_split,
+        rotary=library.flash_attn_rotary,
         dropout_probs=library.flash_attn_dropout_probs,
         forward_kernel=library.flash_attn_forward_kernel,
         backward_kernel=library.flash_attn_backward_kernel,
+        split_kernel=library.flash_attn_split_kernel,
         last_error=library.flash_attn_last_error,
         kernels=tuple(library.flash_attn_kernel_key(i).decode() for i in range(count)),
         targets=tuple(filter(None, targets.split(","))),

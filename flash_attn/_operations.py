@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from flash_attn import _cpu, _cuda, _cuda_backward
+from flash_attn import _cpu, _cuda, _cuda_backward, _cuda_kvcache
 from flash_attn import _validation as check
 
 Outputs = tuple[Tensor, Any, Tensor | None, Tensor | None]
@@ -117,8 +117,12 @@ def varlen_forward(
     )  # fmt: skip
     if out is not None:
         check.check_output(out, "out", q, shapes[2])
-    if paged and q.is_cuda:
-        not_on_cuda("block_table")
+    if block_table is not None and q.is_cuda:
+        if dropout_p > 0.0:
+            not_on_cuda("dropout with a block_table")
+        return *_cuda_kvcache.varlen_forward(
+            q, k, v, out, scoring, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, seqused_k, block_table, need_lse
+        ), None, None  # fmt: skip
     backend, last = (_cuda, need_lse) if q.is_cuda else (_cpu, block_table)
     return backend.varlen_forward(
         q, k, v, out, shapes, scoring, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, leftpad_k,

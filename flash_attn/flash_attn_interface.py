@@ -377,12 +377,12 @@ def flash_attn_with_kvcache(
 
     Raises:
         TypeError, ValueError, RuntimeError: as in `flash_attn_func`.
-        NotImplementedError: CUDA tensors, for now; meta tensors.
+        NotImplementedError: meta tensors.
     """
     window_left, window_right = _window(window_size)
     out, lse = _kvcache.forward_kvcache(
         q, k_cache, v_cache, k, v, cache_seqlens, rotary_cos, rotary_sin, cache_batch_idx, cache_leftpad,
         block_table, alibi_slopes, None, softmax_scale, causal, window_left, window_right, softcap,
-        rotary_interleaved, num_splits,
+        rotary_interleaved, num_splits, return_softmax_lse,
     )  # fmt: skip
     return (out, lse) if return_softmax_lse else out

@@ -71,6 +71,12 @@ def require_backward() -> Callable[..., None]:
     return require
 
 
+@pytest.fixture
+def require_split() -> Callable[..., None]:
+    """Skip the test where there is no kernel over a KV cache for a CUDA device, dtype and head dims."""
+    return lambda *arguments: _require("split", *arguments)
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """Give every test the same random numbers."""

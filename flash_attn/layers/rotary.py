@@ -2,15 +2,20 @@
 
 A pair (x1, x2) at position m becomes (x1 cos - x2 sin, x2 cos + x1 sin) with the angle m * theta of its
 frequency. Pairs are (0, 1), (2, 3).. when interleaved, else (i, i + rotary_dim / 2). Computed in fp32 (fp64
-for fp64 input). Backward is the rotation by the opposite angle, so autograd keeps only the tables.
+for fp64 input). Backward is the rotation by the opposite angle, so autograd keeps only the tables. On CUDA
+a kernel of the library rotates 16-bit heads; torch operations do what it cannot.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from flash_attn import _cuda_rotary
 
 Offsets = int | Tensor
 
@@ -70,12 +75,15 @@ def _check_positions(positions: Tensor, seqlen_ro: int, known: bool) -> None:
         )
 
 
+def _check_offset(offset: int, seqlen: int, seqlen_ro: int) -> None:
+    if not 0 <= offset <= offset + seqlen <= seqlen_ro:
+        last = seqlen_ro - seqlen
+        raise ValueError(f"seqlen_offsets must be in [0, {last}] (rows of cos - seqlen), got {offset}")
+
+
 def _gather(cos: Tensor, sin: Tensor, seqlen: int, offsets: Offsets) -> tuple[Tensor, Tensor]:
     """Return the tables' rows from the offset on: (s, n), or (b, s, n) for one offset per sequence."""
     if isinstance(offsets, int):
-        if not 0 <= offsets <= offsets + seqlen <= cos.shape[0]:
-            last = cos.shape[0] - seqlen
-            raise ValueError(f"seqlen_offsets must be in [0, {last}] (rows of cos - seqlen), got {offsets}")
         return cos[offsets : offsets + seqlen], sin[offsets : offsets + seqlen]
     positions = offsets.long().unsqueeze(-1) + torch.arange(seqlen, device=offsets.device)
     _check_positions(positions, cos.shape[0], offsets.device.type == "cpu")
@@ -84,8 +92,6 @@ def _gather(cos: Tensor, sin: Tensor, seqlen: int, offsets: Offsets) -> tuple[Te
 
 def _rows(cos: Tensor, sin: Tensor, positions: Tensor, rotates: Tensor) -> tuple[Tensor, Tensor]:
     """Return the tables' rows at `positions`, the identity (cos 1, sin 0) where not `rotates`."""
-    if cos.shape[0] == 0 and positions.numel():
-        raise ValueError(f"cos must have at least one row, got {tuple(cos.shape)}")
     at, rotates = torch.where(rotates, positions, 0), rotates.unsqueeze(-1)
     return torch.where(rotates, cos[at], 1.0), torch.where(rotates, sin[at], 0.0)
 
@@ -105,36 +111,69 @@ def _gather_varlen(
     return _rows(cos, sin, positions, inside & (positions >= 0) & (positions < cos.shape[0]))
 
 
-def gather_tables(
-    x: Tensor, cos: Tensor, sin: Tensor, offsets: Offsets, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Return the rows of the tables that belong to the tokens of x, as `rotate` takes them.
+class Angles(NamedTuple):
+    """Tables cos, sin (seqlen_ro, rotary_dim / 2), and where in them the tokens of a tensor stand.
 
     Positions past the tables are an error where they are known (on CPU); elsewhere their tokens are left as
     they are.
     """
-    _check_tables(cos, sin, x.shape[-1])
-    if cu_seqlens is None:
-        return _gather(cos, sin, x.shape[1], offsets)
-    return _gather_varlen(cos, sin, x.shape[0], offsets, cu_seqlens)
+
+    cos: Tensor
+    sin: Tensor
+    offsets: Offsets
+    cu_seqlens: Tensor | None = None
+
+    def check(self, x: Tensor) -> None:
+        """Check that the tables fit x (b, s, h, d), or (total, h, d) with `cu_seqlens`.
+
+        Raises:
+            ValueError: they do not.
+        """
+        _check_tables(self.cos, self.sin, x.shape[-1])
+        if isinstance(self.offsets, int) and self.cu_seqlens is None:
+            _check_offset(self.offsets, x.shape[1], self.cos.shape[0])
+        elif self.cos.shape[0] == 0 and x.numel():
+            raise ValueError(f"cos must have at least one row, got {tuple(self.cos.shape)}")
+
+    def rotate(self, x: Tensor, interleaved: bool, conjugate: bool = False, inplace: bool = False) -> Tensor:
+        """Return x rotated, or rotated back with `conjugate`; x itself if `inplace`."""
+        cos, sin, offsets, cu_seqlens = self
+        if _cuda_rotary.can_rotate(x, cos, sin, interleaved):
+            return _cuda_rotary.rotate(x, cos, sin, offsets, cu_seqlens, interleaved, conjugate, inplace)
+        if cu_seqlens is None:
+            tables = _gather(cos, sin, x.shape[1], offsets)
+        else:
+            tables = _gather_varlen(cos, sin, x.shape[0], offsets, cu_seqlens)
+        return (rotate_ if inplace else rotate)(x, *tables, interleaved, conjugate)
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Return what a backward must keep, in the order in which `kept` takes it."""
+        offsets = self.offsets if isinstance(self.offsets, Tensor) else None
+        return self.cos, self.sin, offsets, self.cu_seqlens
+
+
+def kept(
+    offset: Offsets, cos: Tensor, sin: Tensor, offsets: Tensor | None, cu_seqlens: Tensor | None
+) -> Angles:
+    """Return the angles of saved tensors; `offset` counts where it is an int."""
+    return Angles(cos, sin, offset if offsets is None else offsets, cu_seqlens)
 
 
 class _ApplyRotary(torch.autograd.Function):
-    """Rotation of one tensor, or of the selected heads of one, in place or not."""
+    """Rotation of one tensor, in place or not."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inplace: bool) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        ctx.interleaved, ctx.inplace = interleaved, inplace
+    def forward(ctx: Any, x: Tensor, interleaved: bool, inplace: bool, offset: int, *tables: Any) -> Tensor:
+        ctx.save_for_backward(*tables)
+        ctx.interleaved, ctx.offset = interleaved, offset
         if inplace:
             ctx.mark_dirty(x)
-            return rotate_(x, cos, sin, interleaved)
-        return rotate(x, cos, sin, interleaved)
+        return kept(offset, *tables).rotate(x, interleaved, inplace=inplace)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        cos, sin = ctx.saved_tensors
-        return rotate(dout, cos, sin, ctx.interleaved, conjugate=True), None, None, None, None
+        angles = kept(ctx.offset, *ctx.saved_tensors)
+        return angles.rotate(dout, ctx.interleaved, conjugate=True), *(None,) * 7
 
 
 def apply_rotary_emb(
@@ -155,8 +194,9 @@ def apply_rotary_emb(
         ValueError: tables that do not fit x, or (known on CPU) positions past their end. On CUDA tokens past
             the end are left as they are.
     """
-    cos, sin = gather_tables(x, cos, sin, seqlen_offsets, cu_seqlens)
-    return _ApplyRotary.apply(x, cos, sin, interleaved, inplace)
+    angles = Angles(cos, sin, seqlen_offsets, cu_seqlens)
+    angles.check(x)
+    return _ApplyRotary.apply(x, interleaved, inplace, _offset(angles), *angles.tensors())
 
 
 apply_rotary_emb_func = apply_rotary_emb
@@ -178,28 +218,37 @@ def _select_qk(qkv: Tensor, num_heads_q: int | None) -> tuple[Tensor, Tensor]:
     return qkv[:, :, :num_heads_q], qkv[:, :, num_heads_q : num_heads_q + num_heads_k]
 
 
-class _ApplyRotaryQKV(torch.autograd.Function):
-    """In-place rotation of q and k inside a packed tensor."""
+class _ApplyRotaryParts(torch.autograd.Function):
+    """In-place rotation of the parts that `select` returns; `tables` has four tensors of each."""
 
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, cos_k: Tensor, sin_k: Tensor,
-                interleaved: bool, num_heads_q: int | None) -> Tensor:  # fmt: skip
-        ctx.save_for_backward(cos, sin, cos_k, sin_k)
-        ctx.interleaved, ctx.num_heads_q = interleaved, num_heads_q
-        ctx.mark_dirty(qkv)
-        q, k = _select_qk(qkv, num_heads_q)
-        rotate_(q, cos, sin, interleaved)
-        rotate_(k, cos_k, sin_k, interleaved)
-        return qkv
+    def forward(
+        ctx: Any, packed: Tensor, select: Callable[[Tensor], tuple[Tensor, ...]], interleaved: bool,
+        offset: int, *tables: Any,
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(*tables)
+        ctx.select, ctx.interleaved, ctx.offset = select, interleaved, offset
+        ctx.mark_dirty(packed)
+        _rotate_parts(select(packed), offset, tables, interleaved, conjugate=False)
+        return packed
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        cos, sin, cos_k, sin_k = ctx.saved_tensors
-        dqkv = dout.clone()
-        dq, dk = _select_qk(dqkv, ctx.num_heads_q)
-        rotate_(dq, cos, sin, ctx.interleaved, conjugate=True)
-        rotate_(dk, cos_k, sin_k, ctx.interleaved, conjugate=True)
-        return dqkv, None, None, None, None, None, None
+        gradient = dout.clone()
+        tables = ctx.saved_tensors
+        _rotate_parts(ctx.select(gradient), ctx.offset, tables, ctx.interleaved, conjugate=True)
+        return gradient, *(None,) * (3 + len(tables))
+
+
+def _rotate_parts(
+    parts: tuple[Tensor, ...], offset: int, tables: Sequence[Any], interleaved: bool, conjugate: bool
+) -> None:
+    for i, part in enumerate(parts):
+        kept(offset, *tables[4 * i : 4 * i + 4]).rotate(part, interleaved, conjugate, inplace=True)
+
+
+def _offset(angles: Angles) -> int:
+    return angles.offsets if isinstance(angles.offsets, int) else 0
 
 
 def apply_rotary_emb_qkv_(
@@ -215,34 +264,19 @@ def apply_rotary_emb_qkv_(
     Raises:
         ValueError: as in `apply_rotary_emb`, or a qkv of another shape.
     """
-    _select_qk(qkv, num_heads_q)
-    _check_tables(cos, sin, qkv.shape[-1])
-    table_q = _gather(cos, sin, qkv.shape[1], seqlen_offsets)
-    if cos_k is None or sin_k is None:
-        table_k = table_q
-    else:
-        _check_tables(cos_k, sin_k, qkv.shape[-1])
-        table_k = _gather(cos_k, sin_k, qkv.shape[1], seqlen_offsets)
-    return _ApplyRotaryQKV.apply(qkv, *table_q, *table_k, interleaved, num_heads_q)
+    q, _ = _select_qk(qkv, num_heads_q)
+    of_q = Angles(cos, sin, seqlen_offsets)
+    of_k = of_q if cos_k is None or sin_k is None else Angles(cos_k, sin_k, seqlen_offsets)
+    of_q.check(q)
+    of_k.check(q)
+    select = partial(_select_qk, num_heads_q=num_heads_q)
+    tables = *of_q.tensors(), *of_k.tensors()
+    return _ApplyRotaryParts.apply(qkv, select, interleaved, _offset(of_q), *tables)
 
 
-class _ApplyRotaryKV(torch.autograd.Function):
-    """In-place rotation of k inside a packed (b, s, 2, h, d) tensor."""
-
-    @staticmethod
-    def forward(ctx: Any, kv: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        ctx.interleaved = interleaved
-        ctx.mark_dirty(kv)
-        rotate_(kv[:, :, 0], cos, sin, interleaved)
-        return kv
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        cos, sin = ctx.saved_tensors
-        dkv = dout.clone()
-        rotate_(dkv[:, :, 0], cos, sin, ctx.interleaved, conjugate=True)
-        return dkv, None, None, None
+def _select_k(kv: Tensor) -> tuple[Tensor]:
+    """Return the view k of a packed (b, s, 2, h, d) tensor."""
+    return (kv[:, :, 0],)
 
 
 def apply_rotary_emb_kv_(
@@ -251,9 +285,9 @@ def apply_rotary_emb_kv_(
     """Rotate k inside `kv` (b, s, 2, h, d) in place and return it; the rest as in `apply_rotary_emb`."""
     if kv.dim() != 5 or kv.shape[2] != 2:
         raise ValueError(f"kv must be (b, s, 2, h, d), got {tuple(kv.shape)}")
-    _check_tables(cos, sin, kv.shape[-1])
-    cos, sin = _gather(cos, sin, kv.shape[1], seqlen_offsets)
-    return _ApplyRotaryKV.apply(kv, cos, sin, interleaved)
+    angles = Angles(cos, sin, seqlen_offsets)
+    angles.check(kv)
+    return _ApplyRotaryParts.apply(kv, _select_k, interleaved, _offset(angles), *angles.tensors())
 
 
 class RotaryEmbedding(nn.Module):

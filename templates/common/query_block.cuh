@@ -24,6 +24,12 @@ struct QueryBlock {
     return sequence.q_rows<Element>(*params, head, first_row);
   }
   template <class Element>
+  __device__ __forceinline__ const Element* query(int i) const {
+    const int row = query_of(i);
+    return sequence.q_rows<Element>(*params, head_of(i, row), row);
+  }
+
+  template <class Element>
   __device__ __forceinline__ Element* out(int i) const {
     const int row = query_of(i);
     return sequence.out_rows<Element>(*params, head_of(i, row), row);
@@ -32,6 +38,15 @@ struct QueryBlock {
     const int row = query_of(i);
     return sequence.lse_rows(*params, head_of(i, row), row);
   }
+
+  // Number of row i among the rows of all heads of all queries, heads running fastest.
+  __device__ __forceinline__ int64_t index(int i) const {
+    const int row = query_of(i);
+    const int64_t token = int64_t{sequence.q_batch} * params->seqlen_q + sequence.q_row + row;
+    return token * params->num_heads + head_of(i, row);
+  }
+
+  __device__ __forceinline__ int head_of(int i) const { return head_of(i, query_of(i)); }
 
  private:
   __device__ __forceinline__ int query_of(int i) const { return (first_row + i) / group; }
@@ -44,10 +59,12 @@ struct QueryBlock {
 template <class Element>
 __device__ __forceinline__ void store_empty(const QueryBlock& queries, int thread, int threads) {
   const int chunks = queries.params->head_dim_v / 8;
+#pragma unroll 1
   for (int i = thread; i < queries.rows * chunks; i += threads) {
     *reinterpret_cast<uint4*>(queries.out<Element>(i / chunks) + i % chunks * 8) = make_uint4(0, 0, 0, 0);
   }
   if (queries.params->softmax_lse == nullptr) return;
+#pragma unroll 1
   for (int row = thread; row < queries.rows; row += threads) *queries.lse(row) = INFINITY;
 }
 

@@ -47,6 +47,12 @@ int kernel_head_dim(int head_dim) {
   return 0;
 }
 
+const char* direction_name(Direction direction) {
+  return direction == Direction::kForward    ? "forward"
+         : direction == Direction::kBackward ? "backward"
+                                             : "split";
+}
+
 const char* mask_name(Mask mask) {
   return mask == Mask::kFull ? "full" : mask == Mask::kCausal ? "causal" : "windowed";
 }
@@ -63,13 +69,12 @@ struct Wanted {
       : direction(direction),
         dtype(static_cast<Dtype>(params.dtype)),
         head_dim(kernel_head_dim(std::max(params.head_dim, params.head_dim_v))),
-        mask(mask_class(params)),
+        mask(direction == Direction::kSplit ? Mask::kWindowed : mask_class(params)),
         family(static_cast<Family>(params.family)) {}
 
   bool matches(const KernelEntry& kernel) const {
     return kernel.head_dim == head_dim && kernel.mask == mask && kernel.dtype == dtype &&
-           kernel.direction == direction && !kernel.split &&
-           (family == Family::kAuto || kernel.family == family);
+           kernel.direction == direction && (family == Family::kAuto || kernel.family == family);
   }
 };
 
@@ -80,7 +85,7 @@ Status fail_without_kernel(Status status, Direction direction, const ForwardPara
   return fail(status,
               "this build holds no %s kernel for %s, head dim %d, %s mask%s that runs on compute capability "
               "%d.%d with %d bytes of shared memory; it was compiled for %s",
-              direction == Direction::kForward ? "forward" : "backward",
+              direction_name(direction),
               static_cast<Dtype>(params.dtype) == Dtype::kBf16 ? "bf16" : "fp16",
               std::max(params.head_dim, params.head_dim_v), mask_name(mask_class(params)), family,
               device.capability / 10, device.capability % 10, device.shared_bytes, flash_attn_targets());

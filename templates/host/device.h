@@ -11,6 +11,9 @@ struct Device {
   int multiprocessors;
 };
 
+// Whether a kernel may be launched as dependent, see launch_kernel.
+inline bool has_grid_dependencies(const Device& device) { return device.capability >= 90; }
+
 // Shared memory that the system takes for each resident thread block.
 constexpr int kReservedSharedBytes = 1024;
 

@@ -9,6 +9,7 @@
 namespace flash_attn {
 
 using ForwardLauncher = Status (*)(const ForwardParams&, const Device&, cudaStream_t);
+using SplitLauncher = Status (*)(const SplitParams&, const Device&, cudaStream_t);
 using BackwardLauncher = Status (*)(const BackwardParams&, const Device&, cudaStream_t);
 
 struct KernelEntry {
@@ -18,10 +19,10 @@ struct KernelEntry {
   Dtype dtype;
   int head_dim;
   Mask mask;
-  bool split;
   int shared_bytes;
-  ForwardLauncher launch_forward;    // null for a backward kernel
-  BackwardLauncher launch_backward;  // null for a forward kernel
+  ForwardLauncher launch_forward;  // null but for a forward kernel, and so on
+  BackwardLauncher launch_backward;
+  SplitLauncher launch_split;
 };
 
 // Machine code (or, with ptx, intermediate code) for a compute capability, given as 10 * major + minor.

@@ -28,11 +28,12 @@ inline Status allow_shared_memory(const void* kernel, const char* name, int devi
 }
 
 // Launches on `device`, which must be current. `done` remembers the devices on which the kernel's attributes
-// are set: one object per kernel.
+// are set: one object per kernel. A `dependent` kernel may start before the one before it in the stream has
+// ended; it must call ptx::wait_for_dependency() before it touches anything of that one.
 template <class Arguments>
 Status launch_kernel(void (*kernel)(Arguments), const char* name, int device, int64_t blocks, int threads,
                      int shared_bytes, cudaStream_t stream, const Arguments& arguments,
-                     std::atomic<uint64_t>& done) {
+                     std::atomic<uint64_t>& done, bool dependent = false) {
   if (blocks == 0) return Status::kOk;
   if (blocks < 0 || blocks > std::numeric_limits<int32_t>::max()) {
     return fail(Status::kInvalidArgument, "%s would need %lld thread blocks; the limit is 2^31 - 1", name,
@@ -42,9 +43,22 @@ Status launch_kernel(void (*kernel)(Arguments), const char* name, int device, in
   const Status status = allow_shared_memory(function, name, device, shared_bytes, done);
   if (status != Status::kOk) return status;
   void* kernel_arguments[] = {const_cast<Arguments*>(&arguments)};
-  return check_cuda(cudaLaunchKernel(function, dim3(static_cast<unsigned>(blocks)), dim3(threads),
-                                     kernel_arguments, shared_bytes, stream),
-                    "cudaLaunchKernel", name);
+  const dim3 grid(static_cast<unsigned>(blocks));
+  if (!dependent) {
+    return check_cuda(cudaLaunchKernel(function, grid, dim3(threads), kernel_arguments, shared_bytes, stream),
+                      "cudaLaunchKernel", name);
+  }
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return check_cuda(cudaLaunchKernelExC(&config, function, kernel_arguments), "cudaLaunchKernelExC", name);
 }
 
 }  // namespace flash_attn

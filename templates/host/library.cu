@@ -7,6 +7,7 @@
 #include <unordered_map>
 
 #include "common/dropout_probs.h"
+#include "common/rotary.h"
 #include "host/dispatch.h"
 #include "host/status.h"
 
@@ -121,6 +122,17 @@ int32_t flash_attn_backward(const BackwardParams* params, void* stream) {
   return run(Direction::kBackward, &KernelEntry::launch_backward, *params, params->forward, stream);
 }
 
+int32_t flash_attn_split(const SplitParams* params, void* stream) {
+  return run(Direction::kSplit, &KernelEntry::launch_split, *params, params->forward, stream);
+}
+
+int32_t flash_attn_rotary(const RotaryParams* params, void* stream) {
+  const DeviceGuard guard(params->device);
+  Status status = guard.status();
+  if (status == Status::kOk) status = launch_rotary(*params, static_cast<cudaStream_t>(stream));
+  return static_cast<int32_t>(status);
+}
+
 int32_t flash_attn_dropout_probs(const ForwardParams* params, void* stream) {
   const DeviceGuard guard(params->device);
   Status status = guard.status();
@@ -136,6 +148,10 @@ const char* flash_attn_backward_kernel(const BackwardParams* params) {
   return kernel_key(Direction::kBackward, params->forward);
 }
 
+const char* flash_attn_split_kernel(const SplitParams* params) {
+  return kernel_key(Direction::kSplit, params->forward);
+}
+
 const char* flash_attn_last_error() { return last_error; }
 
 uint64_t flash_attn_layout_hash() { return kLayoutHash; }
@@ -143,6 +159,10 @@ uint64_t flash_attn_layout_hash() { return kLayoutHash; }
 int64_t flash_attn_forward_params_size() { return sizeof(ForwardParams); }
 
 int64_t flash_attn_backward_params_size() { return sizeof(BackwardParams); }
+
+int64_t flash_attn_split_params_size() { return sizeof(SplitParams); }
+
+int64_t flash_attn_rotary_params_size() { return sizeof(RotaryParams); }
 
 int32_t flash_attn_kernel_count() { return kNumKernels; }
 

@@ -1,4 +1,4 @@
-"""`flash_attn_with_kvcache` against the fp64 oracle on the cache's contents. On the CPU only for now."""
+"""`flash_attn_with_kvcache` against the fp64 oracle on the cache's contents."""
 
 from __future__ import annotations
 
@@ -17,6 +17,14 @@ MASKS = {
     "window": Options(window_size=(17, 5)),
     "causal window": Options(causal=True, window_size=(9, 0)),
 }
+
+
+@pytest.fixture(autouse=True)
+def default_device(device, require_split):
+    """Make every tensor of a test on its device."""
+    require_split(device, torch.bfloat16, HEAD_DIM)
+    with torch.device(device):
+        yield
 
 
 def int32(*values):
@@ -51,10 +59,11 @@ def run(q, k_cache, v_cache, options, **arguments):
 @pytest.mark.parametrize("seqlen_q", [1, 7])
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize(
-    "seqlens, lengths", [(None, [CAPACITY] * 3), (40, [40] * 3), (int32(0, 33, 96), [0, 33, 96])], ids=str
+    "seqlens, lengths", [(None, [CAPACITY] * 3), (40, [40] * 3), ((0, 33, 96), [0, 33, 96])], ids=str
 )
 def test_without_appending(seqlen_q, mask, seqlens, lengths):
     q, k_cache, v_cache, *_ = make(seqlen_q)
+    seqlens = int32(*seqlens) if isinstance(seqlens, tuple) else seqlens
     out, lse = run(q, k_cache, v_cache, MASKS[mask], cache_seqlens=seqlens)
     check(out, lse, q, [(k_cache[b, :n], v_cache[b, :n]) for b, n in enumerate(lengths)], MASKS[mask])
 
@@ -79,7 +88,8 @@ def test_appending(seqlen_q, seqlen_new, mask):
 
 @pytest.mark.parametrize("head_dims", HEAD_DIM_PAIRS, ids=str)
 @pytest.mark.parametrize("mask", ["causal", "window"])
-def test_head_dim_of_v_differs(head_dims, mask):
+def test_head_dim_of_v_differs(head_dims, mask, device, require_split):
+    require_split(device, torch.bfloat16, *head_dims)
     check_appending(3, 9, mask, head_dims)
 
 
@@ -180,8 +190,10 @@ def test_alibi(shape):
 @pytest.mark.parametrize("num_splits", [0, 1, 7, 128])
 def test_num_splits_does_not_matter(num_splits):
     q, k_cache, v_cache, *_ = make(2)
-    expected = flash_attn_with_kvcache(q, k_cache, v_cache)
-    assert torch.equal(flash_attn_with_kvcache(q, k_cache, v_cache, num_splits=num_splits), expected)
+    out, lse = run(q, k_cache, v_cache, Options(), num_splits=num_splits)
+    check(out, lse, q, list(zip(k_cache, v_cache, strict=True)), Options())
+    again = flash_attn_with_kvcache(q, k_cache, v_cache, num_splits=num_splits)
+    assert torch.equal(again, out)
 
 
 def test_strided_cache_is_written_in_place():
@@ -195,8 +207,8 @@ def test_strided_cache_is_written_in_place():
 
 def test_decoding_step_by_step_equals_causal_attention():
     steps = 20
-    q, k, v = (torch.randn(2, steps, h, HEAD_DIM) for h in (HEADS, HEADS_K, HEADS_K))
-    k_cache, v_cache = (torch.zeros(2, CAPACITY, HEADS_K, HEAD_DIM) for _ in range(2))
+    q, k, v = (torch.randn(2, steps, h, HEAD_DIM).bfloat16() for h in (HEADS, HEADS_K, HEADS_K))
+    k_cache, v_cache = (torch.zeros(2, CAPACITY, HEADS_K, HEAD_DIM).bfloat16() for _ in range(2))
     outs = [
         flash_attn_with_kvcache(
             q[:, i : i + 1], k_cache, v_cache, k[:, i : i + 1], v[:, i : i + 1], cache_seqlens=i, causal=True
@@ -204,7 +216,8 @@ def test_decoding_step_by_step_equals_causal_attention():
         for i in range(steps)
     ]
     truth, _ = attention(q, k, v, Options(causal=True))
-    torch.testing.assert_close(torch.cat(outs, dim=1).double(), truth, atol=1e-5, rtol=1e-5)
+    yardstick, _ = attention(q, k, v, Options(causal=True), q.dtype)
+    assert_within(torch.cat(outs, dim=1), truth, yardstick)
 
 
 def test_no_gradients_flow():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from flash_attn.layers.rotary import Offsets, gather_tables, rotate, rotate_
+from flash_attn.layers.rotary import Angles, Offsets
 
 
 def apply_rotary(
@@ -18,5 +18,6 @@ def apply_rotary(
     Raises:
         ValueError: as there.
     """
-    tables = gather_tables(x, cos, sin, seqlen_offsets, cu_seqlens)
-    return (rotate_ if inplace else rotate)(x, *tables, interleaved, conjugate)
+    angles = Angles(cos, sin, seqlen_offsets, cu_seqlens)
+    angles.check(x)
+    return angles.rotate(x, interleaved, conjugate, inplace)

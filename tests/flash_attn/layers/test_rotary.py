@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from oracle import assert_within
 
+from flash_attn import _library
 from flash_attn.layers import rotary
 from flash_attn.layers.rotary import (
     RotaryEmbedding,
@@ -103,6 +105,91 @@ def test_gradients(interleaved, inplace):
     cu_seqlens = torch.tensor([0, 2, 9], dtype=torch.int32)
     packed = x.detach().flatten(0, 1).requires_grad_()
     torch.autograd.gradcheck(lambda y: apply_rotary_emb(y * 1.0, cos, sin, cu_seqlens=cu_seqlens), packed)
+
+
+def require_library(device):
+    if device == "cuda":
+        _library.load()  # tests of the kernel must not pass by torch operations
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("head_dim, rotary_dim", [(64, 64), (128, 32), (40, 16), (48, 24)])
+@pytest.mark.parametrize("table_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("offsets", [0, 5, (3, 0), (0, 2**40)], ids=str)
+@pytest.mark.parametrize("inplace", [False, True])
+def test_half_types(device, interleaved, head_dim, rotary_dim, table_dtype, offsets, inplace, monkeypatch):
+    """Five bf16 heads, so that a thread's last ones are missing; positions past the tables."""
+    require_library(device)
+    monkeypatch.setattr(rotary, "_check_positions", lambda *arguments: None)
+    with torch.device(device):
+        x = torch.randn(2, 7, 9, head_dim).bfloat16()[:, :, 2:7]
+        _, cos, sin = tables(12, rotary_dim // 2)
+        cos, sin = cos.to(table_dtype), sin.to(table_dtype)
+        offsets = torch.tensor(offsets) if isinstance(offsets, tuple) else offsets
+        positions = torch.as_tensor(offsets).reshape(-1, 1) + torch.arange(7)
+    inside = ((positions >= 0) & (positions < 12))[..., None]
+    at = positions.clamp(0, 11)
+    c, s = torch.where(inside, cos[at], 1), torch.where(inside, sin[at], 0)
+    truth = apply_rotary_emb_torch(x.double(), c.double(), s.double(), interleaved)
+    yardstick = apply_rotary_emb_torch(x, c.to(x.dtype), s.to(x.dtype), interleaved)
+    before = x.clone()
+    out = apply_rotary_emb(x, cos, sin, interleaved, inplace, offsets)
+    assert_within(out, truth, yardstick)
+    assert torch.equal(out[..., rotary_dim:], before[..., rotary_dim:])
+    assert (out.data_ptr() == x.data_ptr()) == inplace and torch.equal(x, out if inplace else before)
+
+
+@pytest.mark.parametrize("offsets", [0, 2, (3, 0, 1, 5)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_varlen_half_types(device, offsets, dtype):
+    require_library(device)
+    lengths = [4, 0, 7, 1]
+    with torch.device(device):
+        x = torch.randn(15, 3, 32).to(dtype)
+        _, cos, sin = tables(20, 16)
+        cu_seqlens = torch.tensor([0, 4, 4, 11, 12], dtype=torch.int32)
+        starts = torch.as_tensor(offsets).expand(4).tolist()
+        positions = torch.cat([torch.arange(n) + s for n, s in zip(lengths, starts, strict=True)])
+        offsets = torch.tensor(offsets, dtype=torch.int32) if isinstance(offsets, tuple) else offsets
+    out = apply_rotary_emb(x, cos, sin, seqlen_offsets=offsets, cu_seqlens=cu_seqlens, max_seqlen=7)
+    c, s = cos[positions], sin[positions]
+    truth = apply_rotary_emb_torch(x[:12].double(), c.double(), s.double())
+    assert_within(out[:12], truth, apply_rotary_emb_torch(x[:12], c.to(dtype), s.to(dtype)))
+    assert torch.equal(out[12:], x[12:])
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_gradient_of_half_types_rotates_back(device, interleaved, inplace):
+    require_library(device)
+    with torch.device(device):
+        x = torch.randn(2, 7, 3, 48).bfloat16().requires_grad_()
+        dout = torch.randn(2, 7, 3, 48).bfloat16()
+        _, cos, sin = tables(9, 16)
+    out = apply_rotary_emb(x * 1, cos, sin, interleaved, inplace, 2)
+    (dx,) = torch.autograd.grad(out, x, dout)
+    back = cos[2:], -sin[2:]
+    truth = apply_rotary_emb_torch(dout.double(), *(t.double() for t in back), interleaved)
+    assert_within(dx, truth, apply_rotary_emb_torch(dout, *(t.to(x.dtype) for t in back), interleaved))
+
+
+@pytest.mark.parametrize("num_heads_q", [None, 4])
+def test_packed_half_types(device, num_heads_q):
+    require_library(device)
+    with torch.device(device):
+        qkv = (
+            torch.randn(2, 5, 3, 4, 32).bfloat16()
+            if num_heads_q is None
+            else torch.randn(2, 5, 8, 32).bfloat16()
+        )
+        (_, cos, sin), (_, cos_k, sin_k) = tables(9, 16), tables(9, 16)
+    before = qkv.clone()
+    apply_rotary_emb_qkv_(qkv, cos, sin, cos_k, sin_k, seqlen_offsets=3, num_heads_q=num_heads_q)
+    parts, expected = (rotary._select_qk(x, num_heads_q) for x in (qkv, before))
+    for part, x, table in zip(parts, expected, ((cos, sin), (cos_k, sin_k)), strict=True):
+        assert torch.equal(part, apply_rotary_emb(x, *table, seqlen_offsets=3))
+    v = (qkv[:, :, 2], before[:, :, 2]) if num_heads_q is None else (qkv[:, :, 6:], before[:, :, 6:])
+    assert torch.equal(*v)
 
 
 def test_packed_qkv():

@@ -1,0 +1,154 @@
+"""Decoding beside torch's FlashAttention-2 and cuDNN: one query token over a KV cache, as CUDA graph replays
+with a cold L2. The table has microseconds and the KV bytes read per second.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import product
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks import report
+from benchmarks.providers import CUDNN, OURS, TORCH_FA2, Call, runnable
+from benchmarks.timing import cold_medians
+
+HEAD_DIM = 128
+HEADS = ((32, 8), (32, 32), (16, 1))
+SIZES = ((1, 4096), (1, 65536), (8, 8192), (64, 4096), (128, 1024))
+PAGE_SIZES = (16, 64, 256)
+AGREEMENT = 1e-2
+
+
+@dataclass(frozen=True)
+class Problem:
+    """`batch` sequences with `seqlen` keys each in the cache."""
+
+    num_heads: int
+    num_heads_k: int
+    batch: int
+    seqlen: int
+
+    @property
+    def cache_shape(self) -> tuple[int, int, int, int]:
+        return self.batch, self.seqlen, self.num_heads_k, HEAD_DIM
+
+    @property
+    def cache_elements(self) -> int:
+        return self.batch * self.seqlen * self.num_heads_k * HEAD_DIM
+
+    @property
+    def kv_bytes(self) -> int:
+        return 2 * 2 * self.cache_elements
+
+
+def problems() -> Iterator[Problem]:
+    """The rows of the table."""
+    for heads, size in product(HEADS, SIZES):
+        yield Problem(*heads, *size)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--splits", type=int, nargs="*", default=[], help="also with these num_splits")
+    parser.add_argument("--no-pages", action="store_true", help="only the contiguous cache")
+
+
+class Tensors:
+    """q, a contiguous cache and its pages in random order, of standard normal numbers drawn once."""
+
+    def __init__(self) -> None:
+        largest = max(problem.cache_elements for problem in problems())
+        generator = torch.Generator("cuda").manual_seed(0)
+        self.numbers = torch.randn(2 * largest, device="cuda", dtype=torch.bfloat16, generator=generator)
+
+    def of(self, problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+        count = problem.cache_elements
+        k, v = (self.numbers[i * count : (i + 1) * count].view(problem.cache_shape) for i in range(2))
+        q = torch.randn(problem.batch, 1, problem.num_heads, HEAD_DIM, device="cuda", dtype=k.dtype)
+        return q, k, v
+
+
+def ours(q: Tensor, k: Tensor, v: Tensor, num_splits: int = 0, page_size: int = 0) -> Call:
+    """Our decoding call; with `page_size`, the same numbers count as pages in random order."""
+    from flash_attn import flash_attn_with_kvcache
+
+    batch, seqlen = k.shape[:2]
+    lengths = torch.full((batch,), seqlen, dtype=torch.int32, device="cuda")
+    table = None
+    if page_size:
+        k, v = (x.view(-1, page_size, *x.shape[2:]) for x in (k, v))
+        table = torch.randperm(k.shape[0], device="cuda").int().view(batch, -1)
+
+    def run() -> tuple[Tensor]:
+        return (
+            flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths, block_table=table, num_splits=num_splits),
+        )
+
+    return Call(run)
+
+
+def theirs(q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend) -> Call:
+    """One of torch's kernels on transposed views of the same tensors."""
+    qt, kt, vt = (x.transpose(1, 2) for x in (q, k, v))
+    grouped = {"enable_gqa": True} if q.shape[2] != k.shape[2] else {}
+    return Call(
+        lambda: (F.scaled_dot_product_attention(qt, kt, vt, **grouped),),
+        lambda: sdpa_kernel(backend),
+        heads_first=True,
+    )
+
+
+def check_agreement(calls: dict[str, Call]) -> None:
+    """Compare our result with a peer's, by the relative Frobenius norm."""
+    peer = next((name for name in (CUDNN, TORCH_FA2) if name in calls), None)
+    if peer is None:
+        return
+    (out,), (expected,) = (calls[name].results() for name in (OURS, peer))
+    error = torch.linalg.vector_norm(out.float() - expected.float()) / torch.linalg.vector_norm(
+        expected.float()
+    )
+    if not error.item() < AGREEMENT:
+        raise AssertionError(f"{OURS} and {peer} differ: relative error {error.item():.3g}")
+
+
+def measure(problem: Problem, tensors: Tensors, splits: list[int], pages: bool) -> dict[str, float]:
+    """Microseconds of every call."""
+    q, k, v = tensors.of(problem)
+    calls = runnable(
+        {
+            OURS: ours(q, k, v),
+            TORCH_FA2: theirs(q, k, v, SDPBackend.FLASH_ATTENTION),
+            CUDNN: theirs(q, k, v, SDPBackend.CUDNN_ATTENTION),
+        }
+    )
+    check_agreement(calls)
+    calls |= {f"page {n}": ours(q, k, v, page_size=n) for n in PAGE_SIZES if pages}
+    calls |= {f"splits {n}": ours(q, k, v, num_splits=n) for n in splits}
+    return {name: 1e3 * ms for name, ms in cold_medians(calls).items()}
+
+
+def _line(problem: Problem, times: dict[str, float]) -> list[str]:
+    sizes = [f"{problem.num_heads}/{problem.num_heads_k}", str(problem.batch), str(problem.seqlen)]
+    bandwidth = problem.kv_bytes / times[OURS] * 1e-6
+    peers = [f"{times[peer] / times[OURS]:.2f}" if peer in times else "-" for peer in (TORCH_FA2, CUDNN)]
+    others = [f"{name} {time:.1f}" for name, time in times.items()]
+    return [*sizes, f"{times[OURS]:.1f}", f"{bandwidth:.2f}", *peers, *others]
+
+
+def run(args: argparse.Namespace) -> int:
+    tensors = Tensors()
+    records: list[dict[str, Any]] = []
+    print(report.aligned(["heads", "batch", "keys", "us", "TB/s", "x FA2", "x cuDNN"], 7))
+    for problem in problems():
+        times = measure(problem, tensors, args.splits, not args.no_pages)
+        print(report.aligned(_line(problem, times), 7), flush=True)
+        records.append({**asdict(problem), "us": {name: round(time, 2) for name, time in times.items()}})
+    facts = {**report.environment(), "dtype": "bf16", "family": args.family or "chosen by the library"}
+    report.write_json(args.output / "decode.json", facts, records)
+    return 0

@@ -1,0 +1,88 @@
+"""CUDA backend of `layers.rotary`: packs `_abi.RotaryParams`, calls the library."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from flash_attn import _abi, _cuda, _library
+from flash_attn._custom_ops import needs_dispatcher
+
+_pack = _abi.ROTARY_PARAMS.pack
+INT32_MAX = 2**31 - 1
+
+
+@cache
+def _has_library() -> bool:
+    """Return whether the library can be loaded; torch operations serve where it cannot."""
+    try:
+        _library.load()
+    except RuntimeError:
+        return False
+    return True
+
+
+def can_rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> bool:
+    """Return whether the kernel takes these tensors as they are; else torch operations do."""
+    rotary_dim = 2 * cos.shape[1]
+    return (
+        x.is_cuda
+        and x.dtype in _cuda.DTYPES
+        and cos.dtype == sin.dtype
+        and cos.dtype in (x.dtype, torch.float32)
+        and cos.device == sin.device == x.device
+        and rotary_dim % (8 if interleaved else 16) == 0
+        and x.numel() > 0 < rotary_dim
+        and not needs_dispatcher(x)
+        and _cuda.readable(x)
+        and _has_library()
+    )
+
+
+def _table(x: Tensor) -> Tensor:
+    return (
+        x if x.is_contiguous() and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
+    )
+
+
+def _as_int32(offsets: Tensor) -> Tensor:
+    """Return offsets in the kernel's type: those that do not fit stand for none in the tables either way."""
+    if offsets.dtype != torch.int32:
+        offsets = offsets.clamp(-INT32_MAX, INT32_MAX).to(torch.int32)
+    return offsets.contiguous()
+
+
+def rotate(
+    x: Tensor, cos: Tensor, sin: Tensor, offsets: int | Tensor, cu_seqlens: Tensor | None, interleaved: bool,
+    conjugate: bool, inplace: bool,
+) -> Tensor:  # fmt: skip
+    """Return x (b, s, h, d), or (total, h, d) with `cu_seqlens`, rotated; x itself if `inplace`.
+
+    Raises:
+        RuntimeError: the GPU is too old, or CUDA reports an error.
+    """
+    out = x if inplace else torch.empty_like(x)
+    if not _cuda.readable(out):
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    cos, sin = _table(cos), _table(sin)
+    starts = None if isinstance(offsets, int) else _as_int32(offsets)
+    bounds = None if cu_seqlens is None else cu_seqlens.to(torch.int32).contiguous()
+    batch_stride = _cuda.NOT_PACKED if bounds is None else _cuda.PACKED
+    *lengths, num_heads, head_dim = x.shape
+    batch, seqlen = lengths if bounds is None else (bounds.numel() - 1, 0)
+    device = x.get_device()
+    stream = _cuda.raw_stream(device)
+    library = _cuda.library_on(device)
+    packed = _pack(
+        x.data_ptr(), out.data_ptr(), cos.data_ptr(), sin.data_ptr(),
+        0 if starts is None else starts.data_ptr(), 0 if bounds is None else bounds.data_ptr(),
+        *batch_stride, *x.stride()[:-1], *batch_stride, *out.stride()[:-1],
+        x.numel() // (num_heads * head_dim), batch, seqlen, num_heads, head_dim, 2 * cos.shape[1],
+        min(cos.shape[0], INT32_MAX), offsets if isinstance(offsets, int) else 0, interleaved, conjugate,
+        _cuda.DTYPES[x.dtype], cos.dtype == torch.float32, device,
+    )  # fmt: skip
+    if library.rotary(packed, stream):
+        raise RuntimeError(f"flash_attn: {(library.last_error() or b'').decode()}")
+    return out

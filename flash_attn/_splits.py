@@ -1,0 +1,56 @@
+"""Into how many parts to split the keys of a call over a KV cache: a pure function of its shape and the GPU.
+
+Few queries make few thread blocks, and a few thread blocks cannot read memory at full speed. Splitting the
+keys makes more of them; the price is a second kernel that merges the parts.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+from flash_attn._abi import SPLIT_KEYS, SPLIT_ROWS
+
+MAX_SPLITS = 128
+START_COST = 0.5
+"""What a thread block costs besides its blocks of keys, in blocks of keys."""
+
+MERGE_COST = 2.0
+"""What merging costs, in blocks of keys of one multiprocessor."""
+
+TOLERANCE = 1.02
+"""Fewer splits are taken where they cost at most this much more than the best number."""
+
+
+def _cost(splits: int, tiles: int, key_blocks: int, multiprocessors: int) -> float:
+    """Model the time of a call, in blocks of keys that one multiprocessor reads.
+
+    Multiprocessors share the memory's speed evenly; one with more thread blocks than others ends last.
+    """
+    thread_blocks = -(-tiles * splits // multiprocessors)
+    merging = MERGE_COST if splits > 1 else 0.0
+    return thread_blocks * (-(-key_blocks // splits) + START_COST) + merging
+
+
+def choose_num_splits(tiles: int, key_blocks: int, multiprocessors: int) -> int:
+    """Return the number of splits, 1 to 128, for `tiles` thread blocks that would each read `key_blocks`."""
+    if not tiles or key_blocks < 2:
+        return 1
+    costs = {
+        splits: _cost(splits, tiles, key_blocks, multiprocessors)
+        for splits in range(1, min(MAX_SPLITS, key_blocks) + 1)
+    }
+    enough = TOLERANCE * min(costs.values())
+    return next(splits for splits, cost in costs.items() if cost <= enough)
+
+
+def count_tiles(sequences: int, num_heads_k: int, rows: int) -> int:
+    """Return how many tiles cover `rows` (queries x heads that share keys) of every sequence and KV head."""
+    block_m = next((block_m for block_m in SPLIT_ROWS if rows <= block_m), SPLIT_ROWS[-1])
+    return sequences * num_heads_k * -(-rows // block_m)
+
+
+@cache
+def heuristic(sequences: int, num_heads_k: int, rows: int, capacity: int, multiprocessors: int) -> int:
+    """Return the number of splits of a call with room for `capacity` keys in each sequence."""
+    tiles = count_tiles(sequences, num_heads_k, rows)
+    return choose_num_splits(tiles, -(-capacity // SPLIT_KEYS), multiprocessors)

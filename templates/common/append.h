@@ -1,0 +1,17 @@
+// Appending new keys and values to a KV cache, and rotating queries and new keys.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "abi.h"
+#include "host/device.h"
+
+namespace flash_attn {
+
+// Whether the call has anything to append or to rotate.
+inline bool appends(const SplitParams& params) { return params.seqlen_new > 0; }
+
+// Writes k_new and v_new into the cache, and q_rotated.
+Status launch_append(const SplitParams& params, const Device& device, cudaStream_t stream);
+
+}  // namespace flash_attn

@@ -1,0 +1,411 @@
+// Attention over a KV cache for GPUs with mma.sync m16n8k16 and cp.async: few queries, many keys, which bound
+// it by memory (Flash-Decoding; FlashAttention-2, algorithm 1).
+//
+// One thread block computes kBlockM rows over one split of the keys. The query heads that share a head of
+// keys are packed into the rows. Blocks of K and V arrive in a ring of kStages buffers each:
+//
+//   barrier  what has arrived   what has been read by then, so that its buffer is refilled
+//   first    K[n]               V[n - 1], by V[n - 1 + kStages]
+//   second   V[n]               K[n], by K[n + kStages]
+//
+// Where every warp has keys of its own, a barrier is one of the warp alone; their results are merged at the
+// end.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+
+#include "common/accumulator.cuh"
+#include "common/append.h"
+#include "common/combine.h"
+#include "common/kv_cache.cuh"
+#include "common/mask.cuh"
+#include "common/query_block.cuh"
+#include "common/scores.cuh"
+#include "common/shared_tile.cuh"
+#include "common/softmax.cuh"
+#include "host/device.h"
+#include "host/launch.h"
+#include "ptx/async_copy.cuh"
+#include "ptx/grid_dependency.cuh"
+#include "ptx/shared_memory.cuh"
+#include "sm80/key_copy.cuh"
+#include "sm80/products.cuh"
+#include "sm80/split_config.cuh"
+
+namespace flash_attn::sm80 {
+
+struct SplitArguments {
+  SplitParams params;
+  int heads;  // of keys
+  int tiles_m;
+  int group;       // query heads for each head of keys
+  bool modifiers;  // see needs_modifiers
+};
+
+// What one thread block computes.
+struct SplitWork {
+  QueryBlock queries;
+  int split;
+  int num_splits;
+  bool modifiers;
+
+  // Where row i of a partial result goes: O in fp32, and its LSE.
+  __device__ __forceinline__ int64_t partial(int i) const { return queries.index(i) * num_splits + split; }
+};
+
+// Rows that see no key in this split: O = 0, and LSE = -inf unless it is the only split.
+template <class Config>
+__device__ __forceinline__ void store_no_keys(const SplitParams& params, const SplitWork& work) {
+  if (work.num_splits == 1) {
+    return store_empty<typename Config::Element>(work.queries, threadIdx.x, Config::kThreads);
+  }
+  const int chunks = params.forward.head_dim_v / 4;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < work.queries.rows * chunks; i += Config::kThreads) {
+    const int64_t at = work.partial(i / chunks);
+    reinterpret_cast<float4*>(params.out_partial)[at * chunks + i % chunks] = make_float4(0, 0, 0, 0);
+    if (i % chunks == 0) params.lse_partial[at] = -INFINITY;
+  }
+}
+
+template <class Config>
+__device__ __forceinline__ void load_queries(const QueryBlock& queries, uint32_t shared) {
+  using Element = typename Config::Element;
+  constexpr int kChunks = Config::kHeadDim / 8;
+  for (int i = threadIdx.x; i < Config::kBlockM * kChunks; i += Config::kThreads) {
+    const int row = i / kChunks, chunk = i % kChunks;
+    uint4 value = make_uint4(0, 0, 0, 0);
+    if (row < queries.rows && chunk * 8 < queries.params->head_dim) {
+      value = *reinterpret_cast<const uint4*>(queries.query<Element>(row) + chunk * 8);
+    }
+    ptx::store_shared_16(shared + SharedTile<Config::kHeadDim>::offset(row, chunk), value);
+  }
+}
+
+// The keys [first, end) that each of this lane's rows sees.
+template <class Config>
+struct RowBounds {
+  int first[2 * Config::kTilesM];
+  int end[2 * Config::kTilesM];
+
+  __device__ __forceinline__ RowBounds(const AttentionMask<Config::kMask>& mask, const QueryBlock& queries,
+                                       int warp_row) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < 2 * Config::kTilesM; ++i) {
+      const int query = (queries.first_row + warp_row + i / 2 * 16 + i % 2 * 8 + lane / 4) / queries.group;
+      first[i] = mask.first_key(query);
+      end[i] = mask.end_key(query);
+    }
+  }
+
+  __device__ __forceinline__ void apply(Accumulator<Config::kTilesM, Config::kTilesN>& scores,
+                                        int key) const {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < 2 * Config::kTilesM; ++i) {
+#pragma unroll
+      for (int n = 0; n < Config::kTilesN; ++n) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          const int column = key + n * 8 + 2 * (lane % 4) + c;
+          if (column < first[i] || column >= end[i]) scores[i / 2][n][2 * (i % 2) + c] = -INFINITY;
+        }
+      }
+    }
+  }
+};
+
+// Scale, softcap and ALiBi: the heads of packed rows differ.
+template <class Config>
+__device__ __forceinline__ void apply_packed_modifiers(Accumulator<Config::kTilesM, Config::kTilesN>& scores,
+                                                       const QueryBlock& queries, int diagonal, int row,
+                                                       int key) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < 2 * Config::kTilesM; ++i) {
+    const int tile_row = row + i / 2 * 16 + i % 2 * 8 + lane / 4;
+    const ScoreModifiers modifiers(*queries.params, queries.batch, queries.head_of(tile_row));
+    const int distance = (queries.first_row + tile_row) / queries.group + diagonal - key - 2 * (lane % 4);
+#pragma unroll
+    for (int n = 0; n < Config::kTilesN; ++n) {
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        float& score = scores[i / 2][n][2 * (i % 2) + c];
+        score = modifiers.apply(score, distance - n * 8 - c);
+      }
+    }
+  }
+}
+
+// The maximum, the sum and O of every row and every warp that has keys of it, in shared memory.
+template <class Config>
+class WarpResults {
+ public:
+  __device__ __forceinline__ explicit WarpResults(uint8_t* shared)
+      : output_(reinterpret_cast<float*>(shared)),
+        max_(output_ + Config::kWarpsN * Config::kBlockM * Config::kOutputStride),
+        sum_(max_ + Config::kWarpsN * Config::kBlockM) {}
+
+  __device__ __forceinline__ void write(const Accumulator<Config::kTilesM, Config::kTilesD>& output,
+                                        const OnlineSoftmax<Config::kTilesM>& softmax, int warp_n,
+                                        int first_row) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < 2 * Config::kTilesM; ++i) {
+      const int row = warp_n * Config::kBlockM + first_row + i / 2 * 16 + i % 2 * 8 + lane / 4;
+      if (lane % 4 == 0) max_[row] = softmax.max[i], sum_[row] = softmax.sum[i];
+#pragma unroll
+      for (int n = 0; n < Config::kTilesD; ++n) {
+        const float* o = output[i / 2][n] + 2 * (i % 2);
+        *reinterpret_cast<float2*>(output_ + row * Config::kOutputStride + n * 8 + lane % 4 * 2) =
+            make_float2(o[0], o[1]);
+      }
+    }
+  }
+
+  // Adds up eight columns of O of a row, normalised; returns the row's LSE, -inf if it saw no key.
+  __device__ __forceinline__ float merge(float (&o)[8], int row, int column, float scale_log2) const {
+    float max = -INFINITY, sum = 0.0f;
+#pragma unroll
+    for (int w = 0; w < Config::kWarpsN; ++w) max = fmaxf(max, max_[w * Config::kBlockM + row]);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) o[i] = 0.0f;
+    if (max == -INFINITY) return max;
+#pragma unroll
+    for (int w = 0; w < Config::kWarpsN; ++w) {
+      const int at = w * Config::kBlockM + row;
+      const float factor = ptx::exp2_approx((max_[at] - max) * scale_log2);
+      sum += factor * sum_[at];
+      const float4* part = reinterpret_cast<const float4*>(output_ + at * Config::kOutputStride + column);
+      const float4 low = part[0], high = part[1];
+      const float p[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+      for (int i = 0; i < 8; ++i) o[i] += factor * p[i];
+    }
+    const float inverse = 1.0f / sum;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) o[i] *= inverse;
+    return max * scale_log2 * kLn2 + logf(sum);
+  }
+
+ private:
+  float* output_;
+  float* max_;
+  float* sum_;
+};
+
+// Writes the merged rows: the result, or this split's part of it.
+template <class Config>
+__device__ __forceinline__ void store_merged(const SplitParams& params, const SplitWork& work,
+                                             const WarpResults<Config>& results, float scale_log2) {
+  constexpr int kChunks = Config::kHeadDim / 8;
+  const QueryBlock& queries = work.queries;
+  const int head_dim_v = params.forward.head_dim_v;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < queries.rows * kChunks; i += Config::kThreads) {
+    const int row = i / kChunks, column = i % kChunks * 8;
+    if (column >= head_dim_v) continue;
+    float o[8];
+    const float lse = results.merge(o, row, column, scale_log2);
+    if (work.num_splits > 1) {
+      const int64_t at = work.partial(row);
+      float4* out = reinterpret_cast<float4*>(params.out_partial + at * head_dim_v + column);
+      out[0] = make_float4(o[0], o[1], o[2], o[3]);
+      out[1] = make_float4(o[4], o[5], o[6], o[7]);
+      if (column == 0) params.lse_partial[at] = lse;
+    } else {
+      uint4 packed = {pack<Config::kDtype>(o[0], o[1]), pack<Config::kDtype>(o[2], o[3]),
+                      pack<Config::kDtype>(o[4], o[5]), pack<Config::kDtype>(o[6], o[7])};
+      *reinterpret_cast<uint4*>(queries.out<typename Config::Element>(row) + column) = packed;
+      if (column == 0 && params.forward.softmax_lse != nullptr) {
+        *queries.lse(row) = lse == -INFINITY ? INFINITY : lse;
+      }
+    }
+  }
+}
+
+template <class Config>
+__device__ __forceinline__ void barrier() {
+  if constexpr (Config::kOwnKeys) {
+    __syncwarp();
+  } else {
+    __syncthreads();
+  }
+}
+
+// The main loop over this split's blocks of keys, [begin, end). It starts kStages blocks early, to fill the
+// ring: one place where K is copied and one where V is, since code that is not in the cache yet costs time
+// too.
+template <class Config>
+__device__ __forceinline__ void attend(const SplitParams& params, const CachedSequence& sequence,
+                                       const SplitWork& work, const AttentionMask<Config::kMask>& mask,
+                                       const KeyBlocks<Config::kMask, Config::kBlockN>& blocks, int begin,
+                                       int end, uint8_t* shared_memory) {
+  using Element = typename Config::Element;
+  using Shared = SharedTile<Config::kHeadDim>;
+  constexpr uint32_t kStageBytes = 2 * Config::kKeyBytes;
+  const ForwardParams& forward = params.forward;
+  const QueryBlock& queries = work.queries;
+  const int warp = threadIdx.x / 32;
+  const int warp_row = warp / Config::kWarpsN * Config::kWarpRows;
+  const int warp_key = warp % Config::kWarpsN * Config::kWarpKeys;
+  const uint32_t shared = ptx::shared_address(shared_memory), ring = shared + Config::kQueryBytes;
+
+  const int copy_row = Config::kOwnKeys ? warp_key : 0;
+  KeyCopy<Config> copy_k(static_cast<const Element*>(forward.k) + queries.head * forward.k_head_stride,
+                         forward.k_batch_stride, forward.k_row_stride, forward.head_dim, copy_row, ring);
+  KeyCopy<Config> copy_v(static_cast<const Element*>(forward.v) + queries.head * forward.v_head_stride,
+                         forward.v_batch_stride, forward.v_row_stride, forward.head_dim_v, copy_row,
+                         ring + Config::kKeyBytes);
+  // The kernel before may write the keys that the call appends, but no others.
+  const int old_blocks = (sequence.length - sequence.k_row) / Config::kBlockN;
+  const auto issue = [&](KeyCopy<Config>& copy, int block, uint32_t ring_offset) {
+    if (block >= begin && block < end) {
+      if (block >= old_blocks) ptx::wait_for_dependency();
+      copy.issue(params, sequence, block, ring_offset);
+    }
+    ptx::cp_async_commit();
+  };
+
+  const FragmentLane a = FragmentLane::of_a(), b = FragmentLane::of_b();
+  const uint32_t query_address = shared + Shared::offset(warp_row + a.row, a.chunk);
+  const uint32_t key_address = ring + Shared::offset(warp_key + b.row, b.chunk);
+  const uint32_t value_address = ring + Config::kKeyBytes + Shared::offset(warp_key + a.row, a.chunk);
+  const RowBounds<Config> bounds(mask, queries, warp_row);
+  const float scale_log2 = work.modifiers ? 1.0f : forward.softmax_scale * kLog2E;
+  Accumulator<Config::kTilesM, Config::kTilesD> output = {};
+  OnlineSoftmax<Config::kTilesM> softmax;
+
+  uint32_t stage = 0, stage_before = (Config::kStages - 1) * kStageBytes;
+#pragma unroll 1
+  for (int block = begin - Config::kStages; block < end; ++block) {
+    if (block == begin) {
+      ptx::wait_for_dependency();
+      load_queries<Config>(queries, shared);
+      __syncthreads();
+    }
+    ptx::cp_async_wait<2 * Config::kStages - 2>();
+    barrier<Config>();
+    issue(copy_v, block + Config::kStages - 1, stage_before);
+
+    Accumulator<Config::kTilesM, Config::kTilesN> scores;
+    if (block >= begin) {
+      const int key = block * Config::kBlockN + warp_key;
+      multiply_rows<Config::kDtype, Config::kHeadDim>(scores, query_address, key_address + stage);
+      if (work.modifiers) apply_packed_modifiers<Config>(scores, queries, mask.diagonal, warp_row, key);
+      if (blocks.needs_mask(block)) bounds.apply(scores, key);
+
+      float block_max[2 * Config::kTilesM];
+      softmax.block_max(block_max, scores);
+      if (__any_sync(0xffffffff, softmax.lags(block_max, scale_log2))) {
+        float factor[2 * Config::kTilesM];
+        softmax.advance(factor, block_max, scale_log2);
+        softmax.rescale(output, factor);
+      }
+      softmax.exponentiate(scores, scale_log2);
+      ptx::cp_async_wait<2 * Config::kStages - 2>();
+      barrier<Config>();
+    }
+    issue(copy_k, block + Config::kStages, stage);
+    if (block >= begin) {
+      accumulate_output<Config::kDtype, Config::kHeadDim, Config::kTilesN / 2>(output, scores,
+                                                                               value_address + stage);
+    }
+    stage_before = stage;
+    stage = stage == (Config::kStages - 1) * kStageBytes ? 0 : stage + kStageBytes;
+  }
+
+  float inverse_sum[2 * Config::kTilesM];
+  softmax.finish(inverse_sum, [](float (&)[2 * Config::kTilesM]) {});
+  ptx::cp_async_wait<0>();
+  __syncthreads();
+  WarpResults<Config> results(shared_memory);
+  results.write(output, softmax, warp % Config::kWarpsN, warp_row);
+  __syncthreads();
+  store_merged(params, work, results, scale_log2);
+}
+
+// Heads run fastest, since their keys lie side by side in memory; then tiles of queries, which share keys.
+template <class Config>
+__global__ void __launch_bounds__(Config::kThreads, Config::Tile::kMinBlocks)
+    split_kernel(const __grid_constant__ SplitArguments arguments) {
+  extern __shared__ __align__(128) uint8_t shared_memory[];
+  ptx::launch_dependents();
+  const SplitParams& params = arguments.params;
+  const int head = blockIdx.x % arguments.heads, rest = blockIdx.x / arguments.heads;
+  const int m_block = rest % arguments.tiles_m, split = rest / arguments.tiles_m % params.num_splits;
+  const int batch = rest / arguments.tiles_m / params.num_splits;
+  prefetch_block_table(params, batch);
+  const CachedSequence sequence(params, batch);
+  const int64_t total_rows = int64_t{sequence.seqlen_q} * arguments.group;
+  const int step = sequence.batch == params.forward.batch ? arguments.tiles_m * Config::kBlockM : 0;
+
+  for (int64_t first_row = int64_t{m_block} * Config::kBlockM; first_row < total_rows; first_row += step) {
+    const int rows = static_cast<int>(min(total_rows - first_row, int64_t{Config::kBlockM}));
+    const SplitWork work{
+        {&params.forward, sequence, sequence.batch, head, arguments.group, static_cast<int>(first_row), rows},
+        split,
+        params.num_splits,
+        arguments.modifiers};
+    const AttentionMask<Config::kMask> mask(params.forward, sequence.seqlen_q, sequence.seqlen_k);
+    const int first_query = work.queries.first_row / arguments.group;
+    const int last_query = (work.queries.first_row + rows - 1) / arguments.group;
+    const KeyBlocks<Config::kMask, Config::kBlockN> blocks(mask, first_query, last_query);
+    const int per_split = (max(blocks.end - blocks.begin, 0) + work.num_splits - 1) / work.num_splits;
+    const int begin = blocks.begin + split * per_split, end = min(blocks.end, begin + per_split);
+    if (begin < end) {
+      attend<Config>(params, sequence, work, mask, blocks, begin, end, shared_memory);
+    } else {
+      store_no_keys<Config>(params, work);
+    }
+    if (step == 0) return;
+  }
+}
+
+// Runs the first configuration, in ascending order of kBlockM, that holds all rows of a sequence; else the
+// last.
+template <class Config, class... Others>
+Status launch_attention(const SplitParams& params, const Device& device, cudaStream_t stream,
+                        const char* name) {
+  const ForwardParams& forward = params.forward;
+  const int group = forward.num_heads / forward.num_heads_k;
+  const int64_t rows = int64_t{forward.seqlen_q} * group;
+  if constexpr (sizeof...(Others) > 0) {
+    if (rows > Config::kBlockM) return launch_attention<Others...>(params, device, stream, name);
+  }
+  const int64_t tiles_m = (rows + Config::kBlockM - 1) / Config::kBlockM;
+  const int64_t batches = int64_t{forward.batch} + (forward.cu_seqlens_q != nullptr ? 1 : 0);
+  const SplitArguments arguments{params, forward.num_heads_k, static_cast<int>(tiles_m), group,
+                                 needs_modifiers(forward)};
+  const bool dependent = appends(params) && has_grid_dependencies(device);
+  static std::atomic<uint64_t> prepared;
+  return launch_kernel(split_kernel<Config>, name, device.index,
+                       batches * forward.num_heads_k * tiles_m * params.num_splits, Config::kThreads,
+                       Config::kSharedBytes, stream, arguments, prepared, dependent);
+}
+
+template <class... Configs>
+Status launch_split(const SplitParams& params, const Device& device, cudaStream_t stream, const char* name) {
+  SplitParams attention = params;
+  if (appends(params)) {
+    const Status status = launch_append(params, device, stream);
+    if (status != Status::kOk) return status;
+    if (params.q_rotated != nullptr) {
+      ForwardParams& forward = attention.forward;
+      forward.q = params.q_rotated;
+      forward.q_head_stride = forward.head_dim;
+      forward.q_row_stride = forward.num_heads * forward.q_head_stride;
+      forward.q_batch_stride = forward.seqlen_q * forward.q_row_stride;
+    }
+  }
+  const Status status = launch_attention<Configs...>(attention, device, stream, name);
+  if (status != Status::kOk || params.num_splits == 1) return status;
+  return launch_combine(params, device, stream);
+}
+
+}  // namespace flash_attn::sm80

@@ -1,0 +1,49 @@
+"""Into how many parts keys are split: bounds, monotony, and what is expected at sizes that were measured."""
+
+from __future__ import annotations
+
+import pytest
+
+from flash_attn._abi import SPLIT_KEYS, SPLIT_ROWS
+from flash_attn._splits import MAX_SPLITS, choose_num_splits, count_tiles, heuristic
+
+H200 = 132
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 20, 108, 132])
+@pytest.mark.parametrize("tiles", [0, 1, 7, 132, 5000])
+@pytest.mark.parametrize("key_blocks", [0, 1, 2, 63, 4096])
+def test_is_between_one_and_what_there_is_to_split(tiles, key_blocks, multiprocessors):
+    splits = choose_num_splits(tiles, key_blocks, multiprocessors)
+    assert 1 <= splits <= max(1, min(MAX_SPLITS, key_blocks))
+
+
+def test_many_tiles_are_not_split_and_few_fill_the_gpu():
+    assert choose_num_splits(10 * H200, 1000, H200) == 1
+    assert choose_num_splits(H200, 1000, H200) == 1
+    for tiles in (1, 2, 8, 32):
+        assert 0.9 * H200 <= tiles * choose_num_splits(tiles, 1000, H200) <= H200
+
+
+def test_few_keys_are_not_split():
+    assert choose_num_splits(1, 2, H200) == 1
+
+
+@pytest.mark.parametrize(
+    "batch, num_heads_k, rows, keys, best",
+    [
+        (1, 8, 4, 4096, {16, 32}), (1, 8, 4, 65536, {16, 32}), (8, 8, 4, 8192, {2, 4}),
+        (64, 8, 4, 4096, {1}), (128, 8, 4, 1024, {1}), (1, 32, 1, 4096, {4, 8}), (8, 32, 1, 8192, {1, 2}),
+        (1, 1, 16, 4096, {64}), (1, 1, 16, 65536, {128}), (8, 1, 16, 8192, {16, 32}),
+        (64, 1, 16, 4096, {2, 4}), (128, 1, 16, 1024, {1}),
+    ],
+)  # fmt: skip
+def test_is_near_the_best_that_was_measured_on_an_h200(batch, num_heads_k, rows, keys, best):
+    assert heuristic(batch, num_heads_k, rows, keys, H200) in best
+
+
+def test_tiles_follow_the_tile_table():
+    few, many = SPLIT_ROWS
+    assert count_tiles(3, 2, 1) == count_tiles(3, 2, few) == count_tiles(3, 2, few + 1) == 6
+    assert count_tiles(3, 2, many) == 6 and count_tiles(3, 2, many + 1) == 12
+    assert count_tiles(3, 2, 0) == 0 and SPLIT_KEYS % 16 == 0

@@ -1,0 +1,114 @@
+"""What lies on the GPU cannot be checked before a launch: nothing outside the cache is read or written."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from oracle import Options, assert_within, attention
+
+from flash_attn import flash_attn_with_kvcache
+
+BATCH, CAPACITY, PAGE, HEADS, HEAD_DIM = 2, 64, 16, 2, 64
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def on_gpu(require_split):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA GPU")
+    require_split("cuda", torch.bfloat16, HEAD_DIM)
+    with torch.device("cuda"):
+        yield
+
+
+def random(*shape):
+    return torch.randn(*shape, HEADS, HEAD_DIM).bfloat16()
+
+
+def guarded(entries, rows):
+    """Return a cache (entries, rows, h, d) of zeros between guard entries of ones, and all of it."""
+    whole = torch.ones(entries + 2, rows, HEADS, HEAD_DIM).bfloat16()
+    whole[1:-1] = 0
+    return whole[1:-1], whole
+
+
+def int32(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("length", [CAPACITY - 1, CAPACITY, CAPACITY + 5, -7, 2**31 - 1])
+@pytest.mark.parametrize("paged", [False, True])
+def test_appended_keys_past_the_end_are_dropped(length, paged):
+    entries, rows = (BATCH * CAPACITY // PAGE, PAGE) if paged else (BATCH, CAPACITY)
+    (k_cache, whole_k), (v_cache, whole_v) = guarded(entries, rows), guarded(entries, rows)
+    table = torch.arange(entries).int().view(BATCH, -1) if paged else None
+    k, v = random(BATCH, 3), random(BATCH, 3)
+    out = flash_attn_with_kvcache(
+        random(BATCH, 1), k_cache, v_cache, k, v, cache_seqlens=int32(length, 10), block_table=table
+    )
+    assert out.isfinite().all()
+    kept = max(0, min(3, CAPACITY - max(length, 0)))
+    first = min(max(length, 0), CAPACITY)
+    for cache, whole, new in ((k_cache, whole_k, k), (v_cache, whole_v, v)):
+        expected = torch.zeros(BATCH, CAPACITY, HEADS, HEAD_DIM).bfloat16()
+        expected[0, first : first + kept] = new[0, :kept]
+        expected[1, 10:13] = new[1]
+        assert torch.equal(cache.reshape(expected.shape), expected)
+        assert (whole[0] == 1).all() and (whole[-1] == 1).all()
+
+
+@pytest.mark.parametrize("wrong", [-1, 8, 2**31 - 1])
+def test_pages_outside_the_cache_are_zeros_and_stay_unwritten(wrong):
+    (k_cache, whole_k), (v_cache, whole_v) = guarded(8, PAGE), guarded(8, PAGE)
+    k_cache.copy_(random(8, PAGE))
+    v_cache.copy_(random(8, PAGE))
+    before = whole_k.clone(), whole_v.clone()
+    table = torch.arange(8).int().view(BATCH, -1)
+    table[0, 1] = wrong
+    q = random(BATCH, 1)
+    out = flash_attn_with_kvcache(
+        q,
+        k_cache,
+        v_cache,
+        random(BATCH, 1),
+        random(BATCH, 1),
+        cache_seqlens=int32(20, 63),
+        block_table=table,
+    )
+    before[0][1 + 7, 15], before[1][1 + 7, 15] = k_cache[7, 15], v_cache[7, 15]
+    assert torch.equal(whole_k, before[0]) and torch.equal(whole_v, before[1])
+    keys, values = (torch.cat([x[0], torch.zeros_like(x[0, :5])])[None] for x in (k_cache, v_cache))
+    truth, _ = attention(q[:1], keys, values, Options())
+    yardstick, _ = attention(q[:1], keys, values, Options(), q.dtype)
+    assert_within(out[:1], truth, yardstick)
+
+
+@pytest.mark.parametrize("wrong", [-1, BATCH, 2**31 - 1])
+def test_rows_outside_the_cache_stay_unwritten(wrong):
+    (k_cache, whole_k), (v_cache, whole_v) = guarded(BATCH, CAPACITY), guarded(BATCH, CAPACITY)
+    out = flash_attn_with_kvcache(
+        random(BATCH, 1), k_cache, v_cache, random(BATCH, 1), random(BATCH, 1), cache_seqlens=int32(5, 6),
+        cache_batch_idx=int32(wrong, 1),
+    )  # fmt: skip
+    assert (out[0] == 0).all() and out.isfinite().all()
+    assert (k_cache[0] == 0).all() and (v_cache[0] == 0).all()
+    for whole in (whole_k, whole_v):
+        assert (whole[0] == 1).all() and (whole[-1] == 1).all()
+
+
+def test_rotation_past_the_tables_is_left_out():
+    cos, sin = torch.rand(8, 16).bfloat16(), torch.rand(8, 16).bfloat16()
+    k_cache, v_cache = random(1, CAPACITY), random(1, CAPACITY)
+    k, v = random(1, 2), random(1, 2)
+    flash_attn_with_kvcache(
+        random(1, 2),
+        k_cache,
+        v_cache,
+        k,
+        v,
+        rotary_cos=cos,
+        rotary_sin=sin,
+        cache_seqlens=int32(7),
+        causal=True,
+    )
+    assert not torch.equal(k_cache[0, 7], k[0, 0]) and torch.equal(k_cache[0, 8], k[0, 1])
