@@ -262,9 +262,7 @@ SPLIT_PARAMS = Struct(
         Field("block_table_stride", "int64", "from one sequence to the next"),
         Field("cache_entries", "int32", "entries of the cache, or pages"),
         Field("page_size", "int32", "keys in a page, a multiple of 16; 0 = no pages"),
-        Field(
-            "cache_seqlen", "int32", "the same for all, where cu_seqlens_k is null too"
-        ),
+        Field("cache_seqlen", "int32", "keys in the cache before, where nothing else tells"),
         Field("seqlen_new", "int32", "keys that the call appends to each sequence"),
         Field("rotary_rows", "int32", "positions in the tables; later ones are not rotated"),
         Field("rotary_dim", "int32", "elements of each head that are rotated, a multiple of 16"),
@@ -291,7 +289,7 @@ ROTARY_PARAMS = Struct(
         Field("seqlen", "int32", "rows of each sequence, unless packed"),
         Field("num_heads", "int32", "heads of x"),
         Field("head_dim", "int32", "elements per head, a multiple of 8"),
-        Field("rotary_dim", "int32", "rotated of these: a multiple of 16, of 8 if interleaved"),
+        Field("rotary_dim", "int32", "how many of them are rotated: a multiple of 16, of 8 if interleaved"),
         Field("table_rows", "int32", "positions in the tables; rows at others stay as they are"),
         Field("offset", "int32", "position of each first token, where offsets is null"),
         Field("interleaved", "int32", "pairs are (0, 1), (2, 3), ..; else the two halves"),

@@ -49,7 +49,8 @@
 
 namespace flash_attn::sm80 {
 
-// Q, dO and dQ of the heads of a section stay in L2 while it runs.
+// Q, dO and dQ of the heads of a section stay in L2 while it runs. In deterministic calls all heads are one
+// section: thread blocks that run at the same time then seldom wait for one another.
 constexpr int64_t kBackwardSectionBytes = int64_t{16} << 20;
 
 struct BackwardArguments {
@@ -132,6 +133,7 @@ __device__ __forceinline__ void load_keys(const KeyBlock<Config>& keys, uint32_t
          params.v_row_stride);
   v.move(keys.block, params.v_row_stride);
   v.issue(params.v_row_stride, keys.keys(), params.head_dim_v);
+  ptx::cp_async_commit();
 }
 
 // Starts the copies of a step's Q, dO, LSE and D into `stage`.
@@ -221,7 +223,7 @@ template <class Config>
 using RoundedScores = RoundedProbs<Config::kTilesKeys, Config::kTilesQueries>;
 
 // Modifiers and mask; scores become probabilities.
-template <class Config, bool kModifiers>
+template <class Config>
 __device__ __forceinline__ void exponentiate(TransposedScores<Config>& scores, const KeyBlock<Config>& keys,
                                              const BackwardPart<Config>& part, QueryStep step, int stage,
                                              int chunk) {
@@ -230,7 +232,7 @@ __device__ __forceinline__ void exponentiate(TransposedScores<Config>& scores, c
   if (keys.visible(step).needs_mask(keys.block)) {
     apply_transposed_mask(scores, keys.mask, first_key, first_query);
   }
-  const float scale_log2 = kModifiers ? 1.0f : keys.params.forward.softmax_scale * kLog2E;
+  const float scale_log2 = Config::kModifiers ? 1.0f : keys.params.forward.softmax_scale * kLog2E;
 #pragma unroll
   for (int n = 0; n < Config::kTilesQueries; ++n) {
     const float2 lse = part.row_values(stage, 0, chunk, n);
@@ -264,7 +266,7 @@ __device__ __forceinline__ void exponentiate_modified(TransposedScores<Config>& 
   for_each_score(handed, first_key, first_query, [&](float& score, int key, int query) {
     score = modifiers.softcap_derivative(score, query + keys.mask.diagonal - key);
   });
-  exponentiate<Config, true>(scores, keys, part, step, stage, chunk);
+  exponentiate(scores, keys, part, step, stage, chunk);
   combine_scores(handed, scores, [](float derivative, float prob) { return derivative * prob; });
   if (params.dropout_p > 0.0f) {
     const Dropout dropout(params, keys.batch * params.num_heads + step.head);
@@ -274,7 +276,7 @@ __device__ __forceinline__ void exponentiate_modified(TransposedScores<Config>& 
 }
 
 // What a value warp does with a step: P, and dV += P^T dO.
-template <class Config, bool kModifiers>
+template <class Config>
 __device__ __forceinline__ void add_value_gradient(KeyGradient<Config>& gradient,
                                                    const KeyBlock<Config>& keys,
                                                    const BackwardPart<Config>& part, QueryStep step,
@@ -285,12 +287,12 @@ __device__ __forceinline__ void add_value_gradient(KeyGradient<Config>& gradient
     TransposedScores<Config> scores;
     multiply_rows<Config::kDtype, Config::kHeadDim>(scores, part.keys() + part.a, queries + part.b);
     RoundedScores<Config> probs, handed;
-    if constexpr (kModifiers) {
+    if constexpr (Config::kModifiers) {
       TransposedScores<Config> unrounded;
       exponentiate_modified(scores, unrounded, keys, part, step, stage, chunk);
       round_probs<Config::kDtype>(handed, unrounded);
     } else {
-      exponentiate<Config, false>(scores, keys, part, step, stage, chunk);
+      exponentiate(scores, keys, part, step, stage, chunk);
     }
     round_probs<Config::kDtype>(probs, scores);
     const ScoreBlocks<Config> blocks(part.shared, score_stage, part.pair, chunk);
@@ -298,7 +300,7 @@ __device__ __forceinline__ void add_value_gradient(KeyGradient<Config>& gradient
     for (int m = 0; m < Config::kTilesKeys; ++m) {
 #pragma unroll
       for (int k = 0; k < blocks.kSteps; ++k) {
-        const uint32_t* p = kModifiers ? handed[m][k] : probs[m][k];
+        const uint32_t* p = Config::kModifiers ? handed[m][k] : probs[m][k];
         ptx::store_shared_16(blocks.block(m, k) + threadIdx.x % 32 * 16, make_uint4(p[0], p[1], p[2], p[3]));
       }
     }
@@ -311,7 +313,7 @@ __device__ __forceinline__ void add_value_gradient(KeyGradient<Config>& gradient
 
 // dS^T of a block of 16 keys and 16 queries from P^T as it was handed over, `dprobs` (two tiles of dP^T) and
 // D.
-template <class Config, bool kModifiers>
+template <class Config>
 __device__ __forceinline__ void differentiate_block(uint32_t (&dscores)[4], uint4 handed,
                                                     const float (&low)[4], const float (&high)[4],
                                                     const float2 (&d)[2], const ForwardParams& params) {
@@ -321,7 +323,7 @@ __device__ __forceinline__ void differentiate_block(uint32_t (&dscores)[4], uint
     const float2 p = unpack<Config::kDtype>(probs[i]), delta = d[i / 2];
     const float* dp = (i < 2 ? low : high) + 2 * (i % 2);
     float x = dp[0], y = dp[1];
-    if constexpr (kModifiers) {
+    if constexpr (Config::kModifiers) {
       if (params.dropout_p > 0.0f) {
         const float rescale = 1.0f / (1.0f - params.dropout_p);
         x = p.x < 0.0f ? 2.0f * delta.x : x * rescale;
@@ -333,7 +335,7 @@ __device__ __forceinline__ void differentiate_block(uint32_t (&dscores)[4], uint
 }
 
 // What a key warp does with a step: dP, dS, and dK += dS^T Q.
-template <class Config, bool kModifiers>
+template <class Config>
 __device__ __forceinline__ void add_key_gradient(KeyGradient<Config>& gradient, const KeyBlock<Config>& keys,
                                                  const BackwardPart<Config>& part, int stage,
                                                  int score_stage) {
@@ -359,8 +361,8 @@ __device__ __forceinline__ void add_key_gradient(KeyGradient<Config>& gradient, 
       for (int k = 0; k < blocks.kSteps; ++k) {
         const float2 d[2] = {part.row_values(stage, 1, chunk, 2 * k),
                              part.row_values(stage, 1, chunk, 2 * k + 1)};
-        differentiate_block<Config, kModifiers>(dscores[m][k], handed[k], dprobs[m][2 * k],
-                                                dprobs[m][2 * k + 1], d, keys.params.forward);
+        differentiate_block<Config>(dscores[m][k], handed[k], dprobs[m][2 * k], dprobs[m][2 * k + 1], d,
+                                    keys.params.forward);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           ptx::store_shared(blocks.block(m, k) + i * 128 + lane * 4, dscores[m][k][i]);
@@ -438,14 +440,13 @@ __device__ __forceinline__ void add_query_gradient(const KeyBlock<Config>& keys,
 }
 
 // The steps of a value warp and of a key warp: the same order of barriers.
-template <class Config, bool kModifiers, bool kValueWarp>
+template <class Config, bool kValueWarp>
 __device__ __forceinline__ void run_steps(KeyGradient<Config>& gradient, const KeyBlock<Config>& keys,
                                           const BackwardPart<Config>& part) {
   constexpr bool kDelayed = Config::Tile::kScoreStages == 2;
-  const auto finish_previous = [&](QueryStep step, int stage) {
-    if (kDelayed && !keys.is_first(step)) {
-      add_query_gradient(keys, keys.previous(step), part.shared, 1 - stage);
-    }
+  const auto add_previous = [&](QueryStep step, int stage) {
+    if (!kDelayed || keys.is_first(step)) return;
+    add_query_gradient(keys, keys.previous(step), part.shared, 1 - stage);
   };
   QueryStep step = keys.first();
   int stage = 0;
@@ -454,11 +455,11 @@ __device__ __forceinline__ void run_steps(KeyGradient<Config>& gradient, const K
     ptx::barrier_sync(0, Config::kThreads);
     if (left > 1) load_step(keys, keys.next(step), part.shared, 1 - stage);
     if constexpr (kValueWarp) {
-      add_value_gradient<Config, kModifiers>(gradient, keys, part, step, stage, kDelayed ? stage : 0);
-      finish_previous(step, stage);
+      add_value_gradient(gradient, keys, part, step, stage, kDelayed ? stage : 0);
+      add_previous(step, stage);
     } else {
-      finish_previous(step, stage);
-      add_key_gradient<Config, kModifiers>(gradient, keys, part, stage, kDelayed ? stage : 0);
+      add_previous(step, stage);
+      add_key_gradient(gradient, keys, part, stage, kDelayed ? stage : 0);
     }
     if constexpr (!kDelayed) {
       ptx::barrier_sync(0, Config::kThreads);
@@ -469,7 +470,7 @@ __device__ __forceinline__ void run_steps(KeyGradient<Config>& gradient, const K
   }
   ptx::cp_async_wait<0>();
   ptx::barrier_sync(0, Config::kThreads);
-  finish_previous(step, stage);
+  add_previous(step, stage);
 }
 
 // The epilogue of a warp: its rows of dV or dK, through the shared memory that held V or K.
@@ -495,7 +496,7 @@ __device__ __forceinline__ void store_key_gradient(const KeyGradient<Config>& gr
                                                [&](int row) { return first + row * row_stride; });
 }
 
-template <class Config, bool kModifiers>
+template <class Config>
 __device__ __forceinline__ void differentiate(const KeyBlock<Config>& keys, uint8_t* shared_memory) {
   const BackwardPart<Config> part(shared_memory);
   load_keys(keys, part.shared);
@@ -503,9 +504,9 @@ __device__ __forceinline__ void differentiate(const KeyBlock<Config>& keys, uint
   KeyGradient<Config> gradient = {};
   const bool value_warp = threadIdx.x / 32 < Config::kPairs;
   if (value_warp) {
-    run_steps<Config, kModifiers, true>(gradient, keys, part);
+    run_steps<Config, true>(gradient, keys, part);
   } else {
-    run_steps<Config, kModifiers, false>(gradient, keys, part);
+    run_steps<Config, false>(gradient, keys, part);
   }
   if (keys.params.dk == nullptr) return;
   ptx::barrier_sync(0, Config::kThreads);
@@ -535,7 +536,7 @@ __device__ __forceinline__ void zero_keys(const BackwardParams& params, int key_
   }
 }
 
-template <class Config, bool kModifiers>
+template <class Config>
 __global__ void __launch_bounds__(Config::kThreads, Config::Tile::kMinBlocks)
     backward_kernel(const __grid_constant__ BackwardArguments arguments) {
   extern __shared__ __align__(128) uint8_t shared_memory[];
@@ -547,8 +548,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::Tile::kMinBlocks)
   }
   const Sequence sequence(params.forward, tile.batch);
   if (block * Config::kBlockN >= sequence.seqlen_k) return;
-  differentiate<Config, kModifiers>(KeyBlock<Config>(params, sequence, tile.batch, tile.head, block),
-                                    shared_memory);
+  differentiate(KeyBlock<Config>(params, sequence, tile.batch, tile.head, block), shared_memory);
 }
 
 // Launches the three kernels of a backward call, with the first configuration of which a multiprocessor of
@@ -573,9 +573,10 @@ Status launch_backward(const BackwardParams& params, const Device& device, cudaS
   if (status != Status::kOk) return status;
 
   const BackwardArguments arguments{
-      params, make_key_schedule(forward, Config::kBlockN, Config::kMask, kBackwardSectionBytes)};
+      params, make_key_schedule(forward, Config::kBlockN, Config::kMask, kBackwardSectionBytes,
+                                params.semaphores != nullptr)};
   const bool modifiers = needs_modifiers(forward);
-  status = launch_kernel(modifiers ? backward_kernel<Config, true> : backward_kernel<Config, false>, name,
+  status = launch_kernel(modifiers ? backward_kernel<ModifiedConfig<Config>> : backward_kernel<Config>, name,
                          device.index, arguments.schedule.num_tiles(), Config::kThreads, Config::kSharedBytes,
                          stream, arguments, prepared[1 + modifiers]);
   if (status != Status::kOk || params.dq == nullptr) return status;

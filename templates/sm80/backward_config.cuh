@@ -25,13 +25,15 @@ constexpr int warps_along_queries(int block_m, int head_dim, int warps) {
   return along_m;
 }
 
-template <Dtype dtype, int head_dim, Mask mask, class TileType>
+// With `modifiers` (softcap, ALiBi, dropout) the scores of a chunk need twice the registers.
+template <Dtype dtype, int head_dim, Mask mask, class TileType, bool modifiers = false>
 struct BackwardConfig {
   using Tile = TileType;
   using Element = typename ElementOf<dtype>::Type;
   static constexpr Dtype kDtype = dtype;
   static constexpr int kHeadDim = head_dim;
   static constexpr Mask kMask = mask;
+  static constexpr bool kModifiers = modifiers;
   static constexpr int kBlockM = Tile::kBlockM;
   static constexpr int kBlockN = Tile::kBlockN;
   static constexpr int kThreads = 32 * Tile::kWarps;
@@ -41,7 +43,8 @@ struct BackwardConfig {
   // A pair of warps shares kWarpKeys keys, for kChunk queries at a time: one warp has dV, the other dK.
   static constexpr int kPairs = Tile::kWarps / 2;
   static constexpr int kWarpKeys = kBlockN / kPairs;
-  static constexpr int kChunk = kBlockM < 2048 / kWarpKeys ? kBlockM : 2048 / kWarpKeys;
+  static constexpr int kMaxChunk = (modifiers ? 1024 : 2048) / kWarpKeys;
+  static constexpr int kChunk = kBlockM < kMaxChunk ? kBlockM : kMaxChunk;
   static constexpr int kChunks = kBlockM / kChunk;
   static constexpr int kTilesKeys = kWarpKeys / 16;
   static constexpr int kTilesQueries = kChunk / 8;
@@ -67,5 +70,9 @@ struct BackwardConfig {
   static constexpr int kRowsAt = kScoresAt + Tile::kScoreStages * kScoreBytes;
   static constexpr int kSharedBytes = kRowsAt + 4 * kRowBytes;
 };
+
+template <class Config>
+struct ModifiedConfig
+    : BackwardConfig<Config::kDtype, Config::kHeadDim, Config::kMask, typename Config::Tile, true> {};
 
 }  // namespace flash_attn::sm80

@@ -67,6 +67,15 @@ def test_lengths_and_masks(device, require_backward, lengths, mask):
     check(*make(2, *lengths, 4, 2, 32, BF16, device), MASKS[mask])
 
 
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+def test_keys_that_no_query_sees_get_no_gradient(device, require_backward, head_dim):
+    require_backward(device, BF16, head_dim)
+    q, k, v = make(2, 1, 1500, 4, 2, head_dim, BF16, device)
+    out = flash_attn_func(q, k, v, window_size=(17, -1))
+    for gradient in torch.autograd.grad(out, (k, v), torch.randn_like(out)):
+        assert not gradient[:, :-18].any() and gradient[:, -18:].any()
+
+
 @pytest.mark.parametrize("heads", [(3, 3), (6, 2), (4, 1)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, BF16])
 def test_groups_and_dtypes(device, require_backward, heads, dtype):

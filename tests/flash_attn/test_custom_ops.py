@@ -68,7 +68,6 @@ def op_case(device, require_backward, case, head_dims):
 def test_opcheck(op_case):
     name, arguments = op_case
     wrapped = getattr(interface, f"_wrapped{name}")
-    assert wrapped is getattr(torch.ops.flash_attn, name)
     drops = any(type(x) is float and x == 0.3 for x in arguments)
     checks = ["test_schema", *([] if drops else ["test_faketensor"])]
     if "backward" in name:  # the forward's rng_state is unset without dropout: no two calls are equal
@@ -103,10 +102,17 @@ def check_compiled(function, compiled, inputs, **tolerance):
         assert torch.equal(compiled(*inputs), results[1][0])
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("needs", [(True, True, True), (True, False, False), (False, True, False)], ids=str)
-@pytest.mark.parametrize("head_dims", [(32, 32), (40, 24)], ids=str)
-def test_compile(device, require_backward, dynamic, needs, head_dims):
+@pytest.mark.parametrize(
+    "head_dims, needs, dynamic",
+    [
+        ((32, 32), (True, True, True), False),
+        ((40, 24), (True, True, True), True),
+        ((32, 32), (True, False, False), True),
+        ((32, 32), (False, True, False), False),
+    ],
+    ids=str,
+)
+def test_compile(device, require_backward, head_dims, needs, dynamic):
     require_backward(device, torch.bfloat16, *head_dims)
 
     def function(q, k, v):
@@ -150,8 +156,7 @@ def test_a_tensor_may_be_given_twice(device, require_backward):
     check_compiled(function, compiled, [x, bounds(device, 0, 9, 18)], atol=tolerance, rtol=tolerance)
 
 
-@pytest.mark.parametrize("head_dim", [32, 24, 17])
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("head_dim, dynamic", [(32, False), (17, True)])
 def test_compile_packed(device, require_backward, head_dim, dynamic):
     require_backward(device, torch.bfloat16, head_dim)
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from oracle import (
     Options,
+    assert_gradients,
     assert_within,
     attention,
     dropout_keeps,
-    gradients,
     philox_4x32,
     probabilities,
     varlen_attention,
@@ -136,39 +138,41 @@ def test_each_call_draws_a_new_mask(device, require_kernel):
     assert not torch.equal(flash_attn_func(q, k, v, dropout_p=0.5), flash_attn_func(q, k, v, dropout_p=0.5))
 
 
-@pytest.mark.parametrize("causal", [False, True])
-def test_gradients_under_the_mask(causal):
-    q, k, v = (x.requires_grad_() for x in tensors(2, 37, 61, "cpu"))
+@pytest.mark.parametrize("options", [Options(), Options(causal=True), Options(window_size=(20, 10))], ids=str)
+@pytest.mark.parametrize("lengths", [(37, 61), (61, 37)], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 40])
+def test_gradients_under_the_mask(device, require_backward, options, lengths, head_dim):
+    require_backward(device, BF16, head_dim)
+    q, k, v = (x.requires_grad_() for x in tensors(2, *lengths, device, head_dim=head_dim))
     dout = torch.randn_like(q)
     torch.manual_seed(7)
-    out, _, s_dmask = flash_attn_func(q, k, v, dropout_p=0.2, causal=causal, return_attn_probs=True)
+    arguments = replace(options, dropout_p=0.17).arguments()
+    out, _, s_dmask = flash_attn_func(q, k, v, **arguments, return_attn_probs=True)
     torch.manual_seed(7)
-    keep = dropout_keeps(_philox.new_rng_state(q.device), 0.2, (2, 4, 37, 61))
-    options = Options(causal=causal, dropout_p=0.2, keep=keep)
+    keep = dropout_keeps(_philox.new_rng_state(q.device), 0.17, (2, 4, *lengths)).to(device)
+    dropped = replace(options, dropout_p=0.17, keep=keep)
     actual = torch.autograd.grad(out, (q, k, v), dout)
-
-    def run(dtype):
-        return gradients(lambda *x: attention(*x, options, dtype)[0], (q, k, v), dout, dtype)
-
-    for a, truth, yardstick in zip(actual, run(torch.float64), run(BF16), strict=True):
-        assert_within(a, truth, yardstick, factor=3.0)
-    assert torch.equal(torch.signbit(s_dmask[..., :37, :61]), ~keep)
+    assert_gradients(actual, lambda q, k, v, d: attention(q, k, v, dropped, d)[0], (q, k, v), dout)
+    assert torch.equal(torch.signbit(s_dmask[..., : lengths[0], : lengths[1]]), ~keep)
 
 
-def test_varlen_gradients_under_the_mask():
-    q, k, v = (x[0].double().requires_grad_() for x in tensors(1, 40, 50, "cpu", head_dim=8))
-    lengths = [25, 15], [20, 30]
-    cu_q, cu_k = torch.tensor([0, 25, 40]).int(), torch.tensor([0, 20, 50]).int()
+def test_varlen_gradients_under_the_mask(device, require_backward):
+    require_backward(device, BF16, 32)
+    q, k, v = (x[0].requires_grad_() for x in tensors(1, 40, 50, device, head_dim=32))
+    lengths = [25, 0, 15], [20, 4, 26]
+    cu_q, cu_k = (
+        torch.tensor([0, n[0], n[0] + n[1], sum(n)], dtype=torch.int32, device=device) for n in lengths
+    )
     torch.manual_seed(3)
-    out = flash_attn_varlen_func(q, k, v, cu_q, cu_k, 25, 30, dropout_p=0.4, causal=True)
+    out = flash_attn_varlen_func(q, k, v, cu_q, cu_k, 25, 26, dropout_p=0.4, causal=True)
     torch.manual_seed(3)
-    keep = dropout_keeps(_philox.new_rng_state(q.device), 0.4, (2, 4, 25, 30))
+    keep = dropout_keeps(_philox.new_rng_state(q.device), 0.4, (3, 4, 25, 26)).to(device)
     options = Options(causal=True, dropout_p=0.4, keep=keep)
     dout = torch.randn_like(q)
     actual = torch.autograd.grad(out, (q, k, v), dout)
-    truth = gradients(lambda *x: varlen_attention(*x, *lengths, options)[0], (q, k, v), dout, torch.float64)
-    for a, t in zip(actual, truth, strict=True):
-        torch.testing.assert_close(a, t)
+    assert_gradients(
+        actual, lambda q, k, v, d: varlen_attention(q, k, v, *lengths, options, d)[0], (q, k, v), dout
+    )  # fmt: skip
 
 
 def test_mask_does_not_depend_on_blocks(monkeypatch):

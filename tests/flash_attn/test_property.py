@@ -178,7 +178,8 @@ def test_varlen(data, heads, seed, dtype):
 @pytest.mark.parametrize("draw", [draw_fixed_length, draw_varlen])
 @SETTINGS
 @given(dtype=st.sampled_from(DTYPES[:2]), **DRAWN)
-def test_forward_on_cuda(draw, data, heads, seed, dtype):
+def test_on_cuda(draw, data, heads, seed, dtype):
     run, reference, tensors = draw(data, "cuda", dtype, heads, seed, LONGER, 256)
-    assume(has_kernel(dtype, max(x.shape[-1] for x in tensors)))
-    check_forward(run, reference, tensors)
+    head_dim = max(x.shape[-1] for x in tensors)
+    assume(has_kernel(dtype, head_dim))
+    (check if has_kernel(dtype, head_dim, "backward") else check_forward)(run, reference, tensors)

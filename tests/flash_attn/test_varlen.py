@@ -1,4 +1,4 @@
-"""Packed sequences against the fp64 oracle: forward on every device, gradients and paged keys on the CPU."""
+"""Packed sequences and their gradients against the fp64 oracle; paged keys on the CPU alone."""
 
 from __future__ import annotations
 
@@ -7,7 +7,14 @@ from itertools import accumulate
 
 import pytest
 import torch
-from oracle import HEAD_DIM_PAIRS, Options, assert_lse, assert_within, gradients, varlen_attention
+from oracle import (
+    HEAD_DIM_PAIRS,
+    Options,
+    assert_gradients,
+    assert_lse,
+    assert_within,
+    varlen_attention,
+)
 
 from flash_attn import (
     flash_attn_func,
@@ -15,7 +22,7 @@ from flash_attn import (
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
 )
-from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
+from flash_attn.flash_attn_interface import _flash_attn_varlen_backward, _flash_attn_varlen_forward
 
 MASKS = {
     "full": Options(),
@@ -168,50 +175,91 @@ def test_max_seqlen_may_be_larger_or_a_tensor(device, require_kernel):
 def check_gradients(tensors, lengths, options):
     """Compare gradients with the oracle's; the last 11 tokens belong to no sequence."""
     leaves = [x.requires_grad_() for x in tensors]
-    out = flash_attn_varlen_func(*leaves, *bounds(*lengths, "cpu"), **options.arguments())
+    out = flash_attn_varlen_func(*leaves, *bounds(*lengths, leaves[0].device), **options.arguments())
     dout = torch.randn_like(out)
     actual = torch.autograd.grad(out, leaves, dout)
-
-    def run(dtype):
-        def compute(*x):
-            return varlen_attention(*x, *lengths, options, dtype)[0]
-
-        return gradients(compute, tensors, dout, dtype)
-
-    for a, truth, yardstick in zip(actual, run(torch.float64), run(torch.bfloat16), strict=True):
-        assert_within(a, truth, yardstick, factor=3.0)
-        assert not a[-11:].any()
+    assert_gradients(
+        actual, lambda q, k, v, d: varlen_attention(q, k, v, *lengths, options, d)[0], tensors, dout
+    )  # fmt: skip
+    assert not any(a[-11:].any() for a in actual)
 
 
 @pytest.mark.parametrize("sequences", SEQUENCES)
 @pytest.mark.parametrize("mask", MASKS)
-def test_gradients(sequences, mask):
+def test_gradients(device, require_backward, sequences, mask):
+    require_backward(device, torch.bfloat16, 32)
     lengths = SEQUENCES[sequences]
-    check_gradients(make(*lengths, 4, 2, 32, torch.bfloat16, "cpu", 11), lengths, MASKS[mask])
+    check_gradients(make(*lengths, 4, 2, 32, torch.bfloat16, device, 11), lengths, MASKS[mask])
+
+
+@pytest.mark.parametrize("head_dim", [40, 59, 64, 96, 111, 128, 192, 256])
+@pytest.mark.parametrize("heads_k", [4, 1])
+def test_gradients_of_head_dims_and_groups(device, require_backward, head_dim, heads_k):
+    require_backward(device, torch.bfloat16, head_dim)
+    lengths = SEQUENCES["empty first, middle, last"]
+    tensors = make(*lengths, 4, heads_k, head_dim, torch.bfloat16, device, 11)
+    check_gradients(tensors, lengths, MASKS["causal"])
 
 
 @pytest.mark.parametrize("head_dims", HEAD_DIM_PAIRS, ids=str)
-def test_gradients_where_the_head_dim_of_v_differs(head_dims):
+def test_gradients_where_the_head_dim_of_v_differs(device, require_backward, head_dims):
+    require_backward(device, torch.bfloat16, *head_dims)
     lengths = SEQUENCES["mixed"]
-    tensors = make(*lengths, 4, 2, head_dims[0], torch.bfloat16, "cpu", 11, head_dims[1])
+    tensors = make(*lengths, 4, 2, head_dims[0], torch.bfloat16, device, 11, head_dims[1])
     check_gradients(tensors, lengths, MASKS["causal window"])
 
 
-def test_packed_gradients():
-    qkv = torch.randn(90, 3, 4, 16, requires_grad=True)
-    cu = cumulative([30, 60])
-    dout = torch.randn(90, 4, 16)
-    (actual,) = torch.autograd.grad(flash_attn_varlen_qkvpacked_func(qkv, cu, 60, causal=True), qkv, dout)
+@pytest.mark.parametrize("slopes", [(4,), (4, 4)], ids=str)
+def test_gradients_with_softcap_and_alibi(device, require_backward, slopes):
+    require_backward(device, torch.bfloat16, 64)
+    lengths = SEQUENCES["mixed"]
+    options = Options(causal=True, softcap=5.0, alibi_slopes=torch.rand(slopes, device=device))
+    check_gradients(make(*lengths, 4, 2, 64, torch.bfloat16, device, 11), lengths, options)
+
+
+def test_packed_gradients(device, require_backward):
+    require_backward(device, torch.bfloat16, 16)
+    qkv = torch.randn(97, 3, 4, 16, device=device).bfloat16().requires_grad_()
+    cu = cumulative([30, 60], device)
+    dout = torch.randn(97, 4, 16, device=device).bfloat16()
+    named = {"causal": True, "deterministic": True}
+    (actual,) = torch.autograd.grad(flash_attn_varlen_qkvpacked_func(qkv, cu, 60, **named), qkv, dout)
     q, k, v = (x.detach().requires_grad_() for x in qkv.unbind(1))
     expected = torch.autograd.grad(
-        flash_attn_varlen_func(q, k, v, cu, cu, 60, 60, causal=True), (q, k, v), dout
-    )
+        flash_attn_varlen_func(q, k, v, cu, cu, 60, 60, **named), (q, k, v), dout
+    )  # fmt: skip
     assert torch.equal(actual, torch.stack(expected, dim=1))
     kv = torch.stack((k, v), dim=1).detach().requires_grad_()
     dq, dkv = torch.autograd.grad(
-        flash_attn_varlen_kvpacked_func(q, kv, cu, cu, 60, 60, causal=True), (q, kv), dout
+        flash_attn_varlen_kvpacked_func(q, kv, cu, cu, 60, 60, **named), (q, kv), dout
     )
     assert torch.equal(dq, expected[0]) and torch.equal(dkv, torch.stack(expected[1:], dim=1))
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_given_gradients_are_written_in_full(device, require_backward, deterministic):
+    """They start as NaN; there are sequences without keys and without queries, and tokens of none."""
+    require_backward(device, torch.bfloat16, 64)
+    lengths = [170, 0, 40, 130], [0, 7, 90, 200]
+    q, k, v = make(*lengths, 4, 2, 64, torch.bfloat16, device, trailing=150)
+    scoring = (0.0, 0.125, True, -1, -1, 0.0, None)
+    arguments = bounds(*lengths, device)
+    out, lse, _, _ = _flash_attn_varlen_forward(q, k, v, *arguments, *scoring)
+    dout = torch.randn_like(out)
+    given = [torch.full_like(x, math.nan) for x in (q, k, v)]
+    softmax_d = _flash_attn_varlen_backward(
+        dout, q, k, v, out, lse, *given, *arguments, *scoring, deterministic
+    )  # fmt: skip
+    options = Options(causal=True)
+    assert_gradients(
+        tuple(given), lambda q, k, v, d: varlen_attention(q, k, v, *lengths, options, d)[0], (q, k, v), dout
+    )
+    assert not any(x[-150:].any() for x in given)
+    assert softmax_d.shape == (4, len(q) + 4 * 128) and softmax_d.isfinite().all()
+    expected = (dout.double() * out.double()).sum(-1).mT[:, : sum(lengths[0])]
+    torch.testing.assert_close(
+        softmax_d.double().sum(-1), expected.sum(-1), atol=1e-3, rtol=1e-4
+    )  # zero between the sequences
 
 
 @pytest.mark.parametrize("page_size", [16, 48, 256])

@@ -186,7 +186,7 @@ class SplitParams(ctypes.Structure):
         ("block_table_stride", ctypes.c_int64),  # from one sequence to the next
         ("cache_entries", ctypes.c_int32),  # entries of the cache, or pages
         ("page_size", ctypes.c_int32),  # keys in a page, a multiple of 16; 0 = no pages
-        ("cache_seqlen", ctypes.c_int32),  # the same for all, where cu_seqlens_k is null too
+        ("cache_seqlen", ctypes.c_int32),  # keys in the cache before, where nothing else tells
         ("seqlen_new", ctypes.c_int32),  # keys that the call appends to each sequence
         ("rotary_rows", ctypes.c_int32),  # positions in the tables; later ones are not rotated
         ("rotary_dim", ctypes.c_int32),  # elements of each head that are rotated, a multiple of 16
@@ -223,7 +223,7 @@ class RotaryParams(ctypes.Structure):
         ("seqlen", ctypes.c_int32),  # rows of each sequence, unless packed
         ("num_heads", ctypes.c_int32),  # heads of x
         ("head_dim", ctypes.c_int32),  # elements per head, a multiple of 8
-        ("rotary_dim", ctypes.c_int32),  # rotated of these: a multiple of 16, of 8 if interleaved
+        ("rotary_dim", ctypes.c_int32),  # how many of them are rotated: a multiple of 16, of 8 if interleaved
         ("table_rows", ctypes.c_int32),  # positions in the tables; rows at others stay as they are
         ("offset", ctypes.c_int32),  # position of each first token, where offsets is null
         ("interleaved", ctypes.c_int32),  # pairs are (0, 1), (2, 3), ..; else the two halves

@@ -219,7 +219,7 @@ struct SplitParams {
   int64_t block_table_stride;  // from one sequence to the next
   int32_t cache_entries;  // entries of the cache, or pages
   int32_t page_size;  // keys in a page, a multiple of 16; 0 = no pages
-  int32_t cache_seqlen;  // the same for all, where cu_seqlens_k is null too
+  int32_t cache_seqlen;  // keys in the cache before, where nothing else tells
   int32_t seqlen_new;  // keys that the call appends to each sequence
   int32_t rotary_rows;  // positions in the tables; later ones are not rotated
   int32_t rotary_dim;  // elements of each head that are rotated, a multiple of 16
@@ -275,7 +275,7 @@ struct RotaryParams {
   int32_t seqlen;  // rows of each sequence, unless packed
   int32_t num_heads;  // heads of x
   int32_t head_dim;  // elements per head, a multiple of 8
-  int32_t rotary_dim;  // rotated of these: a multiple of 16, of 8 if interleaved
+  int32_t rotary_dim;  // how many of them are rotated: a multiple of 16, of 8 if interleaved
   int32_t table_rows;  // positions in the tables; rows at others stay as they are
   int32_t offset;  // position of each first token, where offsets is null
   int32_t interleaved;  // pairs are (0, 1), (2, 3), ..; else the two halves
