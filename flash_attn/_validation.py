@@ -240,6 +240,8 @@ def check_alibi(slopes: Tensor, q: Tensor, batch: int) -> None:
 
 def check_index(x: Tensor, name: str, q: Tensor, shape: tuple[int, ...]) -> None:
     """Check an int32 tensor of the given shape on q's device; -1 in `shape` stands for any size."""
+    if type(x) is Tensor and x.dtype is torch.int32 and x.shape == shape and x.device == q.device:
+        return
     _check_tensor(x, name)
     if x.dtype != torch.int32:
         fail(TypeError, name, "of dtype torch.int32", x.dtype)
