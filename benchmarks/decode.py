@@ -74,12 +74,16 @@ class Tensors:
         return q, k, v
 
 
-def ours(q: Tensor, k: Tensor, v: Tensor, num_splits: int = 0, page_size: int = 0) -> Call:
-    """Our decoding call; with `page_size`, the same numbers count as pages in random order."""
+def ours(q: Tensor, k: Tensor, v: Tensor, num_splits: int = 0, page_size: int = 0, new: bool = False) -> Call:
+    """Our decoding call over the cache k, v; with `new`, one key is overwritten by appending it.
+
+    With `page_size`, the same numbers count as pages in random order.
+    """
     from flash_attn import flash_attn_with_kvcache
 
     batch, seqlen = k.shape[:2]
-    lengths = torch.full((batch,), seqlen, dtype=torch.int32, device="cuda")
+    appended = (k[:, :1].clone(), v[:, :1].clone()) if new else (None, None)
+    lengths = torch.full((batch,), seqlen - new, dtype=torch.int32, device="cuda")
     table = None
     if page_size:
         k, v = (x.view(-1, page_size, *x.shape[2:]) for x in (k, v))
@@ -87,7 +91,9 @@ def ours(q: Tensor, k: Tensor, v: Tensor, num_splits: int = 0, page_size: int = 
 
     def run() -> tuple[Tensor]:
         return (
-            flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths, block_table=table, num_splits=num_splits),
+            flash_attn_with_kvcache(
+                q, k, v, *appended, cache_seqlens=lengths, block_table=table, num_splits=num_splits
+            ),
         )
 
     return Call(run)

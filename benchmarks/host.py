@@ -7,6 +7,7 @@ import argparse
 import torch
 
 from benchmarks import report
+from benchmarks.decode import ours
 from benchmarks.providers import CUDNN, OURS, TORCH_FA2, TORCH_SDPA, Call, Problem, providers, runnable
 from benchmarks.timing import host_medians
 
@@ -24,6 +25,8 @@ def calls() -> dict[str, Call]:
     names = (OURS, TORCH_SDPA, TORCH_FA2, CUDNN)
     return {
         **runnable({name: known[name].forward(problem) for name in names}),
+        "with_kvcache": ours(q[:, :1], k, v),
+        "with_kvcache, k, v": ours(q[:, :1], k, v, new=True),
         "torch.empty": Call(lambda: (torch.empty(SHAPE, device="cuda", dtype=torch.bfloat16),)),
         "torch.empty_like": Call(lambda: (torch.empty_like(q),)),
     }
@@ -32,7 +35,7 @@ def calls() -> dict[str, Call]:
 def run(args: argparse.Namespace) -> int:
     medians = host_medians(calls(), args.batches)
     for name, microseconds in medians.items():
-        print(f"{name:<18} {microseconds:7.2f} us  {microseconds / medians[TORCH_SDPA]:5.2f} of {TORCH_SDPA}")
+        print(f"{name:<19} {microseconds:7.2f} us  {microseconds / medians[TORCH_SDPA]:5.2f} of {TORCH_SDPA}")
     records = [{"name": name, "microseconds": round(value, 2)} for name, value in medians.items()]
     report.write_json(args.output / "host.json", report.environment(), records)
     return 0

@@ -221,8 +221,8 @@ BACKWARD_PARAMS = Struct(
     "BackwardParams",
     "Arguments of one attention backward call. The workspaces need not be initialised. Per head (and batch"
     " entry), they have seqlen_q rows, or if varlen total_q + 128 * batch, rounded up to a multiple of 128."
-    " Then sequence b starts at row cu_seqlens_q[b] + 128 * b, rounded down to a multiple of 128. key_rows is the"
-    " same for k.",
+    " Then sequence b starts at row cu_seqlens_q[b] + 128 * b, rounded down to a multiple of 128."
+    " key_rows is the same for k.",
     (
         Field("forward", FORWARD_PARAMS, "the forward call's, which wrote out and softmax_lse"),
         Field("dout", "const void*", "as out"),

@@ -111,6 +111,13 @@ def aligned(x: Tensor) -> Tensor:
     return pad(x, (0, padding)) if padding else x.clone(memory_format=torch.contiguous_format)
 
 
+def as_table(x: Tensor) -> Tensor:
+    """Return a table of cosines or sines as kernels read it: contiguous, at a multiple of 16 bytes."""
+    return (
+        x if x.is_contiguous() and not x.data_ptr() & 15 else x.clone(memory_format=torch.contiguous_format)
+    )
+
+
 def with_contiguous_slopes(scoring: Scoring) -> Scoring:
     """Return `scoring` with ALiBi slopes, if any, as kernels read them."""
     slopes = scoring.alibi_slopes

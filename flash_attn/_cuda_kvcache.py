@@ -5,7 +5,7 @@ Written for host time, as `_cuda`: one struct and one call for appending, attent
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,88 +41,110 @@ def _check_in_place(x: Tensor, name: str) -> None:
         check.fail(ValueError, name, allowed, got)
 
 
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
-
-
-def _index(x: Tensor | None) -> Tensor | None:
-    return x if x is None or x.is_contiguous() else x.contiguous()
-
-
-def _tables(rotary: Rotary | None) -> tuple[Tensor | None, Tensor | None]:
-    """Return cos and sin as the kernel reads them: contiguous and aligned."""
-    if rotary is None:
-        return None, None
-    cos, sin = (
-        x if x.is_contiguous() and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
-        for x in rotary[:2]
-    )
-    return cos, sin
+def _contiguous(x: Tensor) -> Tensor:
+    return x if x.is_contiguous() else x.contiguous()
 
 
 def _attend(
     q: Tensor, cache: Cache, k: Tensor | None, v: Tensor | None, rotary: Rotary | None, scoring: Scoring,
     out: Tensor, lse: Tensor | None, lse_strides: tuple[int, int], queries: _Queries, num_splits: int,
 ) -> None:  # fmt: skip
-    """Append k and v, then write out and lse; num_splits 0 stands for the heuristic."""
+    """Append k and v, then write out and lse; num_splits 0 stands for the heuristic.
+
+    Whatever a kernel reads stays referenced by a local variable until it is enqueued.
+    """
     k_cache, v_cache, seqlens, batch_idx, leftpad, block_table = cache
     batch, seqlen_q, total_q, cu_seqlens_q, cu_seqlens_k = queries
+    batch_stride = _cuda.NOT_PACKED if cu_seqlens_q is None else _cuda.PACKED
+    q_batch, q_row, q_head, q_last = batch_stride + q.stride()
+    o_batch, o_row, o_head, o_last = batch_stride + out.stride()
+    k_batch, k_row, k_head, k_last = k_cache.stride()
+    v_batch, v_row, v_head, v_last = v_cache.stride()
+    q_at, k_at, v_at, o_at = q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), out.data_ptr()
     entries, rows, num_heads_k, head_dim = k_cache.shape
     num_heads, head_dim_v = q.shape[-2], v_cache.shape[3]
-    capacity = rows if block_table is None else rows * block_table.shape[1]
+    strides = q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, o_batch, o_row, o_head
+    elements = head_dim | head_dim_v | q_batch | q_row | q_head | k_batch | k_row | k_head
+    elements |= v_batch | v_row | v_head | o_batch | o_row | o_head
+    addresses = q_at | k_at | v_at | o_at
+    contiguous = q_last == k_last == v_last == o_last == 1
+    new_at, new_strides, seqlen_new = (0, 0), (0,) * 6, 0
+    if k is not None and v is not None:
+        kn_batch, kn_row, kn_head, kn_last = k.stride()
+        vn_batch, vn_row, vn_head, vn_last = v.stride()
+        new_strides = kn_batch, kn_row, kn_head, vn_batch, vn_row, vn_head
+        elements |= kn_batch | kn_row | kn_head | vn_batch | vn_row | vn_head
+        contiguous &= kn_last == vn_last == 1
+        new_at, seqlen_new = (k.data_ptr(), v.data_ptr()), k.shape[1]
+        addresses |= new_at[0] | new_at[1]
+    if elements & 7 or addresses & 15 or not contiguous:
+        return _attend_copies(
+            q, cache, k, v, rotary, scoring, out, lse, lse_strides, queries, num_splits
+        )  # fmt: skip
     device = q.get_device()
     stream = _cuda.raw_stream(device)
     library = _cuda.library_on(device)
+    page_size, table_at, table_stride, capacity = 0, 0, 0, rows
+    if block_table is not None:
+        block_table = _contiguous(block_table)
+        table_at, table_stride = block_table.data_ptr(), block_table.shape[1]
+        page_size, capacity = rows, rows * table_stride
     if not num_splits:
-        num_splits = heuristic(
-            batch, num_heads_k, seqlen_q * (num_heads // num_heads_k), capacity, _cuda.multiprocessors(device)
-        )
-    partial = partial_rows = 0
+        group_rows = seqlen_q * (num_heads // num_heads_k)
+        num_splits = heuristic(batch, num_heads_k, group_rows, capacity, _cuda.multiprocessors(device))
+    partial_at = partial_rows = 0
     if num_splits > 1:
         partial_rows = total_q * num_heads * num_splits
-        workspace = torch.empty(partial_rows * (head_dim_v + 1), dtype=torch.float32, device=q.device)
-        partial = workspace.data_ptr()
-    cos, sin = _tables(rotary)
-    rotated = None if rotary is None else torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    packed_batch = _cuda.NOT_PACKED if cu_seqlens_q is None else _cuda.PACKED
-    new_strides = (0,) * 6 if k is None or v is None else (*k.stride()[:3], *v.stride()[:3])
-    lengths = None if isinstance(seqlens, int) else seqlens
-    indices = [_index(x) for x in (cu_seqlens_q, cu_seqlens_k, leftpad, lengths, batch_idx, block_table)]
-    cu_q_at, cu_k_at, leftpad_at, lengths_at, batch_idx_at, table_at = map(_address, indices)
-    strides = (
-        *packed_batch, *q.stride()[:-1], *k_cache.stride()[:3], *v_cache.stride()[:3], *packed_batch,
-        *out.stride()[:-1],
-    )  # fmt: skip
-    addresses = q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), out.data_ptr()
-    sizes = batch, seqlen_q, capacity, total_q, num_heads, num_heads_k
+        partial = torch.empty(partial_rows * (head_dim_v + 1), dtype=torch.float32, device=q.device)
+        partial_at = partial.data_ptr()
+    rotary_at, rotary_sizes = (0, 0, 0), (0, 0, 0)
+    if rotary is not None:
+        cos, sin = _cuda.as_table(rotary.cos), _cuda.as_table(rotary.sin)
+        rotated = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        rotary_at = cos.data_ptr(), sin.data_ptr(), rotated.data_ptr()
+        rotary_sizes = cos.shape[0], 2 * cos.shape[1], rotary.interleaved
+    seqlen, seqlens_at, batch_idx_at, leftpad_at, packed_at = 0, 0, 0, 0, (0, 0)
+    if isinstance(seqlens, Tensor):
+        seqlens = _contiguous(seqlens)
+        seqlens_at = seqlens.data_ptr()
+    else:
+        seqlen = capacity if seqlens is None else seqlens
+    if batch_idx is not None:
+        batch_idx = _contiguous(batch_idx)
+        batch_idx_at = batch_idx.data_ptr()
+    if leftpad is not None:
+        leftpad = _contiguous(leftpad)
+        leftpad_at = leftpad.data_ptr()
+    if cu_seqlens_q is not None and cu_seqlens_k is not None:
+        cu_seqlens_q, cu_seqlens_k = _contiguous(cu_seqlens_q), _contiguous(cu_seqlens_k)
+        packed_at = cu_seqlens_q.data_ptr(), cu_seqlens_k.data_ptr()
+    if scoring.alibi_slopes is not None:
+        scoring = _cuda.with_contiguous_slopes(scoring)
     forward = _cuda.pack_forward(
-        addresses, _address(lse), (cu_q_at, cu_k_at, 0, leftpad_at), 0, 0, strides, lse_strides, sizes,
-        entries, (head_dim, head_dim_v), _cuda.with_contiguous_slopes(scoring), q.dtype, device,
-        library.family,
+        (q_at, k_at, v_at, o_at), 0 if lse is None else lse.data_ptr(), (*packed_at, 0, leftpad_at), 0, 0,
+        strides, lse_strides, (batch, seqlen_q, capacity, total_q, num_heads, num_heads_k), entries,
+        (head_dim, head_dim_v), scoring, q.dtype, device, library.family,
     )  # fmt: skip
     packed = _pack(
-        forward, lengths_at, batch_idx_at, table_at, _address(k), _address(v), _address(cos), _address(sin),
-        _address(rotated), partial, partial + 4 * partial_rows * head_dim_v, *new_strides,
-        0 if block_table is None else block_table.shape[1], entries, 0 if block_table is None else rows,
-        capacity if seqlens is None else seqlens if isinstance(seqlens, int) else 0,
-        0 if k is None else k.shape[1], 0 if cos is None else cos.shape[0],
-        0 if cos is None else 2 * cos.shape[1], rotary is not None and rotary.interleaved, num_splits,
+        forward, seqlens_at, batch_idx_at, table_at, *new_at, *rotary_at, partial_at,
+        partial_at + 4 * partial_rows * head_dim_v, *new_strides, table_stride, entries, page_size, seqlen,
+        seqlen_new, *rotary_sizes, num_splits,
     )  # fmt: skip
     status = library.split(packed, stream)
     if status:
         _cuda.fail(status, q, max(head_dim, head_dim_v), library, _abi.Direction.SPLIT)
 
 
-def _run(
+def _attend_copies(
     q: Tensor, cache: Cache, k: Tensor | None, v: Tensor | None, rotary: Rotary | None, scoring: Scoring,
-    out: Tensor, lse: Tensor | None, lse_strides: tuple[int, int], queries: _Queries, num_splits: int,
+    out: Tensor, *arguments: Any,
 ) -> None:  # fmt: skip
-    """`_attend` with copies of what kernels cannot read, or write, where it is; the cache is refused then."""
+    """`_attend` with copies of what kernels cannot read, or write, where it is; a cache is refused then."""
     _check_in_place(cache.k, "k_cache")
     _check_in_place(cache.v, "v_cache")
     target = out if _cuda.readable(out) else torch.empty(out.shape, dtype=out.dtype, device=out.device)
     k, v = (None if x is None else _cuda.aligned(x) for x in (k, v))
-    _attend(_cuda.aligned(q), cache, k, v, rotary, scoring, target, lse, lse_strides, queries, num_splits)
+    _attend(_cuda.aligned(q), cache, k, v, rotary, scoring, target, *arguments)
     if target is not out:
         out.copy_(target)
 
@@ -143,7 +165,7 @@ def forward_kvcache(
     strides = num_heads * seqlen_q, seqlen_q
     lse = _cuda.empty_lse((batch, num_heads, seqlen_q), (*strides, 1), q) if need_lse else None
     queries = _Queries(batch, seqlen_q, batch * seqlen_q)
-    _run(q, cache, k, v, rotary, scoring, out, lse, strides, queries, num_splits)
+    _attend(q, cache, k, v, rotary, scoring, out, lse, strides, queries, num_splits)
     return out, lse
 
 
@@ -162,5 +184,5 @@ def varlen_forward(
     lse = _cuda.empty_lse((num_heads, total_q), (total_q, 1), q) if need_lse else None
     queries = _Queries(cu_seqlens_q.numel() - 1, max_seqlen_q, total_q, cu_seqlens_q, cu_seqlens_k)
     cache = Cache(k, v, seqused_k, None, None, block_table)
-    _run(q, cache, None, None, None, scoring, out, lse, (0, total_q), queries, 0)
+    _attend(q, cache, None, None, None, scoring, out, lse, (0, total_q), queries, 0)
     return out, lse

@@ -41,12 +41,6 @@ def can_rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> bool:
     )
 
 
-def _table(x: Tensor) -> Tensor:
-    return (
-        x if x.is_contiguous() and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
-    )
-
-
 def _as_int32(offsets: Tensor) -> Tensor:
     """Return offsets in the kernel's type: those that do not fit stand for none in the tables either way."""
     if offsets.dtype != torch.int32:
@@ -66,7 +60,7 @@ def rotate(
     out = x if inplace else torch.empty_like(x)
     if not _cuda.readable(out):
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    cos, sin = _table(cos), _table(sin)
+    cos, sin = _cuda.as_table(cos), _cuda.as_table(sin)
     starts = None if isinstance(offsets, int) else _as_int32(offsets)
     bounds = None if cu_seqlens is None else cu_seqlens.to(torch.int32).contiguous()
     batch_stride = _cuda.NOT_PACKED if bounds is None else _cuda.PACKED

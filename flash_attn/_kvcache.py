@@ -19,15 +19,16 @@ def _check_cache(q: Tensor, cache: Cache) -> None:
     """Check the cache tensors and what selects their rows."""
     batch = q.shape[0]
     for held, name in ((cache.k, "k_cache"), (cache.v, "v_cache")):
-        if held.stride(-1) != 1:
+        if held.stride(3) != 1:
             check.fail(ValueError, name, "contiguous in its last dimension", f"strides {held.stride()}")
     if isinstance(cache.seqlens, Tensor):
         check.check_index(cache.seqlens, "cache_seqlens", q, (batch,))
-    for x, name in ((cache.batch_idx, "cache_batch_idx"), (cache.leftpad, "cache_leftpad")):
-        if x is not None:
-            check.check_index(x, name, q, (batch,))
-            if cache.block_table is not None:
-                check.fail(ValueError, name, "None with a block_table", "a tensor")
+    if cache.batch_idx is not None or cache.leftpad is not None:
+        for x, name in ((cache.batch_idx, "cache_batch_idx"), (cache.leftpad, "cache_leftpad")):
+            if x is not None:
+                check.check_index(x, name, q, (batch,))
+                if cache.block_table is not None:
+                    check.fail(ValueError, name, "None with a block_table", "a tensor")
     if cache.block_table is not None:
         check.check_index(cache.block_table, "block_table", q, (batch, -1))
         check.check_page_size(cache.k, "k_cache")
@@ -44,6 +45,13 @@ def _check_new(q: Tensor, cache: Cache, k: Tensor | None, v: Tensor | None) -> i
         check.fail(ValueError, missing, "given together with its pair", None)
     if cache.seqlens is None:
         check.fail(ValueError, "cache_seqlens", "given where k and v are appended", None)
+    k_shape, cache_shape, device = k.shape, cache.k.shape, q.device
+    if (
+        k.dtype is v.dtype is q.dtype and k.device == device == v.device and len(k_shape) == 4
+        and k_shape == (q.shape[0], k_shape[1], *cache_shape[2:])
+        and v.shape == (*k_shape[:3], cache.v.shape[3])
+    ):  # fmt: skip
+        return k_shape[1]
     check.check_qkv(q, k, v, 4, 4)
     check.check_batch(k, q.shape[0])
     if k.shape[2] != cache.k.shape[2]:
@@ -69,10 +77,8 @@ def _check_contents(cache: Cache, s_new: int) -> None:
 
 def _check_rotary(
     q: Tensor, cos: Tensor | None, sin: Tensor | None, interleaved: bool, appends: bool, last: int | None
-) -> Rotary | None:
+) -> Rotary:
     """Check the rotary tables; `last` is the largest position that they must hold, where it is known."""
-    if cos is None and sin is None:
-        return None
     if cos is None or sin is None:
         check.fail(
             ValueError, "rotary_cos" if cos is None else "rotary_sin", "given together with its pair", None
@@ -119,24 +125,31 @@ def forward_kvcache(
     cache = Cache(k_cache, v_cache, cache_seqlens, cache_batch_idx, cache_leftpad, block_table)
     _check_cache(q, cache)
     s_new = _check_new(q, cache, k, v)
-    if not 0 <= check.as_int(num_splits, "num_splits") <= MAX_SPLITS:
+    if type(num_splits) is not int:
+        num_splits = check.as_int(num_splits, "num_splits")
+    if not 0 <= num_splits <= MAX_SPLITS:
         check.fail(ValueError, "num_splits", f"in [0, {MAX_SPLITS}]", num_splits)
+    capacity = cache.capacity
+    if capacity > check.MAX_SEQLEN:
+        check.fail(ValueError, "k_cache", f"of room for at most {check.MAX_SEQLEN} keys a sequence", capacity)
     scoring = check.check_scoring(
-        q, head_dim, batch, seqlen_q, cache.capacity, 0.0, softmax_scale, causal, window_left, window_right,
+        q, head_dim, batch, seqlen_q, capacity, 0.0, softmax_scale, causal, window_left, window_right,
         softcap, alibi_slopes,
     )  # fmt: skip
     last = None
-    if isinstance(cache_seqlens, int) and not 0 <= cache_seqlens <= cache.capacity - s_new:
-        check.fail(ValueError, "cache_seqlens", f"in [0, {cache.capacity - s_new}]", cache_seqlens)
+    if isinstance(cache_seqlens, int) and not 0 <= cache_seqlens <= capacity - s_new:
+        check.fail(ValueError, "cache_seqlens", f"in [0, {capacity - s_new}]", cache_seqlens)
     if q.is_cpu:
         _check_contents(cache, s_new)
     if rotary_cos is not None and batch and (q.is_cpu or isinstance(cache_seqlens, int)):
         longest = int(cache_seqlens.max()) if isinstance(cache_seqlens, Tensor) else cache_seqlens or 0
         moving = scoring.window_left >= 0 or scoring.window_right >= 0
         last = longest + max(s_new, seqlen_q if moving else 1) - 1
-    rotary = _check_rotary(q, rotary_cos, rotary_sin, rotary_interleaved, k is not None, last)
+    rotary = None
+    if rotary_cos is not None or rotary_sin is not None:
+        rotary = _check_rotary(q, rotary_cos, rotary_sin, rotary_interleaved, k is not None, last)
     if out is not None:
         check.check_output(out, "out", q, v_shape)
     if q.is_cuda:
-        return _cuda_kvcache.forward_kvcache(q, cache, k, v, rotary, scoring, out, int(num_splits), need_lse)
+        return _cuda_kvcache.forward_kvcache(q, cache, k, v, rotary, scoring, out, num_splits, need_lse)
     return forward_on_cpu(q, cache, k, v, rotary, scoring, out)

@@ -1,4 +1,4 @@
-"""Into how many parts to split the work of a call that makes few thread blocks: pure functions of shape and GPU.
+"""Into how many parts to split a call that makes few thread blocks: pure functions of its shape and the GPU.
 
 Few queries over a KV cache make few thread blocks, and a few thread blocks cannot read memory at full speed.
 Splitting the keys makes more of them. A backward has a thread block for each block of keys of each KV head;

@@ -18,7 +18,7 @@ KERNEL = """\
 #include "common/scale.cuh"
 #include "host/dispatch.h"
 namespace flash_attn::sm80 {
-template <int block_m, int block_n, int, int, int last> struct PassTile {
+template <FIELDS> struct PassTile {
   static constexpr int bytes(int d) { return BYTES; }
 };
 template <Dtype, int head_dim, Mask, class Tile> struct PassConfig {
@@ -33,8 +33,15 @@ Status launch_pass(const PassParams& params, const Device&, cudaStream_t stream,
 }
 """
 
+FIELDS = "int block_m, int block_n, int, int, int last"
+SPLIT_FIELDS = "int block_m, int block_n, int, int warps_n, int stages, int"
 FORWARD_BYTES = "2 * d * (block_m + 2 * block_n)"
 BACKWARD_BYTES = "2 * (d * (2 * block_n + 4 * block_m) + last * block_m * block_n) + 16 * block_m"
+
+SPLIT_BYTES = (
+    "2 * d * (block_m + 2 * stages * block_n) > warps_n * block_m * (d + 10) * 4"
+    " ? 2 * d * (block_m + 2 * stages * block_n) : warps_n * block_m * (d + 10) * 4"
+)
 
 LIBRARY = """\
 #include "host/dispatch.h"
@@ -45,10 +52,10 @@ extern "C" uint64_t flash_attn_layout_hash() { return flash_attn::kLayoutHash; }
 """
 
 
-def kernel(direction, shared_bytes, result):
+def kernel(direction, shared_bytes, result, fields=FIELDS):
     """A kernel that stands in for those of a direction and writes to a member of its parameters."""
     text = KERNEL.replace("launch_pass", f"launch_{direction}").replace("Pass", direction.capitalize())
-    return text.replace("BYTES", shared_bytes).replace("RESULT", result)
+    return text.replace("BYTES", shared_bytes).replace("RESULT", result).replace("FIELDS", fields)
 
 
 @pytest.fixture(autouse=True)
@@ -83,6 +90,7 @@ def small_templates(tmp_path):
         "host/library.cu": LIBRARY,
         "sm80/forward.cuh": kernel("forward", FORWARD_BYTES, "out"),
         "sm80/backward.cuh": kernel("backward", BACKWARD_BYTES, "dq"),
+        "sm80/split.cuh": kernel("split", SPLIT_BYTES, "q_rotated", SPLIT_FIELDS),
         "common/scale.cuh": "#pragma once\nconstexpr float kScale = 2.0f;\n",
         "common/alone.cuh": "#pragma once\n",
         "common/alone.cu": '#include "common/alone.cuh"\n',

@@ -37,6 +37,7 @@ def test_build_makes_everything_then_nothing(fake_build, tmp_path):
             for f in ("sm80", "sm86")
             for m in ("full", "causal", "windowed")
         ]
+        + ["split_sm80_bf16_d64_windowed.o", "split_sm86_bf16_d64_windowed.o"]
         + ["dispatch.o", "library.o", "alone.o", "libflash_attn.so"]
     )
     library = tmp_path / "out" / "libflash_attn.so"
@@ -51,7 +52,7 @@ def test_a_header_rebuilds_only_its_dependents(fake_build, small_templates):
     assert fake_build() == ["alone.o", "libflash_attn.so"]
     (small_templates / "common/scale.cuh").touch()
     made = fake_build()
-    assert len(made) == 13
+    assert len(made) == 15
     assert [name for name in made if "_bf16_" not in name] == ["libflash_attn.so"]
 
 
@@ -64,9 +65,9 @@ def test_another_release_of_nvcc_rebuilds(fake_build, fake_toolkit):
 
 def test_a_unit_that_leaves_the_selection_leaves_the_log(fake_build, tmp_path):
     fake_build()
-    assert len(report.read_records(tmp_path / "build")) == 15
+    assert len(report.read_records(tmp_path / "build")) == 17
     assert fake_build(FLASH_ATTN_ARCHS="80") == ["alone.o", "dispatch.o", "libflash_attn.so", "library.o"]
-    assert len(report.read_records(tmp_path / "build")) == 9
+    assert len(report.read_records(tmp_path / "build")) == 10
     assert len(fake_build(FLASH_ATTN_ARCHS="80", FLASH_ATTN_DIRECTIONS="forward")) == 2
     assert len(report.read_records(tmp_path / "build")) == 6
 
@@ -91,7 +92,7 @@ def test_a_forbidden_warning_fails_the_build(fake_build, monkeypatch, capfd):
 def test_progress_and_one_line_per_unit(fake_build, capfd):
     fake_build()
     out = capfd.readouterr().out
-    assert "[16/16, " in out
+    assert "[18/18, " in out
     assert "forward_sm80_bf16_d64_full: 0." in out
 
 
@@ -101,9 +102,9 @@ def test_build_info(fake_build, tmp_path):
     assert info["targets"] == ["sm80:80+ptx", "sm86:90"]
     assert info["archs"] == ["80+ptx", "sm86:90"]
     assert info["head_dims"] == [64] and info["dtypes"] == ["bf16"]
-    assert info["directions"] == ["forward", "backward"]
+    assert info["directions"] == ["forward", "backward", "split"]
     assert info["nvcc"] == "13.0.88"
-    assert len(info["kernels"]) == 12 and info["kernels"][0] == "forward_sm80_bf16_d64_full"
+    assert len(info["kernels"]) == 14 and info["kernels"][0] == "forward_sm80_bf16_d64_full"
     assert info["project_version"] == version("PROJECT_VERSION")
     assert info["project_version"] and "commit" in info
 
@@ -135,8 +136,8 @@ def test_small_library_with_real_nvcc(real_nvcc, small_templates, tmp_path):
     assert exported(path) == {"flash_attn_kernel_count", "flash_attn_kernel_key", "flash_attn_layout_hash"}
     library = ctypes.CDLL(str(path))
     library.flash_attn_kernel_key.restype = ctypes.c_char_p
-    assert library.flash_attn_kernel_count() == 12
-    assert library.flash_attn_kernel_key(11) == b"backward_sm86_bf16_d64_windowed"
+    assert library.flash_attn_kernel_count() == 14
+    assert library.flash_attn_kernel_key(13) == b"split_sm86_bf16_d64_windowed"
     kernels = {
         r["name"]: [k["target"] for k in r["kernels"]] for r in report.read_records(tmp_path / "build")
     }

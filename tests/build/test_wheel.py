@@ -94,7 +94,7 @@ def test_wheel_with_kernels(tree, tmp_path, fake_toolkit):
     assert top_level(names) == {"flash_attn", "flash_attn_2_cuda.py", "flash_attn-2.8.3.dist-info"}
     assert {"flash_attn/libflash_attn.so", "flash_attn/_build.json", "flash_attn/_abi.py"} <= names
     with zipfile.ZipFile(wheel) as archive:
-        assert len(json.loads(archive.read("flash_attn/_build.json"))["kernels"]) == 6
+        assert len(json.loads(archive.read("flash_attn/_build.json"))["kernels"]) == 7
         assert b"Root-Is-Purelib: false" in archive.read("flash_attn-2.8.3.dist-info/WHEEL")
 
 

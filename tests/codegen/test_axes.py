@@ -17,14 +17,16 @@ def test_families_agree_with_their_gpus():
 def test_turing_is_known_and_not_built():
     assert axes.ARCHS[75].family == "sm75"
     assert "sm75" not in [family.name for family in axes.built_families()]
-    assert not axes.is_legal("sm75", "forward", "fp16")
+    assert not axes.is_legal("sm75", "forward", "fp16", "full")
 
 
 def test_every_built_family_has_every_direction():
     assert all(set(family.directions) == set(axes.DIRECTIONS) for family in axes.built_families())
 
 
-def test_legal_is_direction_and_dtype():
-    assert axes.is_legal("sm80", "forward", "bf16")
-    assert axes.is_legal("sm90", "backward", "bf16")
-    assert not axes.is_legal("sm80", "forward", "fp8")
+def test_legal_is_direction_dtype_and_mask():
+    assert axes.is_legal("sm80", "forward", "bf16", "full")
+    assert axes.is_legal("sm90", "backward", "bf16", "causal")
+    assert not axes.is_legal("sm80", "forward", "fp8", "full")
+    assert axes.is_legal("sm90", "split", "bf16", "windowed")
+    assert not axes.is_legal("sm90", "split", "bf16", "causal")

@@ -57,7 +57,7 @@ def test_list_prints_one_unit_per_line(monkeypatch, capsys):
     monkeypatch.setenv("FLASH_ATTN_HEAD_DIMS", "64")
     assert cli.main(["--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 24
+    assert len(lines) == 28
     key, path = lines[0].split("\t")
     assert key == "forward_sm80_fp16_d64_full"
     assert (ROOT / path).is_file()

@@ -6,7 +6,7 @@ import pytest
 
 from codegen import GENERATED, axes, render, selection, tiles, units
 from codegen.selection import Selection, Target
-from codegen.tile_shapes import BackwardTile, ForwardTile
+from codegen.tile_shapes import BackwardTile, ForwardTile, SplitTile
 
 GOLDEN = Path(__file__).parent / "golden"
 SMALL = Selection((Target("sm80", 80), Target("sm86", 89, ptx=True)), (64,), ("bf16",), axes.DIRECTIONS)
@@ -19,6 +19,8 @@ def fixed_tiles(monkeypatch):
     for family in ("sm80", "sm86"):
         monkeypatch.setitem(tiles.FORWARD_TILES[family], 64, {"default": ForwardTile(128, 64, 4, 2)})
         monkeypatch.setitem(tiles.BACKWARD_TILES[family], 64, backward)
+        few, many = SplitTile(16, 64, 1, 4, 2, 2), SplitTile(64, 64, 4, 1, 1, 2)
+        monkeypatch.setitem(tiles.SPLIT_TILES[family], 64, {"few": few, "default": many})
     roomy = {**backward, "roomy": BackwardTile(64, 128, 4, 2, 2)}
     monkeypatch.setitem(tiles.BACKWARD_TILES["sm80"], 64, roomy)
     monkeypatch.setitem(tiles.FORWARD_TILES["sm86"][64], "causal", ForwardTile(64, 32, 4, 1))
@@ -70,12 +72,14 @@ def test_a_new_head_dim_is_data(monkeypatch):
         monkeypatch.setitem(rows, 160, {"default": ForwardTile(64, 64, 4, 1)})
     for rows in tiles.BACKWARD_TILES.values():
         monkeypatch.setitem(rows, 160, {"default": BackwardTile(32, 32, 4, 1, 2)})
+    for rows in tiles.SPLIT_TILES.values():
+        monkeypatch.setitem(rows, 160, {"default": SplitTile(64, 64, 4, 1, 1, 1)})
     files = render.render_sources(selection.full_selection())
     assert "/*head_dim*/ 160" in files["sm86/forward_fp16_d160_windowed.cu"]
     assert "forward_sm80_bf16_d160_full" in files["dispatch.cu"]
     assert "kNumHeadDims = 7;" in files["dispatch.cu"]
     chosen = selection.from_environment({"FLASH_ATTN_ARCHS": "80", "FLASH_ATTN_HEAD_DIMS": "160"})
-    assert len(units.list_units(chosen)) == 12
+    assert len(units.list_units(chosen)) == 14
 
 
 def test_a_new_family_is_data(monkeypatch):

@@ -110,7 +110,7 @@ def test_wrong_archs(value, words):
     [
         ("FLASH_ATTN_HEAD_DIMS", "64;80", "unknown value '80'; known: 32, 64, 96, 128, 192, 256"),
         ("FLASH_ATTN_DTYPES", "fp8", "unknown value 'fp8'; known: fp16, bf16"),
-        ("FLASH_ATTN_DIRECTIONS", "sideways", "unknown value 'sideways'; known: forward, backward"),
+        ("FLASH_ATTN_DIRECTIONS", "sideways", "unknown value 'sideways'; known: forward, backward, split"),
     ],
 )
 def test_wrong_axis_values(name, value, known):

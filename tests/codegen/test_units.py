@@ -6,7 +6,8 @@ FULL = units.list_units(selection.full_selection())
 
 
 def test_the_full_matrix():
-    assert len(FULL) == 3 * len(axes.DIRECTIONS) * len(axes.HEAD_DIMS) * len(axes.DTYPES) * len(axes.MASKS)
+    masks = sum(len(axes.masks_of(direction)) for direction in axes.DIRECTIONS)
+    assert len(FULL) == 3 * len(axes.HEAD_DIMS) * len(axes.DTYPES) * masks
     assert len({unit.key for unit in FULL}) == len({unit.path for unit in FULL}) == len(FULL)
     assert len({unit.config for unit in FULL}) == len(FULL)
 
@@ -24,17 +25,15 @@ def test_a_family_can_use_the_kernels_of_another():
     assert unit.namespace == "sm80"
 
 
-def test_hopper_shares_the_backward_kernels_alone():
+def test_hopper_has_a_forward_kernel_of_its_own():
     hopper = {unit.direction: unit.namespace for unit in FULL if unit.family == "sm90"}
-    assert hopper == {"forward": "sm90", "backward": "sm80"}
+    assert hopper == {"forward": "sm90", "backward": "sm80", "split": "sm80"}
 
 
-def test_a_split_unit_says_so():
-    unit = FULL[0]
-    split = units.Unit(
-        unit.direction, unit.family, unit.dtype, unit.head_dim, unit.mask, unit.tile, split=True
-    )
-    assert split.key == unit.key + "_split"
+def test_one_kernel_with_split_keys_serves_every_mask():
+    split = [unit for unit in FULL if unit.direction == "split"]
+    assert {unit.mask for unit in split} == {"windowed"}
+    assert all(list(unit.configs) == [unit.config + "Few", unit.config] for unit in split)
 
 
 def test_a_trimmed_selection():
@@ -46,7 +45,7 @@ def test_a_trimmed_selection():
         f"{direction}_{family}_bf16_d128_{mask}"
         for family in ("sm80", "sm90")
         for direction in axes.DIRECTIONS
-        for mask in axes.MASKS
+        for mask in axes.masks_of(direction)
     ]
 
 

@@ -292,7 +292,7 @@ def test_varlen_fields(library):
 
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_varlen_workspace(library, monkeypatch, deterministic):
-    q, k, v = (x.flatten(0, 1) for x in make())
+    q, k, v = (x.flatten(0, 1) for x in make(heads_k=4))
     cu = torch.tensor([0, 20]).int()
     found = spaces(monkeypatch)
     run_varlen(q, k, v, like(q, k, v), cu, cu, 20, 20, deterministic)

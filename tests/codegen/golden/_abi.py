@@ -4,7 +4,7 @@ import ctypes
 import struct
 from enum import IntEnum
 
-LAYOUT_HASH = 0x834863F769E7F44C
+LAYOUT_HASH = 0xA6F8D3A4A2F29559
 """Must equal flash_attn_layout_hash() of the library."""
 
 HEAD_DIMS = (32, 64, 96, 128, 192, 256)
@@ -12,6 +12,12 @@ HEAD_DIMS = (32, 64, 96, 128, 192, 256)
 
 CAPABILITIES = (80, 86, 89, 90, 100, 110, 120)
 """Compute capabilities (90 for 9.0) that kernels can be built for by name."""
+
+SPLIT_ROWS = (16, 64)
+"""Rows, queries x heads that share keys, of the tiles of calls over a KV cache."""
+
+SPLIT_KEYS = 64
+"""Keys in a block of such a call."""
 
 
 class Dtype(IntEnum):
@@ -44,6 +50,7 @@ class Direction(IntEnum):
 
     FORWARD = 0
     BACKWARD = 1
+    SPLIT = 2
 
 
 class Status(IntEnum):
@@ -150,16 +157,101 @@ class BackwardParams(ctypes.Structure):
 BACKWARD_PARAMS = struct.Struct("<304s8Q13q")
 """Packs the fields of BackwardParams, in order, into 472 bytes; a pointer is an int, null is 0."""
 
+
+class SplitParams(ctypes.Structure):
+    """Arguments of one attention call over a KV cache. Keys that the call appends are written to the
+    cache first; what would lie outside of it is dropped, and read as zero. In forward, k and v are the
+    cache, (cache_entries, rows, num_heads_k, head_dim), seqlen_k is the room for one sequence,
+    cu_seqlens_q needs pages and no appended keys, and seqused_k is null.
+    """
+
+    _fields_ = (
+        ("forward", ForwardParams),  # q, the cache, out, and how scores are formed
+        ("cache_seqlens", ctypes.c_void_p),  # (batch): keys in the cache before, or null: cache_seqlen
+        ("cache_batch_idx", ctypes.c_void_p),  # (batch): entry of each sequence, or null: its own
+        ("block_table", ctypes.c_void_p),  # (batch, ..): pages of each sequence, null iff no page_size
+        ("k_new", ctypes.c_void_p),  # (batch, seqlen_new, num_heads_k, head_dim) to append, or null
+        ("v_new", ctypes.c_void_p),  # as k_new, with head_dim_v
+        ("rotary_cos", ctypes.c_void_p),  # (rotary_rows, rotary_dim / 2), contiguous, or null
+        ("rotary_sin", ctypes.c_void_p),  # as rotary_cos
+        ("q_rotated", ctypes.c_void_p),  # workspace: as q, contiguous, null iff rotary_cos
+        ("out_partial", ctypes.c_void_p),  # workspace: (rows of q, num_heads, num_splits, head_dim_v)
+        ("lse_partial", ctypes.c_void_p),  # workspace: (rows of q, num_heads, num_splits)
+        ("k_new_batch_stride", ctypes.c_int64),  # from one batch to the next
+        ("k_new_row_stride", ctypes.c_int64),  # from one row to the next
+        ("k_new_head_stride", ctypes.c_int64),  # from one head to the next
+        ("v_new_batch_stride", ctypes.c_int64),  # from one batch to the next
+        ("v_new_row_stride", ctypes.c_int64),  # from one row to the next
+        ("v_new_head_stride", ctypes.c_int64),  # from one head to the next
+        ("block_table_stride", ctypes.c_int64),  # from one sequence to the next
+        ("cache_entries", ctypes.c_int32),  # entries of the cache, or pages
+        ("page_size", ctypes.c_int32),  # keys in a page, a multiple of 16; 0 = no pages
+        ("cache_seqlen", ctypes.c_int32),  # keys in the cache before, where nothing else tells
+        ("seqlen_new", ctypes.c_int32),  # keys that the call appends to each sequence
+        ("rotary_rows", ctypes.c_int32),  # positions in the tables; later ones are not rotated
+        ("rotary_dim", ctypes.c_int32),  # elements of each head that are rotated, a multiple of 16
+        ("rotary_interleaved", ctypes.c_int32),  # pairs are (0, 1), (2, 3), ..; else the two halves
+        ("num_splits", ctypes.c_int32),  # parts of the keys; the workspaces are used where more than 1
+    )
+
+
+SPLIT_PARAMS = struct.Struct("<304s10Q7q8i")
+"""Packs the fields of SplitParams, in order, into 472 bytes; a pointer is an int, null is 0."""
+
+
+class RotaryParams(ctypes.Structure):
+    """Arguments of one rotation of heads by their position. Sequences are packed iff cu_seqlens is not
+    null: then batch strides are ignored, and rows past the last sequence stay as they are. Strides are
+    in elements.
+    """
+
+    _fields_ = (
+        ("x", ctypes.c_void_p),  # (batch, seqlen, num_heads, head_dim), or (rows, ..) if packed
+        ("out", ctypes.c_void_p),  # as x; may be x
+        ("cos", ctypes.c_void_p),  # (table_rows, rotary_dim / 2), contiguous
+        ("sin", ctypes.c_void_p),  # as cos
+        ("offsets", ctypes.c_void_p),  # (batch): position of each first token, or null: offset
+        ("cu_seqlens", ctypes.c_void_p),  # (batch + 1), or null: where each sequence starts
+        ("x_batch_stride", ctypes.c_int64),  # from one batch to the next
+        ("x_row_stride", ctypes.c_int64),  # from one row to the next
+        ("x_head_stride", ctypes.c_int64),  # from one head to the next
+        ("out_batch_stride", ctypes.c_int64),  # from one batch to the next
+        ("out_row_stride", ctypes.c_int64),  # from one row to the next
+        ("out_head_stride", ctypes.c_int64),  # from one head to the next
+        ("rows", ctypes.c_int64),  # of x, all sequences together
+        ("batch", ctypes.c_int32),  # number of sequences
+        ("seqlen", ctypes.c_int32),  # rows of each sequence, unless packed
+        ("num_heads", ctypes.c_int32),  # heads of x
+        ("head_dim", ctypes.c_int32),  # elements per head, a multiple of 8
+        ("rotary_dim", ctypes.c_int32),  # how many of them are rotated: a multiple of 16, of 8 if interleaved
+        ("table_rows", ctypes.c_int32),  # positions in the tables; rows at others stay as they are
+        ("offset", ctypes.c_int32),  # position of each first token, where offsets is null
+        ("interleaved", ctypes.c_int32),  # pairs are (0, 1), (2, 3), ..; else the two halves
+        ("conjugate", ctypes.c_int32),  # rotate back
+        ("dtype", ctypes.c_int32),  # Dtype of x and out
+        ("fp32_tables", ctypes.c_int32),  # cos and sin are fp32; else of that dtype
+        ("device", ctypes.c_int32),  # CUDA device ordinal
+    )
+
+
+ROTARY_PARAMS = struct.Struct("<6Q7q12i")
+"""Packs the fields of RotaryParams, in order, into 152 bytes; a pointer is an int, null is 0."""
+
 FUNCTIONS: dict[str, tuple[type, tuple[type, ...]]] = {
     "flash_attn_forward": (ctypes.c_int32, (ctypes.c_void_p, ctypes.c_void_p)),
     "flash_attn_backward": (ctypes.c_int32, (ctypes.c_void_p, ctypes.c_void_p)),
+    "flash_attn_split": (ctypes.c_int32, (ctypes.c_void_p, ctypes.c_void_p)),
+    "flash_attn_rotary": (ctypes.c_int32, (ctypes.c_void_p, ctypes.c_void_p)),
     "flash_attn_dropout_probs": (ctypes.c_int32, (ctypes.c_void_p, ctypes.c_void_p)),
     "flash_attn_forward_kernel": (ctypes.c_char_p, (ctypes.c_void_p,)),
     "flash_attn_backward_kernel": (ctypes.c_char_p, (ctypes.c_void_p,)),
+    "flash_attn_split_kernel": (ctypes.c_char_p, (ctypes.c_void_p,)),
     "flash_attn_last_error": (ctypes.c_char_p, ()),
     "flash_attn_layout_hash": (ctypes.c_uint64, ()),
     "flash_attn_forward_params_size": (ctypes.c_int64, ()),
     "flash_attn_backward_params_size": (ctypes.c_int64, ()),
+    "flash_attn_split_params_size": (ctypes.c_int64, ()),
+    "flash_attn_rotary_params_size": (ctypes.c_int64, ()),
     "flash_attn_kernel_count": (ctypes.c_int32, ()),
     "flash_attn_kernel_key": (ctypes.c_char_p, (ctypes.c_int32,)),
     "flash_attn_targets": (ctypes.c_char_p, ()),

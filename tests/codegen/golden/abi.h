@@ -7,7 +7,7 @@
 
 namespace flash_attn {
 
-constexpr uint64_t kLayoutHash = 0x834863F769E7F44Cu;
+constexpr uint64_t kLayoutHash = 0xA6F8D3A4A2F29559u;
 
 // Element type of q, k, v and out.
 enum class Dtype : int32_t {
@@ -35,6 +35,7 @@ enum class Family : int32_t {
 enum class Direction : int32_t {
   kForward = 0,
   kBackward = 1,
+  kSplit = 2,
 };
 
 // Result of a call; flash_attn_last_error() has the text.
@@ -193,6 +194,123 @@ static_assert(offsetof(BackwardParams, dv_row_stride) == 448);
 static_assert(offsetof(BackwardParams, dv_head_stride) == 456);
 static_assert(offsetof(BackwardParams, rows) == 464);
 
+// Arguments of one attention call over a KV cache. Keys that the call appends are written to the cache
+// first; what would lie outside of it is dropped, and read as zero. In forward, k and v are the cache,
+// (cache_entries, rows, num_heads_k, head_dim), seqlen_k is the room for one sequence, cu_seqlens_q
+// needs pages and no appended keys, and seqused_k is null.
+struct SplitParams {
+  ForwardParams forward;  // q, the cache, out, and how scores are formed
+  const int32_t* cache_seqlens;  // (batch): keys in the cache before, or null: cache_seqlen
+  const int32_t* cache_batch_idx;  // (batch): entry of each sequence, or null: its own
+  const int32_t* block_table;  // (batch, ..): pages of each sequence, null iff no page_size
+  const void* k_new;  // (batch, seqlen_new, num_heads_k, head_dim) to append, or null
+  const void* v_new;  // as k_new, with head_dim_v
+  const void* rotary_cos;  // (rotary_rows, rotary_dim / 2), contiguous, or null
+  const void* rotary_sin;  // as rotary_cos
+  void* q_rotated;  // workspace: as q, contiguous, null iff rotary_cos
+  float* out_partial;  // workspace: (rows of q, num_heads, num_splits, head_dim_v)
+  float* lse_partial;  // workspace: (rows of q, num_heads, num_splits)
+  int64_t k_new_batch_stride;  // from one batch to the next
+  int64_t k_new_row_stride;  // from one row to the next
+  int64_t k_new_head_stride;  // from one head to the next
+  int64_t v_new_batch_stride;  // from one batch to the next
+  int64_t v_new_row_stride;  // from one row to the next
+  int64_t v_new_head_stride;  // from one head to the next
+  int64_t block_table_stride;  // from one sequence to the next
+  int32_t cache_entries;  // entries of the cache, or pages
+  int32_t page_size;  // keys in a page, a multiple of 16; 0 = no pages
+  int32_t cache_seqlen;  // keys in the cache before, where nothing else tells
+  int32_t seqlen_new;  // keys that the call appends to each sequence
+  int32_t rotary_rows;  // positions in the tables; later ones are not rotated
+  int32_t rotary_dim;  // elements of each head that are rotated, a multiple of 16
+  int32_t rotary_interleaved;  // pairs are (0, 1), (2, 3), ..; else the two halves
+  int32_t num_splits;  // parts of the keys; the workspaces are used where more than 1
+};
+static_assert(sizeof(SplitParams) == 472);
+static_assert(offsetof(SplitParams, forward) == 0);
+static_assert(offsetof(SplitParams, cache_seqlens) == 304);
+static_assert(offsetof(SplitParams, cache_batch_idx) == 312);
+static_assert(offsetof(SplitParams, block_table) == 320);
+static_assert(offsetof(SplitParams, k_new) == 328);
+static_assert(offsetof(SplitParams, v_new) == 336);
+static_assert(offsetof(SplitParams, rotary_cos) == 344);
+static_assert(offsetof(SplitParams, rotary_sin) == 352);
+static_assert(offsetof(SplitParams, q_rotated) == 360);
+static_assert(offsetof(SplitParams, out_partial) == 368);
+static_assert(offsetof(SplitParams, lse_partial) == 376);
+static_assert(offsetof(SplitParams, k_new_batch_stride) == 384);
+static_assert(offsetof(SplitParams, k_new_row_stride) == 392);
+static_assert(offsetof(SplitParams, k_new_head_stride) == 400);
+static_assert(offsetof(SplitParams, v_new_batch_stride) == 408);
+static_assert(offsetof(SplitParams, v_new_row_stride) == 416);
+static_assert(offsetof(SplitParams, v_new_head_stride) == 424);
+static_assert(offsetof(SplitParams, block_table_stride) == 432);
+static_assert(offsetof(SplitParams, cache_entries) == 440);
+static_assert(offsetof(SplitParams, page_size) == 444);
+static_assert(offsetof(SplitParams, cache_seqlen) == 448);
+static_assert(offsetof(SplitParams, seqlen_new) == 452);
+static_assert(offsetof(SplitParams, rotary_rows) == 456);
+static_assert(offsetof(SplitParams, rotary_dim) == 460);
+static_assert(offsetof(SplitParams, rotary_interleaved) == 464);
+static_assert(offsetof(SplitParams, num_splits) == 468);
+
+// Arguments of one rotation of heads by their position. Sequences are packed iff cu_seqlens is not null:
+// then batch strides are ignored, and rows past the last sequence stay as they are. Strides are in
+// elements.
+struct RotaryParams {
+  const void* x;  // (batch, seqlen, num_heads, head_dim), or (rows, ..) if packed
+  void* out;  // as x; may be x
+  const void* cos;  // (table_rows, rotary_dim / 2), contiguous
+  const void* sin;  // as cos
+  const int32_t* offsets;  // (batch): position of each first token, or null: offset
+  const int32_t* cu_seqlens;  // (batch + 1), or null: where each sequence starts
+  int64_t x_batch_stride;  // from one batch to the next
+  int64_t x_row_stride;  // from one row to the next
+  int64_t x_head_stride;  // from one head to the next
+  int64_t out_batch_stride;  // from one batch to the next
+  int64_t out_row_stride;  // from one row to the next
+  int64_t out_head_stride;  // from one head to the next
+  int64_t rows;  // of x, all sequences together
+  int32_t batch;  // number of sequences
+  int32_t seqlen;  // rows of each sequence, unless packed
+  int32_t num_heads;  // heads of x
+  int32_t head_dim;  // elements per head, a multiple of 8
+  int32_t rotary_dim;  // how many of them are rotated: a multiple of 16, of 8 if interleaved
+  int32_t table_rows;  // positions in the tables; rows at others stay as they are
+  int32_t offset;  // position of each first token, where offsets is null
+  int32_t interleaved;  // pairs are (0, 1), (2, 3), ..; else the two halves
+  int32_t conjugate;  // rotate back
+  int32_t dtype;  // Dtype of x and out
+  int32_t fp32_tables;  // cos and sin are fp32; else of that dtype
+  int32_t device;  // CUDA device ordinal
+};
+static_assert(sizeof(RotaryParams) == 152);
+static_assert(offsetof(RotaryParams, x) == 0);
+static_assert(offsetof(RotaryParams, out) == 8);
+static_assert(offsetof(RotaryParams, cos) == 16);
+static_assert(offsetof(RotaryParams, sin) == 24);
+static_assert(offsetof(RotaryParams, offsets) == 32);
+static_assert(offsetof(RotaryParams, cu_seqlens) == 40);
+static_assert(offsetof(RotaryParams, x_batch_stride) == 48);
+static_assert(offsetof(RotaryParams, x_row_stride) == 56);
+static_assert(offsetof(RotaryParams, x_head_stride) == 64);
+static_assert(offsetof(RotaryParams, out_batch_stride) == 72);
+static_assert(offsetof(RotaryParams, out_row_stride) == 80);
+static_assert(offsetof(RotaryParams, out_head_stride) == 88);
+static_assert(offsetof(RotaryParams, rows) == 96);
+static_assert(offsetof(RotaryParams, batch) == 104);
+static_assert(offsetof(RotaryParams, seqlen) == 108);
+static_assert(offsetof(RotaryParams, num_heads) == 112);
+static_assert(offsetof(RotaryParams, head_dim) == 116);
+static_assert(offsetof(RotaryParams, rotary_dim) == 120);
+static_assert(offsetof(RotaryParams, table_rows) == 124);
+static_assert(offsetof(RotaryParams, offset) == 128);
+static_assert(offsetof(RotaryParams, interleaved) == 132);
+static_assert(offsetof(RotaryParams, conjugate) == 136);
+static_assert(offsetof(RotaryParams, dtype) == 140);
+static_assert(offsetof(RotaryParams, fp32_tables) == 144);
+static_assert(offsetof(RotaryParams, device) == 148);
+
 }  // namespace flash_attn
 
 extern "C" {
@@ -204,6 +322,12 @@ int32_t flash_attn_forward(const flash_attn::ForwardParams* params, void* stream
 // Launches the backward kernels; returns a Status.
 int32_t flash_attn_backward(const flash_attn::BackwardParams* params, void* stream);
 
+// Launches the kernels of a call over a KV cache; returns a Status.
+int32_t flash_attn_split(const flash_attn::SplitParams* params, void* stream);
+
+// Rotates x into out; returns a Status.
+int32_t flash_attn_rotary(const flash_attn::RotaryParams* params, void* stream);
+
 // Writes probs (sign bit = dropped) from q, k, softmax_lse, rng_state; returns a Status. probs is
 // contiguous, (batch, num_heads, seqlen_q, seqlen_k), both lengths rounded up to a multiple of 128.
 int32_t flash_attn_dropout_probs(const flash_attn::ForwardParams* params, void* stream);
@@ -213,6 +337,9 @@ const char* flash_attn_forward_kernel(const flash_attn::ForwardParams* params);
 
 // Key of the kernel that flash_attn_backward would run, or null (see flash_attn_last_error).
 const char* flash_attn_backward_kernel(const flash_attn::BackwardParams* params);
+
+// Key of the kernel that flash_attn_split would run, or null (see flash_attn_last_error).
+const char* flash_attn_split_kernel(const flash_attn::SplitParams* params);
 
 // Text of this thread's last error.
 const char* flash_attn_last_error();
@@ -225,6 +352,12 @@ int64_t flash_attn_forward_params_size();
 
 // sizeof(BackwardParams) in bytes.
 int64_t flash_attn_backward_params_size();
+
+// sizeof(SplitParams) in bytes.
+int64_t flash_attn_split_params_size();
+
+// sizeof(RotaryParams) in bytes.
+int64_t flash_attn_rotary_params_size();
 
 // Number of kernels in the library.
 int32_t flash_attn_kernel_count();

@@ -10,30 +10,34 @@ Status forward_sm80_bf16_d64_windowed(const ForwardParams&, const Device&, cudaS
 Status backward_sm80_bf16_d64_full(const BackwardParams&, const Device&, cudaStream_t);
 Status backward_sm80_bf16_d64_causal(const BackwardParams&, const Device&, cudaStream_t);
 Status backward_sm80_bf16_d64_windowed(const BackwardParams&, const Device&, cudaStream_t);
+Status split_sm80_bf16_d64_windowed(const SplitParams&, const Device&, cudaStream_t);
 Status forward_sm86_bf16_d64_full(const ForwardParams&, const Device&, cudaStream_t);
 Status forward_sm86_bf16_d64_causal(const ForwardParams&, const Device&, cudaStream_t);
 Status forward_sm86_bf16_d64_windowed(const ForwardParams&, const Device&, cudaStream_t);
 Status backward_sm86_bf16_d64_full(const BackwardParams&, const Device&, cudaStream_t);
 Status backward_sm86_bf16_d64_causal(const BackwardParams&, const Device&, cudaStream_t);
 Status backward_sm86_bf16_d64_windowed(const BackwardParams&, const Device&, cudaStream_t);
+Status split_sm86_bf16_d64_windowed(const SplitParams&, const Device&, cudaStream_t);
 
-// key, family, direction, dtype, head_dim, mask, split, dynamic shared memory in bytes, forward or backward launcher
+// key, family, direction, dtype, head_dim, mask, dynamic shared memory in bytes, forward, backward or split launcher
 const KernelEntry kKernels[] = {
-    {"forward_sm80_bf16_d64_full", Family::kSm80, Direction::kForward, Dtype::kBf16, 64, Mask::kFull, false, 32768, forward_sm80_bf16_d64_full, nullptr},
-    {"forward_sm80_bf16_d64_causal", Family::kSm80, Direction::kForward, Dtype::kBf16, 64, Mask::kCausal, false, 32768, forward_sm80_bf16_d64_causal, nullptr},
-    {"forward_sm80_bf16_d64_windowed", Family::kSm80, Direction::kForward, Dtype::kBf16, 64, Mask::kWindowed, false, 32768, forward_sm80_bf16_d64_windowed, nullptr},
-    {"backward_sm80_bf16_d64_full", Family::kSm80, Direction::kBackward, Dtype::kBf16, 64, Mask::kFull, false, 66048, nullptr, backward_sm80_bf16_d64_full},
-    {"backward_sm80_bf16_d64_causal", Family::kSm80, Direction::kBackward, Dtype::kBf16, 64, Mask::kCausal, false, 66048, nullptr, backward_sm80_bf16_d64_causal},
-    {"backward_sm80_bf16_d64_windowed", Family::kSm80, Direction::kBackward, Dtype::kBf16, 64, Mask::kWindowed, false, 66048, nullptr, backward_sm80_bf16_d64_windowed},
-    {"forward_sm86_bf16_d64_full", Family::kSm86, Direction::kForward, Dtype::kBf16, 64, Mask::kFull, false, 32768, forward_sm86_bf16_d64_full, nullptr},
-    {"forward_sm86_bf16_d64_causal", Family::kSm86, Direction::kForward, Dtype::kBf16, 64, Mask::kCausal, false, 16384, forward_sm86_bf16_d64_causal, nullptr},
-    {"forward_sm86_bf16_d64_windowed", Family::kSm86, Direction::kForward, Dtype::kBf16, 64, Mask::kWindowed, false, 32768, forward_sm86_bf16_d64_windowed, nullptr},
-    {"backward_sm86_bf16_d64_full", Family::kSm86, Direction::kBackward, Dtype::kBf16, 64, Mask::kFull, false, 66048, nullptr, backward_sm86_bf16_d64_full},
-    {"backward_sm86_bf16_d64_causal", Family::kSm86, Direction::kBackward, Dtype::kBf16, 64, Mask::kCausal, false, 66048, nullptr, backward_sm86_bf16_d64_causal},
-    {"backward_sm86_bf16_d64_windowed", Family::kSm86, Direction::kBackward, Dtype::kBf16, 64, Mask::kWindowed, false, 66048, nullptr, backward_sm86_bf16_d64_windowed},
-    {nullptr, Family::kAuto, Direction::kForward, Dtype::kFp16, 0, Mask::kFull, false, 0, nullptr, nullptr},
+    {"forward_sm80_bf16_d64_full", Family::kSm80, Direction::kForward, Dtype::kBf16, 64, Mask::kFull, 32768, forward_sm80_bf16_d64_full, nullptr, nullptr},
+    {"forward_sm80_bf16_d64_causal", Family::kSm80, Direction::kForward, Dtype::kBf16, 64, Mask::kCausal, 32768, forward_sm80_bf16_d64_causal, nullptr, nullptr},
+    {"forward_sm80_bf16_d64_windowed", Family::kSm80, Direction::kForward, Dtype::kBf16, 64, Mask::kWindowed, 32768, forward_sm80_bf16_d64_windowed, nullptr, nullptr},
+    {"backward_sm80_bf16_d64_full", Family::kSm80, Direction::kBackward, Dtype::kBf16, 64, Mask::kFull, 66048, nullptr, backward_sm80_bf16_d64_full, nullptr},
+    {"backward_sm80_bf16_d64_causal", Family::kSm80, Direction::kBackward, Dtype::kBf16, 64, Mask::kCausal, 66048, nullptr, backward_sm80_bf16_d64_causal, nullptr},
+    {"backward_sm80_bf16_d64_windowed", Family::kSm80, Direction::kBackward, Dtype::kBf16, 64, Mask::kWindowed, 66048, nullptr, backward_sm80_bf16_d64_windowed, nullptr},
+    {"split_sm80_bf16_d64_windowed", Family::kSm80, Direction::kSplit, Dtype::kBf16, 64, Mask::kWindowed, 24576, nullptr, nullptr, split_sm80_bf16_d64_windowed},
+    {"forward_sm86_bf16_d64_full", Family::kSm86, Direction::kForward, Dtype::kBf16, 64, Mask::kFull, 32768, forward_sm86_bf16_d64_full, nullptr, nullptr},
+    {"forward_sm86_bf16_d64_causal", Family::kSm86, Direction::kForward, Dtype::kBf16, 64, Mask::kCausal, 16384, forward_sm86_bf16_d64_causal, nullptr, nullptr},
+    {"forward_sm86_bf16_d64_windowed", Family::kSm86, Direction::kForward, Dtype::kBf16, 64, Mask::kWindowed, 32768, forward_sm86_bf16_d64_windowed, nullptr, nullptr},
+    {"backward_sm86_bf16_d64_full", Family::kSm86, Direction::kBackward, Dtype::kBf16, 64, Mask::kFull, 66048, nullptr, backward_sm86_bf16_d64_full, nullptr},
+    {"backward_sm86_bf16_d64_causal", Family::kSm86, Direction::kBackward, Dtype::kBf16, 64, Mask::kCausal, 66048, nullptr, backward_sm86_bf16_d64_causal, nullptr},
+    {"backward_sm86_bf16_d64_windowed", Family::kSm86, Direction::kBackward, Dtype::kBf16, 64, Mask::kWindowed, 66048, nullptr, backward_sm86_bf16_d64_windowed, nullptr},
+    {"split_sm86_bf16_d64_windowed", Family::kSm86, Direction::kSplit, Dtype::kBf16, 64, Mask::kWindowed, 24576, nullptr, nullptr, split_sm86_bf16_d64_windowed},
+    {nullptr, Family::kAuto, Direction::kForward, Dtype::kFp16, 0, Mask::kFull, 0, nullptr, nullptr, nullptr},
 };
-const int kNumKernels = 12;
+const int kNumKernels = 14;
 
 // family, compute capability, with PTX
 const FamilyTarget kTargets[] = {
