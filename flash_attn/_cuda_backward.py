@@ -72,8 +72,9 @@ def _launch(
     key_rows = round_multiple(k.shape[0] + 128 * batch if sequences[0] else seqlen_k, 128)
     parts = 1
     if gradients[1] is not None and num_heads > num_heads_k:
+        masked = scoring.window_left >= 0 or scoring.window_right >= 0
         multiprocessors = _cuda.multiprocessors(device)
-        parts = choose_key_parts(batch, num_heads, num_heads_k, seqlen_k, multiprocessors)
+        parts = choose_key_parts(batch, num_heads, num_heads_k, seqlen_k, masked, multiprocessors)
     head_dim = _library.kernel_head_dim(max(head_dims))
     workspace = _workspace(
         q, rows * num_heads * batches, 0 if gradients[0] is None else head_dim, deterministic,

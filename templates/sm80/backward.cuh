@@ -2,8 +2,9 @@
 // algorithm 2.
 //
 // One thread block computes kBlockN rows of dK and dV for one head of K and V. It keeps K and V in shared
-// memory and steps through blocks of queries, of all heads that share these keys. Scores are transposed, S^T
-// = K Q^T, so that P^T and dS^T leave the tensor cores as operands of the next products.
+// memory and steps through blocks of queries, of all heads that share these keys, or of one part of them.
+// Scores are transposed, S^T = K Q^T, so that P^T and dS^T leave the tensor cores as operands of the next
+// products.
 //
 // Warps work in pairs that share kWarpKeys keys, because one warp has no room for 32 rows of both dV and dK:
 //

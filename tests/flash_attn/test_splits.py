@@ -50,11 +50,13 @@ def test_tiles_follow_the_tile_table():
 
 
 @pytest.mark.parametrize(
-    "sequences, heads, seqlen_k, parts",
+    "sequences, heads, seqlen_k, full, causal",
     [
-        (1, (32, 8), 4096, 1), (1, (32, 8), 2048, 2), (1, (32, 8), 512, 4), (1, (32, 32), 128, 1),
-        (1, (32, 1), 4096, 8), (64, (32, 1), 4096, 1), (1, (6, 2), 128, 3), (0, (4, 2), 128, 2),
+        (1, (32, 8), 512, 4, 4), (1, (32, 8), 1024, 2, 4), (1, (32, 8), 2048, 1, 4),
+        (1, (32, 8), 16384, 1, 2), (1, (32, 8), 131072, 1, 1), (1, (32, 32), 128, 1, 1),
+        (1, (32, 1), 4096, 4, 32), (64, (32, 1), 4096, 1, 1), (1, (6, 2), 128, 3, 3), (0, (4, 2), 128, 2, 2),
     ],
 )  # fmt: skip
-def test_a_backward_with_few_keys_is_split_by_heads(sequences, heads, seqlen_k, parts):
-    assert choose_key_parts(sequences, *heads, seqlen_k, H200) == parts
+def test_a_backward_with_few_keys_is_split_by_heads(sequences, heads, seqlen_k, full, causal):
+    for masked, parts in ((False, full), (True, causal)):
+        assert choose_key_parts(sequences, *heads, seqlen_k, masked, H200) == parts
