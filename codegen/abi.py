@@ -177,6 +177,7 @@ FORWARD_PARAMS = Struct(
         Field("seqused_k", "const int32_t*", "(batch), or null: keys used of each sequence"),
         Field("leftpad_k", "const int32_t*", "(batch), or null: leading keys skipped of each sequence"),
         Field("alibi_slopes", "const float*", "(num_heads), or (batch, num_heads), or null"),
+        Field("sinks", "const float*", "(num_heads): a score for each head that has no value, or null"),
         Field("rng_state", "const int64_t*", "(2): Philox seed and offset, read where dropout_p > 0"),
         Field(
             "probs",

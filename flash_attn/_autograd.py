@@ -70,18 +70,28 @@ def _function(name: str, q: Tensor) -> Any:
     return getattr(ops, f"_wrapped{name}" if ops.needs_dispatcher(q) else name)
 
 
+def _sink_gradient(sinks: Tensor, dout: Tensor, out: Tensor, lse: Tensor) -> Tensor:
+    """Return the gradient of sinks (h,): a sink has the value 0, so that dS = -P D with D = rowsum(dO * O).
+
+    dout and out are ([b,] rows, h, dv), lse is ([b,] h, rows).
+    """
+    d = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1).transpose(-1, -2)
+    probs = (sinks.to(lse.dtype).unsqueeze(-1) - lse).exp()
+    return -(probs * d).sum(-1).reshape(-1, sinks.shape[0]).sum(0).to(sinks.dtype)
+
+
 class FlashAttention(torch.autograd.Function):
     """`inputs` as `split` takes them, of fixed length -> (out, softmax_lse, S_dmask).
 
-    `scoring` is (dropout_p, softmax_scale, causal, window_left, window_right, softcap).
+    `scoring` is (dropout_p, softmax_scale, causal, window_left, window_right, softcap), `sinks` s_aux.
     """
 
     @staticmethod
-    def forward(ctx: Any, slopes: Tensor | None, scoring: tuple, deterministic: bool, return_softmax: bool,
-                *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    def forward(ctx: Any, sinks: Tensor | None, slopes: Tensor | None, scoring: tuple, deterministic: bool,
+                return_softmax: bool, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         run = _function("_flash_attn_forward", inputs[0])
-        out, lse, probs, rng_state = run(*split(inputs), *scoring, slopes, return_softmax)
-        ctx.save_for_backward(out, lse, rng_state, slopes, *inputs)
+        out, lse, probs, rng_state = run(*split(inputs), *scoring, slopes, return_softmax, s_aux=sinks)
+        ctx.save_for_backward(out, lse, rng_state, slopes, sinks, *inputs)
         ctx.scoring, ctx.deterministic = scoring, deterministic
         ctx.mark_non_differentiable(lse, probs)
         return out, lse, probs
@@ -89,11 +99,12 @@ class FlashAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor, *unused: Tensor) -> Gradients:
-        out, lse, rng_state, slopes, *inputs = ctx.saved_tensors
+        out, lse, rng_state, slopes, sinks, *inputs = ctx.saved_tensors
         gradients, parts = _buffers(inputs, ctx.needs_input_grad[-len(inputs) :])
         run = _function("_flash_attn_backward", inputs[0])
         run(dout, *split(inputs), out, lse, *parts, *ctx.scoring, slopes, ctx.deterministic, rng_state)
-        return None, None, None, None, *gradients
+        dsinks = _sink_gradient(sinks, dout, out, lse) if ctx.needs_input_grad[0] else None
+        return dsinks, None, None, None, None, *gradients
 
 
 class VarlenFlashAttention(torch.autograd.Function):
@@ -101,14 +112,14 @@ class VarlenFlashAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
-                slopes: Tensor | None, scoring: tuple, deterministic: bool, return_softmax: bool,
-                *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+                sinks: Tensor | None, slopes: Tensor | None, scoring: tuple, deterministic: bool,
+                return_softmax: bool, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         run = _function("_flash_attn_varlen_forward", inputs[0])
         out, lse, probs, rng_state = run(
             *split(inputs), cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *scoring, slopes,
-            return_softmax,
+            return_softmax, s_aux=sinks,
         )  # fmt: skip
-        ctx.save_for_backward(out, lse, rng_state, slopes, cu_seqlens_q, cu_seqlens_k, *inputs)
+        ctx.save_for_backward(out, lse, rng_state, slopes, sinks, cu_seqlens_q, cu_seqlens_k, *inputs)
         ctx.max_seqlens, ctx.scoring, ctx.deterministic = (max_seqlen_q, max_seqlen_k), scoring, deterministic
         ctx.mark_non_differentiable(lse, probs)
         return out, lse, probs
@@ -116,11 +127,12 @@ class VarlenFlashAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor, *unused: Tensor) -> Gradients:
-        out, lse, rng_state, slopes, cu_seqlens_q, cu_seqlens_k, *inputs = ctx.saved_tensors
+        out, lse, rng_state, slopes, sinks, cu_seqlens_q, cu_seqlens_k, *inputs = ctx.saved_tensors
         gradients, parts = _buffers(inputs, ctx.needs_input_grad[-len(inputs) :])
         run = _function("_flash_attn_varlen_backward", inputs[0])
         run(
             dout, *split(inputs), out, lse, *parts, cu_seqlens_q, cu_seqlens_k, *ctx.max_seqlens,
             *ctx.scoring, slopes, ctx.deterministic, rng_state,
         )  # fmt: skip
-        return *(None,) * 8, *gradients
+        dsinks = _sink_gradient(sinks, dout, out, lse) if ctx.needs_input_grad[4] else None
+        return *(None,) * 4, dsinks, *(None,) * 4, *gradients

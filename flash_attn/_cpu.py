@@ -133,12 +133,21 @@ def _chunks(
         yield part, _Chunk(q_part, k_part, v_part, of_part, scoring, first_batch + start)
 
 
-def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Return P and the LSE of each row; a row without visible key has P = 0 and LSE = +inf."""
+def _softmax(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return P and the LSE of each row of scores (B, h, rows, cols), which counts its head's sink, if any.
+
+    A row without visible key has P = 0 and LSE = +inf.
+    """
     maximum = scores.amax(-1, keepdim=True)
     empty = maximum == -inf
-    probs = (scores - maximum.masked_fill(empty, 0.0)).exp_()
+    if sinks is not None:
+        sinks = sinks.to(scores.dtype)[:, None, None]
+        maximum = torch.maximum(maximum, sinks)
+    maximum = maximum.masked_fill(empty, 0.0)
+    probs = (scores - maximum).exp_()
     total = probs.sum(-1, keepdim=True)
+    if sinks is not None:
+        total += (sinks - maximum).exp().masked_fill(empty, 0.0)
     probs /= total.masked_fill(empty, 1.0)
     return probs, (maximum + total.log()).masked_fill(empty, inf).squeeze(-1)
 
@@ -162,7 +171,7 @@ def attend(
                 out[part, at] = 0.0
                 lse[part, :, at] = inf
                 continue
-            p, lse[part, :, at] = _softmax(chunk.scores(rows, cols)[0])
+            p, lse[part, :, at] = _softmax(chunk.scores(rows, cols)[0], scoring.sinks)
             if rng_state is not None:
                 keep = chunk.keep(rng_state, rows, cols)
                 if probs is not None:

@@ -134,13 +134,14 @@ def pack_forward(
     The rest is as in `_attend`; ALiBi slopes are contiguous.
     """
     batch, seqlen_q, seqlen_k, total_q, num_heads, num_heads_k = sizes
-    softmax_scale, softcap, window_left, window_right, dropout_p, slopes = scoring
+    softmax_scale, softcap, window_left, window_right, dropout_p, slopes, sinks = scoring
     slopes_at = slopes_stride = 0
     if slopes is not None:
         slopes_at, slopes_stride = slopes.data_ptr(), num_heads if slopes.dim() == 2 else 0
     return _pack(
-        *addresses, lse_at, *sequences, slopes_at, rng_at, 0, counter_at, *strides, *lse_strides,
-        slopes_stride, total_q, total_k, batch, num_heads, num_heads_k, seqlen_q, seqlen_k, *head_dims,
+        *addresses, lse_at, *sequences, slopes_at, 0 if sinks is None else sinks.data_ptr(), rng_at, 0,
+        counter_at, *strides, *lse_strides, slopes_stride, total_q, total_k, batch, num_heads, num_heads_k,
+        seqlen_q, seqlen_k, *head_dims,
         window_left, window_right, DTYPES[dtype], device, family, softmax_scale, softcap, dropout_p,
     )  # fmt: skip
 

@@ -34,13 +34,13 @@ _OUTPUTS = " -> (Tensor, Tensor, Tensor, Tensor)"
 _SCHEMAS = {
     "_flash_attn_forward": (
         "(Tensor q, Tensor k, Tensor v, " + _SCORING.format("", "") + _FORWARD_TAIL.format("", "", "")
-        + ")" + _OUTPUTS
+        + ", Tensor? s_aux=None)" + _OUTPUTS
     ),
     "_flash_attn_varlen_forward": (
         "(Tensor q, Tensor k, Tensor v, " + _LENGTHS + _SCORING.format("=-1", "=-1")
         + _FORWARD_TAIL.format("=0.0", "=None", "=False")
         + ", Tensor? block_table=None, Tensor? leftpad_k=None, Tensor? seqused_k=None, "
-        + "bool zero_tensors=False)" + _OUTPUTS
+        + "bool zero_tensors=False, Tensor? s_aux=None)" + _OUTPUTS
     ),
     "_flash_attn_backward": "(" + _GRADIENTS + _SCORING.format("", "") + _BACKWARD_TAIL + ") -> Tensor",
     "_flash_attn_varlen_backward": (
@@ -62,12 +62,12 @@ def _filled(out: Tensor, lse: Tensor, probs: Tensor | None, rng_state: Tensor | 
 def _flash_attn_forward(
     q: Tensor, k: Tensor, v: Tensor, dropout_p: float, softmax_scale: float | None, causal: bool,
     window_size_left: int, window_size_right: int, softcap: float, alibi_slopes: Tensor | None,
-    return_softmax: bool,
+    return_softmax: bool, s_aux: Tensor | None = None,
 ) -> Outputs:  # fmt: skip
     """Return (out, softmax_lse, S_dmask, rng_state); shapes as in `flash_attn_func`, no gradients."""
     return _filled(*_operations.forward(
         q, k, v, dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes,
-        return_softmax,
+        return_softmax, s_aux=s_aux,
     ))  # fmt: skip
 
 
@@ -77,6 +77,7 @@ def _flash_attn_varlen_forward(
     window_size_left: int = -1, window_size_right: int = -1, softcap: float = 0.0,
     alibi_slopes: Tensor | None = None, return_softmax: bool = False, block_table: Tensor | None = None,
     leftpad_k: Tensor | None = None, seqused_k: Tensor | None = None, zero_tensors: bool = False,
+    s_aux: Tensor | None = None,
 ) -> Outputs:  # fmt: skip
     """Return (out, softmax_lse, S_dmask, rng_state); shapes as in `flash_attn_varlen_func`, no gradients.
 
@@ -86,7 +87,7 @@ def _flash_attn_varlen_forward(
     return _filled(*_operations.varlen_forward(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
         window_size_left, window_size_right, softcap, alibi_slopes, return_softmax, block_table, leftpad_k,
-        seqused_k,
+        seqused_k, s_aux=s_aux,
     ))  # fmt: skip
 
 
@@ -133,7 +134,7 @@ def _fake_outputs(
 
 
 def _fake_forward(
-    q, k, v, dropout_p, softmax_scale, causal, left, right, softcap, alibi_slopes, return_softmax
+    q, k, v, dropout_p, softmax_scale, causal, left, right, softcap, alibi_slopes, return_softmax, s_aux=None
 ):  # fmt: skip
     batch, seqlen_q, num_heads, _ = q.shape
     probs = probs_shape(batch, num_heads, seqlen_q, k.shape[1])

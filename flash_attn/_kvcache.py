@@ -110,7 +110,7 @@ def forward_kvcache(
     cache_batch_idx: Tensor | None, cache_leftpad: Tensor | None, block_table: Tensor | None,
     alibi_slopes: Tensor | None, out: Tensor | None, softmax_scale: float | None, causal: bool,
     window_left: int, window_right: int, softcap: float, rotary_interleaved: bool, num_splits: int,
-    need_lse: bool = True,
+    need_lse: bool = True, s_aux: Tensor | None = None,
 ) -> tuple[Tensor, Any]:  # fmt: skip
     """Return (out, lse (b, h, sq)); k and v are rotated and appended to the cache in place. No gradients.
 
@@ -134,7 +134,7 @@ def forward_kvcache(
         check.fail(ValueError, "k_cache", f"of room for at most {check.MAX_SEQLEN} keys a sequence", capacity)
     scoring = check.check_scoring(
         q, head_dim, batch, seqlen_q, capacity, 0.0, softmax_scale, causal, window_left, window_right,
-        softcap, alibi_slopes,
+        softcap, alibi_slopes, s_aux,
     )  # fmt: skip
     last = None
     if isinstance(cache_seqlens, int) and not 0 <= cache_seqlens <= capacity - s_new:

@@ -26,7 +26,7 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, softmax_scale: float | None = None,
     causal: bool = False, window_left: int = -1, window_right: int = -1, softcap: float = 0.0,
     alibi_slopes: Tensor | None = None, return_softmax: bool = False, out: Tensor | None = None,
-    generator: torch.Generator | None = None, need_lse: bool = True,
+    generator: torch.Generator | None = None, need_lse: bool = True, s_aux: Tensor | None = None,
 ) -> Outputs:  # fmt: skip
     """Return (out, lse (b, h, sq), S_dmask, rng_state) of q (b, sq, h, d), k (b, sk, hk, d) and v.
 
@@ -39,7 +39,7 @@ def forward(
         check.check_batch(k, batch)
     scoring = check.check_scoring(
         q, head_dim, batch, seqlen_q, seqlen_k, dropout_p, softmax_scale, causal, window_left, window_right,
-        softcap, alibi_slopes,
+        softcap, alibi_slopes, s_aux,
     )  # fmt: skip
     if out is not None:
         check.check_output(out, "out", q, v_shape)
@@ -96,7 +96,7 @@ def varlen_forward(
     window_left: int = -1, window_right: int = -1, softcap: float = 0.0, alibi_slopes: Tensor | None = None,
     return_softmax: bool = False, block_table: Tensor | None = None, leftpad_k: Tensor | None = None,
     seqused_k: Tensor | None = None, out: Tensor | None = None, generator: torch.Generator | None = None,
-    need_lse: bool = True,
+    need_lse: bool = True, s_aux: Tensor | None = None,
 ) -> Outputs:  # fmt: skip
     """Return (out, lse (h, total_q), S_dmask, rng_state) of packed q (total_q, h, d); None as in `forward`.
 
@@ -113,7 +113,7 @@ def varlen_forward(
         _check_key_bounds(q, cu_seqlens_k, block_table, leftpad_k, seqused_k, k, batch)
     scoring = check.check_scoring(
         q, shapes[0][2], batch, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, window_left,
-        window_right, softcap, alibi_slopes,
+        window_right, softcap, alibi_slopes, s_aux,
     )  # fmt: skip
     if out is not None:
         check.check_output(out, "out", q, shapes[2])

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from flash_attn._layout import overlap
+from flash_attn._layout import lse_dtype, overlap
 
 MAX_HEAD_DIM = 256
 MAX_SEQLEN = 2**31 - 128  # int32, also when rounded up to 128
@@ -40,6 +40,7 @@ class Scoring(NamedTuple):
     window_right: int
     dropout_p: float
     alibi_slopes: Tensor | None
+    sinks: Tensor | None = None
 
 
 def fail(kind: type[Exception], name: str, allowed: str, got: object) -> NoReturn:
@@ -199,7 +200,7 @@ def normalise_window(causal: bool, left: int, right: int, seqlen_q: int, seqlen_
 def check_scoring(
     q: Tensor, head_dim: int, batch: int, seqlen_q: int, seqlen_k: int, dropout_p: float,
     softmax_scale: float | None, causal: bool, window_left: int, window_right: int, softcap: float,
-    alibi_slopes: Tensor | None,
+    alibi_slopes: Tensor | None, s_aux: Tensor | None = None,
 ) -> Scoring:  # fmt: skip
     """Check and normalise what turns q (.., h, head_dim) and k into probabilities."""
     scale = head_dim**-0.5 if softmax_scale is None else as_float(softmax_scale, "softmax_scale")
@@ -223,7 +224,19 @@ def check_scoring(
         window_left = window_right = -1
     if alibi_slopes is not None:
         check_alibi(alibi_slopes, q, batch)
-    return Scoring(scale, softcap, window_left, window_right, dropout_p, alibi_slopes)
+    sinks = None if s_aux is None else check_sinks(s_aux, q)
+    return Scoring(scale, softcap, window_left, window_right, dropout_p, alibi_slopes, sinks)
+
+
+def check_sinks(s_aux: Tensor, q: Tensor) -> Tensor:
+    """Check attention sinks, (h,) of any floating dtype; return them contiguous, in the LSE's dtype."""
+    _check_tensor(s_aux, "s_aux")
+    if not s_aux.dtype.is_floating_point:
+        fail(TypeError, "s_aux", "of a floating dtype", s_aux.dtype)
+    _check_same_device(s_aux, "s_aux", q)
+    if s_aux.shape != q.shape[-2:-1]:
+        fail(ValueError, "s_aux", f"of shape ({q.shape[-2]},)", tuple(s_aux.shape))
+    return s_aux.detach().to(lse_dtype(q.dtype)).contiguous()
 
 
 def check_alibi(slopes: Tensor, q: Tensor, batch: int) -> None:

@@ -51,7 +51,7 @@ __all__ = [
 ]
 
 Window = tuple[int, int]
-Result = Tensor | tuple[Tensor, Tensor, Tensor]
+Result = Tensor | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
 REFUSALS = (TypeError, ValueError, NotImplementedError)
 
 
@@ -73,22 +73,40 @@ def _window(window_size: Window) -> tuple[int, int]:
     return check.as_int(left, "window_size[0]"), check.as_int(right, "window_size[1]")
 
 
+def _refuse_recorded(**given: object) -> None:
+    """Refuse what has no gradient where a tensor requires grad."""
+    for name, x in given.items():
+        if x is not None:
+            raise NotImplementedError(f"{name} must be None where a tensor requires grad: forward only")
+
+
+def _written(made: Tensor, out: Tensor | None) -> Tensor:
+    """Return `out`, if given, with what the custom op has made."""
+    return made if out is None else out.copy_(made)
+
+
 def _attend(
     inputs: tuple[Tensor, ...], dropout_p: float, softmax_scale: float | None, causal: bool,
     window_size: Window, softcap: float, alibi_slopes: Tensor | None, deterministic: bool,
-    return_attn_probs: bool,
+    return_attn_probs: bool, out: Tensor | None = None, s_aux: Tensor | None = None,
 ) -> Result:  # fmt: skip
     """`flash_attn_func` of (q, k, v), (q, kv) or (qkv,)."""
     scoring = (dropout_p, softmax_scale, bool(causal), *_window(window_size), softcap)
-    if must_record(inputs):
-        result = record(FlashAttention, alibi_slopes, scoring, deterministic, return_attn_probs, *inputs)
+    if must_record(inputs if s_aux is None else (*inputs, s_aux)):
+        _refuse_recorded(out=out)
+        result = record(
+            FlashAttention, s_aux, alibi_slopes, scoring, deterministic, return_attn_probs, *inputs
+        )  # fmt: skip
         return result if return_attn_probs else result[0]
     q, k, v = split(inputs)
     arguments = q, k, v, *scoring, alibi_slopes, return_attn_probs
     if needs_dispatcher(inputs[0]):
-        out, lse, probs, _ = _wrapped_flash_attn_forward(*arguments)
+        made, lse, probs, _ = _wrapped_flash_attn_forward(*arguments, s_aux=s_aux)
+        out = _written(made, out)
     else:
-        out, lse, probs, _ = _operations.forward(*arguments, need_lse=return_attn_probs)
+        out, lse, probs, _ = _operations.forward(
+            *arguments, out=out, need_lse=return_attn_probs, s_aux=s_aux
+        )  # fmt: skip
     return _result(return_attn_probs, out, lse, probs)
 
 
@@ -96,30 +114,35 @@ def _attend_varlen(
     inputs: tuple[Tensor, ...], cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
     max_seqlen_k: int, dropout_p: float, softmax_scale: float | None, causal: bool, window_size: Window,
     softcap: float, alibi_slopes: Tensor | None, deterministic: bool, return_attn_probs: bool,
-    block_table: Tensor | None = None,
+    block_table: Tensor | None = None, out: Tensor | None = None, seqused_k: Tensor | None = None,
+    need_lse: bool = False, s_aux: Tensor | None = None,
 ) -> Result:  # fmt: skip
-    """`flash_attn_varlen_func` of (q, k, v), (q, kv) or (qkv,)."""
+    """`flash_attn_varlen_func` of (q, k, v), (q, kv) or (qkv,); `need_lse` makes it (out, softmax_lse)."""
     scoring = (dropout_p, softmax_scale, bool(causal), *_window(window_size), softcap)
-    if must_record(inputs):
-        if block_table is not None:
-            raise NotImplementedError("block_table must be None where a tensor requires grad: forward only")
+    if must_record(inputs if s_aux is None else (*inputs, s_aux)):
+        _refuse_recorded(block_table=block_table, out=out, seqused_k=seqused_k)
         max_seqlen_q = check.check_max_seqlen(max_seqlen_q, "max_seqlen_q")
         max_seqlen_k = check.check_max_seqlen(max_seqlen_k, "max_seqlen_k")
         result = record(
-            VarlenFlashAttention, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, alibi_slopes,
+            VarlenFlashAttention, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, s_aux, alibi_slopes,
             scoring, deterministic, return_attn_probs, *inputs,
         )  # fmt: skip
-        return result if return_attn_probs else result[0]
+        return result if return_attn_probs else result[:2] if need_lse else result[0]
     q, k, v = split(inputs)
     arguments = (
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *scoring, alibi_slopes,
         return_attn_probs, block_table,
     )  # fmt: skip
     if needs_dispatcher(inputs[0]):
-        out, lse, probs, _ = _wrapped_flash_attn_varlen_forward(*arguments)
+        made, lse, probs, _ = _wrapped_flash_attn_varlen_forward(
+            *arguments, seqused_k=seqused_k, s_aux=s_aux
+        )  # fmt: skip
+        out = _written(made, out)
     else:
-        out, lse, probs, _ = _operations.varlen_forward(*arguments, need_lse=return_attn_probs)
-    return _result(return_attn_probs, out, lse, probs)
+        out, lse, probs, _ = _operations.varlen_forward(
+            *arguments, seqused_k=seqused_k, out=out, need_lse=return_attn_probs or need_lse, s_aux=s_aux
+        )  # fmt: skip
+    return (out, lse) if need_lse and not return_attn_probs else _result(return_attn_probs, out, lse, probs)
 
 
 def flash_attn_func(
@@ -134,6 +157,9 @@ def flash_attn_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
+    *,
+    out: Tensor | None = None,
+    s_aux: Tensor | None = None,
 ) -> Result:
     """Attention softmax(scores) v, where scores = q k^T * softmax_scale, capped, biased and masked.
 
@@ -154,6 +180,9 @@ def flash_attn_func(
         deterministic: the same gradients, bit for bit, on every run; on CUDA slower, and with 4 bytes more
             per query and head during the backward.
         return_attn_probs: return more than `out`; for testing.
+        out: (b, sq, h, dv), of q's dtype, to write the result into; not where a tensor requires grad.
+        s_aux: attention sinks, (h,) of any floating dtype: a score for each head that counts in the softmax
+            and in the LSE, but has no value. Differentiable.
 
     Returns:
         out (b, sq, h, dv), or (out, softmax_lse, S_dmask) with `return_attn_probs`: softmax_lse (b, h, sq) is
@@ -170,7 +199,7 @@ def flash_attn_func(
     """
     return _attend(
         (q, k, v), dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
-        return_attn_probs,
+        return_attn_probs, out, s_aux,
     )  # fmt: skip
 
 
@@ -240,6 +269,11 @@ def flash_attn_varlen_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
     block_table: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    return_softmax_lse: bool = False,
+    s_aux: Tensor | None = None,
 ) -> Result:
     """Attention within each of b sequences packed end to end; the rest as in `flash_attn_func`.
 
@@ -256,14 +290,20 @@ def flash_attn_varlen_func(
         max_seqlen_q, max_seqlen_k: at least the longest sequence: rows past them are not computed. Checked on
             CPU only.
         block_table: int32 (b, max_blocks), the pages of each sequence's keys; forward only.
+        out: (total_q, h, dv), as in `flash_attn_func`.
+        seqused_k: int32 (b,), how many keys of each sequence are used; with a `block_table` it replaces the
+            lengths of cu_seqlens_k. Forward only.
+        return_softmax_lse: return the LSE too.
+        s_aux: as in `flash_attn_func`.
 
     Returns:
-        out (total_q, h, dv), or (out, softmax_lse, S_dmask): softmax_lse (h, total_q), S_dmask as in
-        `flash_attn_func`.
+        out (total_q, h, dv), or with `return_softmax_lse` (out, softmax_lse), or with `return_attn_probs`
+        (out, softmax_lse, S_dmask): softmax_lse (h, total_q), S_dmask as in `flash_attn_func`.
     """
     return _attend_varlen(
         (q, k, v), cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
-        window_size, softcap, alibi_slopes, deterministic, return_attn_probs, block_table,
+        window_size, softcap, alibi_slopes, deterministic, return_attn_probs, block_table, out, seqused_k,
+        return_softmax_lse, s_aux,
     )  # fmt: skip
 
 
@@ -346,6 +386,9 @@ def flash_attn_with_kvcache(
     alibi_slopes: Tensor | None = None,
     num_splits: int = 0,
     return_softmax_lse: bool = False,
+    *,
+    out: Tensor | None = None,
+    s_aux: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over a key/value cache, to which k and v are appended first, in place. No gradients flow.
 
@@ -370,7 +413,7 @@ def flash_attn_with_kvcache(
         num_splits: 0 to 128, into how many parts to split the keys, 0 for a heuristic; no effect beyond
             rounding.
         return_softmax_lse: return the LSE too.
-        softmax_scale, causal, window_size, softcap, alibi_slopes: as in `flash_attn_func`.
+        softmax_scale, causal, window_size, softcap, alibi_slopes, out, s_aux: as in `flash_attn_func`.
 
     Returns:
         out (b, sq, h, dv), or (out, softmax_lse (b, h, sq)) with `return_softmax_lse`.
@@ -382,7 +425,7 @@ def flash_attn_with_kvcache(
     window_left, window_right = _window(window_size)
     out, lse = _kvcache.forward_kvcache(
         q, k_cache, v_cache, k, v, cache_seqlens, rotary_cos, rotary_sin, cache_batch_idx, cache_leftpad,
-        block_table, alibi_slopes, None, softmax_scale, causal, window_left, window_right, softcap,
-        rotary_interleaved, num_splits, return_softmax_lse,
+        block_table, alibi_slopes, out, softmax_scale, causal, window_left, window_right, softcap,
+        rotary_interleaved, num_splits, return_softmax_lse, s_aux,
     )  # fmt: skip
     return (out, lse) if return_softmax_lse else out

@@ -108,12 +108,13 @@ class Partials {
 // Where a row of the result lies.
 template <class Element>
 struct ResultRow {
+  int head;
   Element* out;
   float* lse;
 
   __device__ __forceinline__ ResultRow(const ForwardParams& params, int64_t row) {
     const int64_t token = row / params.num_heads;
-    const int head = static_cast<int>(row - token * params.num_heads);
+    head = static_cast<int>(row - token * params.num_heads);
     const int64_t batch = params.cu_seqlens_q == nullptr ? token / params.seqlen_q : 0;
     const int64_t query = token - batch * params.seqlen_q;
     out = static_cast<Element*>(params.out) + batch * params.out_batch_stride +
@@ -156,7 +157,7 @@ __global__ void __launch_bounds__(32 * kWarps)
 
   Partials<kGroups> partials(params.out_partial + row * num_splits * head_dim, head_dim, num_splits,
                              warp % warps_per_row, warps_per_row);
-  const float lse = weigh_splits(weights[warp], params.lse_partial + row * num_splits, num_splits);
+  float lse = weigh_splits(weights[warp], params.lse_partial + row * num_splits, num_splits);
   float4 o[kGroups] = {};
   while (!partials.done()) partials.add(o, weights[warp]);
   if (warps_per_row > 1) {
@@ -164,6 +165,13 @@ __global__ void __launch_bounds__(32 * kWarps)
     if (warp > 0) return;
   }
   const ResultRow<Element> result(params.forward, row);
+  if (params.forward.sinks != nullptr) {
+    const float factor = add_sink(lse, params.forward.sinks[result.head]);
+#pragma unroll
+    for (float4& part : o) {
+      part = make_float4(factor * part.x, factor * part.y, factor * part.z, factor * part.w);
+    }
+  }
   if (lane == 0 && params.forward.softmax_lse != nullptr) *result.lse = lse;
 #pragma unroll
   for (int group = 0; group < kGroups; ++group) {

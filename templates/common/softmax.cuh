@@ -12,6 +12,16 @@ namespace flash_attn {
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
+// Counts a score without a value, an attention sink, in a row's LSE; returns by what O must be multiplied. A
+// row that sees no key stays as it is.
+__device__ __forceinline__ float add_sink(float& lse, float sink) {
+  if (isinf(lse)) return 1.0f;
+  const float max = fmaxf(lse, sink);
+  const float sum = max + logf(expf(lse - max) + expf(sink - max)), factor = expf(lse - sum);
+  lse = sum;
+  return factor;
+}
+
 // A thread's rows: two for each m16 tile (lane / 4 and 8 below), spread over the four lanes of a quad.
 template <int kTilesM>
 struct OnlineSoftmax {

@@ -82,7 +82,9 @@ __device__ __forceinline__ void finish(const QueryBlock& queries, const WarpPart
 #pragma unroll
   for (int i = 0; i < 2 * Config::kTilesM; ++i) {
     const int row = part.row + i / 2 * 16 + i % 2 * 8 + lane / 4;
-    if (stores_lse && row < queries.rows) *queries.lse(row) = softmax.log_sum_exp(i, scale_log2);
+    float lse = softmax.log_sum_exp(i, scale_log2);
+    if (queries.params->sinks != nullptr) factor[i] *= add_sink(lse, queries.params->sinks[queries.head]);
+    if (stores_lse && row < queries.rows) *queries.lse(row) = lse;
     if constexpr (kModifiers) factor[i] /= 1.0f - queries.params->dropout_p;
   }
   store_tile<Config::kDtype, Config::kHeadDim>(

@@ -211,7 +211,7 @@ __device__ __forceinline__ void store_merged(const SplitParams& params, const Sp
     const int row = i / kChunks, column = i % kChunks * 8;
     if (column >= head_dim_v) continue;
     float o[8];
-    const float lse = results.merge(o, row, column, scale_log2);
+    float lse = results.merge(o, row, column, scale_log2);
     if (work.num_splits > 1) {
       const int64_t at = work.partial(row);
       float4* out = reinterpret_cast<float4*>(params.out_partial + at * head_dim_v + column);
@@ -219,6 +219,11 @@ __device__ __forceinline__ void store_merged(const SplitParams& params, const Sp
       out[1] = make_float4(o[4], o[5], o[6], o[7]);
       if (column == 0) params.lse_partial[at] = lse;
     } else {
+      if (params.forward.sinks != nullptr) {
+        const float factor = add_sink(lse, params.forward.sinks[queries.head_of(row)]);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) o[j] *= factor;
+      }
       uint4 packed = {pack<Config::kDtype>(o[0], o[1]), pack<Config::kDtype>(o[2], o[3]),
                       pack<Config::kDtype>(o[4], o[5]), pack<Config::kDtype>(o[6], o[7])};
       *reinterpret_cast<uint4*>(queries.out<typename Config::Element>(row) + column) = packed;

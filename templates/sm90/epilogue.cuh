@@ -62,8 +62,12 @@ __device__ __forceinline__ void finish(const QueryBlock& queries, OnlineSoftmax<
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int row = first_row + i * 8 + lane / 4;
+    float lse = softmax.log_sum_exp(i, scale_log2);
+    if (queries.params->sinks != nullptr) {
+      factor[i] *= add_sink(lse, queries.params->sinks[queries.head_of(row)]);
+    }
     if (queries.params->softmax_lse != nullptr && lane % 4 == 0 && row < queries.rows) {
-      *queries.lse(row) = softmax.log_sum_exp(i, scale_log2);
+      *queries.lse(row) = lse;
     }
     if constexpr (kModifiers) factor[i] /= 1.0f - queries.params->dropout_p;
   }
