@@ -15,8 +15,8 @@ def fake_library(**changes):
     """Return an object with the library's functions, as ctypes would give them."""
     results = {
         "flash_attn_layout_hash": _abi.LAYOUT_HASH,
-        "flash_attn_forward_params_size": _abi.FORWARD_PARAMS.size,
-        "flash_attn_backward_params_size": _abi.BACKWARD_PARAMS.size, "flash_attn_kernel_count": 2,
+        **{f"flash_attn_{name}_params_size": packer.size for name, packer in _library.PARAMS.items()},
+        "flash_attn_kernel_count": 2,
         "flash_attn_targets": b"sm80:80,sm80:90+ptx",
     }  # fmt: skip
 

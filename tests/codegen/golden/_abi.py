@@ -4,7 +4,7 @@ import ctypes
 import struct
 from enum import IntEnum
 
-LAYOUT_HASH = 0xA6F8D3A4A2F29559
+LAYOUT_HASH = 0x65949C02300FDC1F
 """Must equal flash_attn_layout_hash() of the library."""
 
 HEAD_DIMS = (32, 64, 96, 128, 192, 256)
@@ -80,6 +80,7 @@ class ForwardParams(ctypes.Structure):
         ("seqused_k", ctypes.c_void_p),  # (batch), or null: keys used of each sequence
         ("leftpad_k", ctypes.c_void_p),  # (batch), or null: leading keys skipped of each sequence
         ("alibi_slopes", ctypes.c_void_p),  # (num_heads), or (batch, num_heads), or null
+        ("sinks", ctypes.c_void_p),  # (num_heads): a score for each head that has no value, or null
         ("rng_state", ctypes.c_void_p),  # (2): Philox seed and offset, read where dropout_p > 0
         ("probs", ctypes.c_void_p),  # output of flash_attn_dropout_probs, see there
         ("tile_counter", ctypes.c_void_p),  # zero, also after the call, used by no other meanwhile; or null
@@ -118,8 +119,8 @@ class ForwardParams(ctypes.Structure):
     )
 
 
-FORWARD_PARAMS = struct.Struct("<13Q17q12i3f4x")
-"""Packs the fields of ForwardParams, in order, into 304 bytes; a pointer is an int, null is 0."""
+FORWARD_PARAMS = struct.Struct("<14Q17q12i3f4x")
+"""Packs the fields of ForwardParams, in order, into 312 bytes; a pointer is an int, null is 0."""
 
 
 class BackwardParams(ctypes.Structure):
@@ -154,8 +155,8 @@ class BackwardParams(ctypes.Structure):
     )
 
 
-BACKWARD_PARAMS = struct.Struct("<304s8Q13q")
-"""Packs the fields of BackwardParams, in order, into 472 bytes; a pointer is an int, null is 0."""
+BACKWARD_PARAMS = struct.Struct("<312s8Q13q")
+"""Packs the fields of BackwardParams, in order, into 480 bytes; a pointer is an int, null is 0."""
 
 
 class SplitParams(ctypes.Structure):
@@ -195,8 +196,8 @@ class SplitParams(ctypes.Structure):
     )
 
 
-SPLIT_PARAMS = struct.Struct("<304s10Q7q8i")
-"""Packs the fields of SplitParams, in order, into 472 bytes; a pointer is an int, null is 0."""
+SPLIT_PARAMS = struct.Struct("<312s10Q7q8i")
+"""Packs the fields of SplitParams, in order, into 480 bytes; a pointer is an int, null is 0."""
 
 
 class RotaryParams(ctypes.Structure):

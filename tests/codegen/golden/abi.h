@@ -7,7 +7,7 @@
 
 namespace flash_attn {
 
-constexpr uint64_t kLayoutHash = 0xA6F8D3A4A2F29559u;
+constexpr uint64_t kLayoutHash = 0x65949C02300FDC1Fu;
 
 // Element type of q, k, v and out.
 enum class Dtype : int32_t {
@@ -60,6 +60,7 @@ struct ForwardParams {
   const int32_t* seqused_k;  // (batch), or null: keys used of each sequence
   const int32_t* leftpad_k;  // (batch), or null: leading keys skipped of each sequence
   const float* alibi_slopes;  // (num_heads), or (batch, num_heads), or null
+  const float* sinks;  // (num_heads): a score for each head that has no value, or null
   const int64_t* rng_state;  // (2): Philox seed and offset, read where dropout_p > 0
   void* probs;  // output of flash_attn_dropout_probs, see there
   int32_t* tile_counter;  // zero, also after the call, used by no other meanwhile; or null
@@ -96,7 +97,7 @@ struct ForwardParams {
   float softcap;  // scores are softcap * tanh(score / softcap), 0 = off
   float dropout_p;  // probability of dropping an element of P
 };
-static_assert(sizeof(ForwardParams) == 304);
+static_assert(sizeof(ForwardParams) == 312);
 static_assert(offsetof(ForwardParams, q) == 0);
 static_assert(offsetof(ForwardParams, k) == 8);
 static_assert(offsetof(ForwardParams, v) == 16);
@@ -107,41 +108,42 @@ static_assert(offsetof(ForwardParams, cu_seqlens_k) == 48);
 static_assert(offsetof(ForwardParams, seqused_k) == 56);
 static_assert(offsetof(ForwardParams, leftpad_k) == 64);
 static_assert(offsetof(ForwardParams, alibi_slopes) == 72);
-static_assert(offsetof(ForwardParams, rng_state) == 80);
-static_assert(offsetof(ForwardParams, probs) == 88);
-static_assert(offsetof(ForwardParams, tile_counter) == 96);
-static_assert(offsetof(ForwardParams, q_batch_stride) == 104);
-static_assert(offsetof(ForwardParams, q_row_stride) == 112);
-static_assert(offsetof(ForwardParams, q_head_stride) == 120);
-static_assert(offsetof(ForwardParams, k_batch_stride) == 128);
-static_assert(offsetof(ForwardParams, k_row_stride) == 136);
-static_assert(offsetof(ForwardParams, k_head_stride) == 144);
-static_assert(offsetof(ForwardParams, v_batch_stride) == 152);
-static_assert(offsetof(ForwardParams, v_row_stride) == 160);
-static_assert(offsetof(ForwardParams, v_head_stride) == 168);
-static_assert(offsetof(ForwardParams, out_batch_stride) == 176);
-static_assert(offsetof(ForwardParams, out_row_stride) == 184);
-static_assert(offsetof(ForwardParams, out_head_stride) == 192);
-static_assert(offsetof(ForwardParams, lse_batch_stride) == 200);
-static_assert(offsetof(ForwardParams, lse_head_stride) == 208);
-static_assert(offsetof(ForwardParams, alibi_batch_stride) == 216);
-static_assert(offsetof(ForwardParams, total_q) == 224);
-static_assert(offsetof(ForwardParams, total_k) == 232);
-static_assert(offsetof(ForwardParams, batch) == 240);
-static_assert(offsetof(ForwardParams, num_heads) == 244);
-static_assert(offsetof(ForwardParams, num_heads_k) == 248);
-static_assert(offsetof(ForwardParams, seqlen_q) == 252);
-static_assert(offsetof(ForwardParams, seqlen_k) == 256);
-static_assert(offsetof(ForwardParams, head_dim) == 260);
-static_assert(offsetof(ForwardParams, head_dim_v) == 264);
-static_assert(offsetof(ForwardParams, window_left) == 268);
-static_assert(offsetof(ForwardParams, window_right) == 272);
-static_assert(offsetof(ForwardParams, dtype) == 276);
-static_assert(offsetof(ForwardParams, device) == 280);
-static_assert(offsetof(ForwardParams, family) == 284);
-static_assert(offsetof(ForwardParams, softmax_scale) == 288);
-static_assert(offsetof(ForwardParams, softcap) == 292);
-static_assert(offsetof(ForwardParams, dropout_p) == 296);
+static_assert(offsetof(ForwardParams, sinks) == 80);
+static_assert(offsetof(ForwardParams, rng_state) == 88);
+static_assert(offsetof(ForwardParams, probs) == 96);
+static_assert(offsetof(ForwardParams, tile_counter) == 104);
+static_assert(offsetof(ForwardParams, q_batch_stride) == 112);
+static_assert(offsetof(ForwardParams, q_row_stride) == 120);
+static_assert(offsetof(ForwardParams, q_head_stride) == 128);
+static_assert(offsetof(ForwardParams, k_batch_stride) == 136);
+static_assert(offsetof(ForwardParams, k_row_stride) == 144);
+static_assert(offsetof(ForwardParams, k_head_stride) == 152);
+static_assert(offsetof(ForwardParams, v_batch_stride) == 160);
+static_assert(offsetof(ForwardParams, v_row_stride) == 168);
+static_assert(offsetof(ForwardParams, v_head_stride) == 176);
+static_assert(offsetof(ForwardParams, out_batch_stride) == 184);
+static_assert(offsetof(ForwardParams, out_row_stride) == 192);
+static_assert(offsetof(ForwardParams, out_head_stride) == 200);
+static_assert(offsetof(ForwardParams, lse_batch_stride) == 208);
+static_assert(offsetof(ForwardParams, lse_head_stride) == 216);
+static_assert(offsetof(ForwardParams, alibi_batch_stride) == 224);
+static_assert(offsetof(ForwardParams, total_q) == 232);
+static_assert(offsetof(ForwardParams, total_k) == 240);
+static_assert(offsetof(ForwardParams, batch) == 248);
+static_assert(offsetof(ForwardParams, num_heads) == 252);
+static_assert(offsetof(ForwardParams, num_heads_k) == 256);
+static_assert(offsetof(ForwardParams, seqlen_q) == 260);
+static_assert(offsetof(ForwardParams, seqlen_k) == 264);
+static_assert(offsetof(ForwardParams, head_dim) == 268);
+static_assert(offsetof(ForwardParams, head_dim_v) == 272);
+static_assert(offsetof(ForwardParams, window_left) == 276);
+static_assert(offsetof(ForwardParams, window_right) == 280);
+static_assert(offsetof(ForwardParams, dtype) == 284);
+static_assert(offsetof(ForwardParams, device) == 288);
+static_assert(offsetof(ForwardParams, family) == 292);
+static_assert(offsetof(ForwardParams, softmax_scale) == 296);
+static_assert(offsetof(ForwardParams, softcap) == 300);
+static_assert(offsetof(ForwardParams, dropout_p) == 304);
 
 // Arguments of one attention backward call. The workspaces need not be initialised. Per head (and batch
 // entry), they have seqlen_q rows, or if varlen total_q + 128 * batch, rounded up to a multiple of 128.
@@ -170,29 +172,29 @@ struct BackwardParams {
   int64_t dv_head_stride;  // from one head to the next
   int64_t rows;  // rows of the workspaces
 };
-static_assert(sizeof(BackwardParams) == 472);
+static_assert(sizeof(BackwardParams) == 480);
 static_assert(offsetof(BackwardParams, forward) == 0);
-static_assert(offsetof(BackwardParams, dout) == 304);
-static_assert(offsetof(BackwardParams, dq) == 312);
-static_assert(offsetof(BackwardParams, dk) == 320);
-static_assert(offsetof(BackwardParams, dv) == 328);
-static_assert(offsetof(BackwardParams, softmax_d) == 336);
-static_assert(offsetof(BackwardParams, softmax_lse_log2) == 344);
-static_assert(offsetof(BackwardParams, dq_accumulator) == 352);
-static_assert(offsetof(BackwardParams, semaphores) == 360);
-static_assert(offsetof(BackwardParams, dout_batch_stride) == 368);
-static_assert(offsetof(BackwardParams, dout_row_stride) == 376);
-static_assert(offsetof(BackwardParams, dout_head_stride) == 384);
-static_assert(offsetof(BackwardParams, dq_batch_stride) == 392);
-static_assert(offsetof(BackwardParams, dq_row_stride) == 400);
-static_assert(offsetof(BackwardParams, dq_head_stride) == 408);
-static_assert(offsetof(BackwardParams, dk_batch_stride) == 416);
-static_assert(offsetof(BackwardParams, dk_row_stride) == 424);
-static_assert(offsetof(BackwardParams, dk_head_stride) == 432);
-static_assert(offsetof(BackwardParams, dv_batch_stride) == 440);
-static_assert(offsetof(BackwardParams, dv_row_stride) == 448);
-static_assert(offsetof(BackwardParams, dv_head_stride) == 456);
-static_assert(offsetof(BackwardParams, rows) == 464);
+static_assert(offsetof(BackwardParams, dout) == 312);
+static_assert(offsetof(BackwardParams, dq) == 320);
+static_assert(offsetof(BackwardParams, dk) == 328);
+static_assert(offsetof(BackwardParams, dv) == 336);
+static_assert(offsetof(BackwardParams, softmax_d) == 344);
+static_assert(offsetof(BackwardParams, softmax_lse_log2) == 352);
+static_assert(offsetof(BackwardParams, dq_accumulator) == 360);
+static_assert(offsetof(BackwardParams, semaphores) == 368);
+static_assert(offsetof(BackwardParams, dout_batch_stride) == 376);
+static_assert(offsetof(BackwardParams, dout_row_stride) == 384);
+static_assert(offsetof(BackwardParams, dout_head_stride) == 392);
+static_assert(offsetof(BackwardParams, dq_batch_stride) == 400);
+static_assert(offsetof(BackwardParams, dq_row_stride) == 408);
+static_assert(offsetof(BackwardParams, dq_head_stride) == 416);
+static_assert(offsetof(BackwardParams, dk_batch_stride) == 424);
+static_assert(offsetof(BackwardParams, dk_row_stride) == 432);
+static_assert(offsetof(BackwardParams, dk_head_stride) == 440);
+static_assert(offsetof(BackwardParams, dv_batch_stride) == 448);
+static_assert(offsetof(BackwardParams, dv_row_stride) == 456);
+static_assert(offsetof(BackwardParams, dv_head_stride) == 464);
+static_assert(offsetof(BackwardParams, rows) == 472);
 
 // Arguments of one attention call over a KV cache. Keys that the call appends are written to the cache
 // first; what would lie outside of it is dropped, and read as zero. In forward, k and v are the cache,
@@ -226,33 +228,33 @@ struct SplitParams {
   int32_t rotary_interleaved;  // pairs are (0, 1), (2, 3), ..; else the two halves
   int32_t num_splits;  // parts of the keys; the workspaces are used where more than 1
 };
-static_assert(sizeof(SplitParams) == 472);
+static_assert(sizeof(SplitParams) == 480);
 static_assert(offsetof(SplitParams, forward) == 0);
-static_assert(offsetof(SplitParams, cache_seqlens) == 304);
-static_assert(offsetof(SplitParams, cache_batch_idx) == 312);
-static_assert(offsetof(SplitParams, block_table) == 320);
-static_assert(offsetof(SplitParams, k_new) == 328);
-static_assert(offsetof(SplitParams, v_new) == 336);
-static_assert(offsetof(SplitParams, rotary_cos) == 344);
-static_assert(offsetof(SplitParams, rotary_sin) == 352);
-static_assert(offsetof(SplitParams, q_rotated) == 360);
-static_assert(offsetof(SplitParams, out_partial) == 368);
-static_assert(offsetof(SplitParams, lse_partial) == 376);
-static_assert(offsetof(SplitParams, k_new_batch_stride) == 384);
-static_assert(offsetof(SplitParams, k_new_row_stride) == 392);
-static_assert(offsetof(SplitParams, k_new_head_stride) == 400);
-static_assert(offsetof(SplitParams, v_new_batch_stride) == 408);
-static_assert(offsetof(SplitParams, v_new_row_stride) == 416);
-static_assert(offsetof(SplitParams, v_new_head_stride) == 424);
-static_assert(offsetof(SplitParams, block_table_stride) == 432);
-static_assert(offsetof(SplitParams, cache_entries) == 440);
-static_assert(offsetof(SplitParams, page_size) == 444);
-static_assert(offsetof(SplitParams, cache_seqlen) == 448);
-static_assert(offsetof(SplitParams, seqlen_new) == 452);
-static_assert(offsetof(SplitParams, rotary_rows) == 456);
-static_assert(offsetof(SplitParams, rotary_dim) == 460);
-static_assert(offsetof(SplitParams, rotary_interleaved) == 464);
-static_assert(offsetof(SplitParams, num_splits) == 468);
+static_assert(offsetof(SplitParams, cache_seqlens) == 312);
+static_assert(offsetof(SplitParams, cache_batch_idx) == 320);
+static_assert(offsetof(SplitParams, block_table) == 328);
+static_assert(offsetof(SplitParams, k_new) == 336);
+static_assert(offsetof(SplitParams, v_new) == 344);
+static_assert(offsetof(SplitParams, rotary_cos) == 352);
+static_assert(offsetof(SplitParams, rotary_sin) == 360);
+static_assert(offsetof(SplitParams, q_rotated) == 368);
+static_assert(offsetof(SplitParams, out_partial) == 376);
+static_assert(offsetof(SplitParams, lse_partial) == 384);
+static_assert(offsetof(SplitParams, k_new_batch_stride) == 392);
+static_assert(offsetof(SplitParams, k_new_row_stride) == 400);
+static_assert(offsetof(SplitParams, k_new_head_stride) == 408);
+static_assert(offsetof(SplitParams, v_new_batch_stride) == 416);
+static_assert(offsetof(SplitParams, v_new_row_stride) == 424);
+static_assert(offsetof(SplitParams, v_new_head_stride) == 432);
+static_assert(offsetof(SplitParams, block_table_stride) == 440);
+static_assert(offsetof(SplitParams, cache_entries) == 448);
+static_assert(offsetof(SplitParams, page_size) == 452);
+static_assert(offsetof(SplitParams, cache_seqlen) == 456);
+static_assert(offsetof(SplitParams, seqlen_new) == 460);
+static_assert(offsetof(SplitParams, rotary_rows) == 464);
+static_assert(offsetof(SplitParams, rotary_dim) == 468);
+static_assert(offsetof(SplitParams, rotary_interleaved) == 472);
+static_assert(offsetof(SplitParams, num_splits) == 476);
 
 // Arguments of one rotation of heads by their position. Sequences are packed iff cu_seqlens is not null:
 // then batch strides are ignored, and rows past the last sequence stay as they are. Strides are in
