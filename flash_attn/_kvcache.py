@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from flash_attn import _cuda_kvcache
@@ -68,7 +69,9 @@ def _check_contents(cache: Cache, s_new: int) -> None:
     if cache.batch_idx is not None:
         check.check_range(cache.batch_idx, "cache_batch_idx", 0, cache.k.shape[0] - 1)
     if cache.block_table is not None:
-        check.check_range(cache.block_table, "block_table", 0, cache.k.shape[0] - 1)
+        filled = cache.capacity if cache.seqlens is None else cache.seqlens
+        lengths = torch.as_tensor(filled).expand(cache.block_table.shape[0]) + s_new
+        check.check_pages(cache.block_table, lengths, cache.k.shape[1], cache.k.shape[0])
     if cache.leftpad is not None:
         filled = cache.capacity if cache.seqlens is None else cache.seqlens
         if bool(((cache.leftpad < 0) | (cache.leftpad > filled)).any()):

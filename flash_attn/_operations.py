@@ -81,8 +81,8 @@ def _check_key_bounds(
     lengths = cu_seqlens_k.diff()
     if block_table is not None:
         capacity = block_table.shape[1] * k.shape[1]
-        check.check_range(block_table, "block_table", 0, k.shape[0] - 1)
         check.check_range(lengths, "cu_seqlens_k (paged)", 0, capacity)
+        check.check_pages(block_table, lengths if seqused_k is None else seqused_k, k.shape[1], k.shape[0])
         lengths = torch.full_like(lengths, capacity)
     for x, name in ((leftpad_k, "leftpad_k"), (seqused_k, "seqused_k")):
         if x is not None and bool(((x < 0) | (x > lengths)).any()):

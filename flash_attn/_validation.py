@@ -310,6 +310,13 @@ def check_page_size(k: Tensor, name: str) -> None:
         fail(ValueError, name, allowed, k.shape[1])
 
 
+def check_pages(block_table: Tensor, lengths: Tensor, page_size: int, num_pages: int) -> None:
+    """Check on CPU the entries of a block table (b, max_blocks) that sequences of `lengths` (b,) keys use."""
+    used = (lengths.clamp(min=0) + page_size - 1) // page_size
+    in_use = torch.arange(block_table.shape[1]) < used[:, None]
+    check_range(block_table[in_use], "block_table", 0, num_pages - 1)
+
+
 def check_like(
     x: Tensor, name: str, like: Tensor, like_name: str, shape: tuple[int, ...] | None = None
 ) -> None:

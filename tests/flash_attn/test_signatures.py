@@ -18,26 +18,29 @@ ABBREVIATIONS = {
 }
 TABLE = """
 flash_attn
-    flash_attn_func(q, k, v, <tail>)
+    flash_attn_func(q, k, v, <tail>, *, out=None, s_aux=None)
     flash_attn_qkvpacked_func(qkv, <tail>)
     flash_attn_kvpacked_func(q, kv, <tail>)
-    flash_attn_varlen_func(q, k, v, <lengths>, <tail>, block_table=None)
+    flash_attn_varlen_func(
+        q, k, v, <lengths>, <tail>, block_table=None, *, out=None, seqused_k=None, return_softmax_lse=False,
+        s_aux=None)
     flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, max_seqlen, <tail>)
     flash_attn_varlen_kvpacked_func(q, kv, <lengths>, <tail>)
     flash_attn_with_kvcache(
         q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None,
         cache_batch_idx=None, cache_leftpad=None, block_table=None, softmax_scale=None, causal=False,
         window_size=(-1, -1), softcap=0.0, rotary_interleaved=True, alibi_slopes=None, num_splits=0,
-        return_softmax_lse=False)
+        return_softmax_lse=False, *, out=None, s_aux=None)
     build_info()
 
 flash_attn.flash_attn_interface
     _flash_attn_forward(
-        q, k, v, dropout_p, softmax_scale, causal, <window>, softcap, alibi_slopes, return_softmax)
+        q, k, v, dropout_p, softmax_scale, causal, <window>, softcap, alibi_slopes, return_softmax,
+        s_aux=None)
     _flash_attn_varlen_forward(
         q, k, v, <lengths>, dropout_p, softmax_scale, causal, window_size_left=-1, window_size_right=-1,
         softcap=0.0, alibi_slopes=None, return_softmax=False, block_table=None, leftpad_k=None,
-        seqused_k=None, zero_tensors=False)
+        seqused_k=None, zero_tensors=False, s_aux=None)
     _flash_attn_backward(
         <gradients>, dropout_p, softmax_scale, causal, <window>, softcap, alibi_slopes, deterministic,
         rng_state=None)

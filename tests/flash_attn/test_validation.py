@@ -339,3 +339,11 @@ class TestOnCuda:
         }
         arguments["softmax_lse"] = arguments["softmax_lse"].double()
         raises(TypeError, "softmax_lse", _flash_attn_backward, **arguments)
+
+    def test_pages(self):
+        arguments = varlen_arguments(
+            k=zeros(4, 16, 2, 32), v=zeros(4, 16, 2, 32), block_table=int32(0, 1)[:, None], dropout_p=0.1
+        )
+        arguments = {n: x.cuda() if isinstance(x, torch.Tensor) else x for n, x in arguments.items()}
+        with pytest.raises(NotImplementedError, match="block_table"):
+            flash_attn.flash_attn_varlen_func(**arguments)
