@@ -94,11 +94,14 @@ class FlashAttention(torch.autograd.Function):
         ctx.save_for_backward(out, lse, rng_state, slopes, sinks, *inputs)
         ctx.scoring, ctx.deterministic = scoring, deterministic
         ctx.mark_non_differentiable(lse, probs)
+        ctx.set_materialize_grads(False)  # no zeros for these two
         return out, lse, probs
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout: Tensor, *unused: Tensor) -> Gradients:
+    def backward(ctx: Any, dout: Tensor | None, *unused: Tensor | None) -> Gradients:
+        if dout is None:
+            return (None,) * len(ctx.needs_input_grad)
         out, lse, rng_state, slopes, sinks, *inputs = ctx.saved_tensors
         gradients, parts = _buffers(inputs, ctx.needs_input_grad[-len(inputs) :])
         run = _function("_flash_attn_backward", inputs[0])
@@ -122,11 +125,14 @@ class VarlenFlashAttention(torch.autograd.Function):
         ctx.save_for_backward(out, lse, rng_state, slopes, sinks, cu_seqlens_q, cu_seqlens_k, *inputs)
         ctx.max_seqlens, ctx.scoring, ctx.deterministic = (max_seqlen_q, max_seqlen_k), scoring, deterministic
         ctx.mark_non_differentiable(lse, probs)
+        ctx.set_materialize_grads(False)  # no zeros for these two
         return out, lse, probs
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout: Tensor, *unused: Tensor) -> Gradients:
+    def backward(ctx: Any, dout: Tensor | None, *unused: Tensor | None) -> Gradients:
+        if dout is None:
+            return (None,) * len(ctx.needs_input_grad)
         out, lse, rng_state, slopes, sinks, cu_seqlens_q, cu_seqlens_k, *inputs = ctx.saved_tensors
         gradients, parts = _buffers(inputs, ctx.needs_input_grad[-len(inputs) :])
         run = _function("_flash_attn_varlen_backward", inputs[0])
