@@ -65,18 +65,13 @@ BACKWARD_TILES: Table = {
     },
 }
 
-# "few" holds up to 16 rows: the queries of the heads that share keys. "wide" is for as few thread blocks as
-# there are multiprocessors: the warps and buffers of two of them in one.
+# "few" holds up to 16 rows: the queries of the heads that share keys.
 SPLIT_TILES: Table = {
     "sm80": {
         32: {"few": SplitTile(16, 64, 1, 4, 4, 2), "default": SplitTile(64, 64, 4, 1, 2, 2)},
         64: {"few": SplitTile(16, 64, 1, 4, 3, 2), "default": SplitTile(64, 64, 4, 1, 2, 2)},
         96: {"few": SplitTile(16, 64, 1, 4, 3, 2), "default": SplitTile(64, 64, 4, 1, 2, 2)},
-        128: {
-            "wide": SplitTile(16, 128, 1, 8, 2, 1),
-            "few": SplitTile(16, 64, 1, 4, 2, 2),
-            "default": SplitTile(64, 64, 4, 1, 2, 2),
-        },
+        128: {"few": SplitTile(16, 64, 1, 4, 2, 2), "default": SplitTile(64, 64, 4, 1, 2, 2)},
         192: {"few": SplitTile(16, 64, 1, 4, 3, 1), "default": SplitTile(64, 64, 4, 1, 2, 1)},
         256: {"few": SplitTile(16, 64, 1, 4, 2, 1), "default": SplitTile(64, 64, 4, 1, 2, 1)},
     },
@@ -90,17 +85,9 @@ SPLIT_TILES: Table = {
     },
     "sm90": {
         32: {"few": SplitTile(16, 64, 1, 4, 6, 2), "default": SplitTile(64, 64, 4, 1, 3, 2)},
-        64: {
-            "wide": SplitTile(16, 128, 1, 8, 5, 1),
-            "few": SplitTile(16, 64, 1, 4, 5, 2),
-            "default": SplitTile(64, 64, 4, 1, 3, 2),
-        },
+        64: {"few": SplitTile(16, 64, 1, 4, 5, 2), "default": SplitTile(64, 64, 4, 1, 3, 2)},
         96: {"few": SplitTile(16, 64, 1, 4, 4, 2), "default": SplitTile(64, 64, 4, 1, 3, 2)},
-        128: {
-            "wide": SplitTile(16, 128, 1, 8, 3, 1),
-            "few": SplitTile(16, 64, 1, 4, 3, 2),
-            "default": SplitTile(64, 64, 4, 1, 2, 2),
-        },
+        128: {"few": SplitTile(16, 64, 1, 4, 3, 2), "default": SplitTile(64, 64, 4, 1, 2, 2)},
         192: {"few": SplitTile(16, 64, 1, 4, 2, 2), "default": SplitTile(64, 64, 4, 1, 2, 1)},
         256: {"few": SplitTile(16, 64, 1, 4, 3, 1), "default": SplitTile(64, 64, 4, 1, 2, 1)},
     },
@@ -108,7 +95,7 @@ SPLIT_TILES: Table = {
 
 TABLES = {"forward": FORWARD_TILES, "backward": BACKWARD_TILES, "split": SPLIT_TILES}
 
-VARIANTS = ("roomy", "short", "narrow", "wide", "few")
+VARIANTS = ("roomy", "short", "narrow", "few")
 """Keys of the tile tables for tiles that the launcher takes instead of the default where they suit."""
 
 
@@ -150,10 +137,13 @@ def check_tile(tile: Tile, family: axes.Family, head_dim: int, mask: str, reside
 
 
 def split_shape() -> tuple[tuple[int, ...], int]:
-    """The numbers of rows of tiles with split keys, in ascending order, and of keys in their smallest block."""
+    """The numbers of rows that tiles with split keys have, in ascending order, and of keys in a block."""
     tiles = [tile for family in SPLIT_TILES.values() for row in family.values() for tile in row.values()]
     split = [tile for tile in tiles if isinstance(tile, SplitTile)]
-    return tuple(sorted({tile.block_m for tile in split})), min(tile.block_n for tile in split)
+    keys = {tile.block_n for tile in split}
+    if len(keys) != 1:
+        raise TileError(f"block_n differs between the tiles of SPLIT_TILES: {sorted(keys)}")
+    return tuple(sorted({tile.block_m for tile in split})), keys.pop()
 
 
 def wgmma_columns() -> list[int]:

@@ -4,11 +4,6 @@
 namespace flash_attn {
 
 // Types of this unit alone, so that families with equal tiles never share a kernel's symbol.
-struct SplitSm90Bf16D128WindowedWide
-    : sm80::SplitConfig<Dtype::kBf16, /*head_dim*/ 128, Mask::kWindowed,
-                          sm80::SplitTile</*block_m*/ 16, /*block_n*/ 128, /*warps_m*/ 1, /*warps_n*/ 8, /*stages*/ 3, /*min_blocks*/ 1>> {};
-static_assert(SplitSm90Bf16D128WindowedWide::kSharedBytes == 200704, "the tile table counts shared memory otherwise");
-
 struct SplitSm90Bf16D128WindowedFew
     : sm80::SplitConfig<Dtype::kBf16, /*head_dim*/ 128, Mask::kWindowed,
                           sm80::SplitTile</*block_m*/ 16, /*block_n*/ 64, /*warps_m*/ 1, /*warps_n*/ 4, /*stages*/ 3, /*min_blocks*/ 2>> {};
@@ -20,7 +15,7 @@ struct SplitSm90Bf16D128Windowed
 static_assert(SplitSm90Bf16D128Windowed::kSharedBytes == 81920, "the tile table counts shared memory otherwise");
 
 Status split_sm90_bf16_d128_windowed(const SplitParams& params, const Device& device, cudaStream_t stream) {
-  return sm80::launch_split<SplitSm90Bf16D128WindowedWide, SplitSm90Bf16D128WindowedFew, SplitSm90Bf16D128Windowed>(params, device, stream, "split_sm90_bf16_d128_windowed");
+  return sm80::launch_split<SplitSm90Bf16D128WindowedFew, SplitSm90Bf16D128Windowed>(params, device, stream, "split_sm90_bf16_d128_windowed");
 }
 
 }  // namespace flash_attn

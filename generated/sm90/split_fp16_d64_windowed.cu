@@ -4,11 +4,6 @@
 namespace flash_attn {
 
 // Types of this unit alone, so that families with equal tiles never share a kernel's symbol.
-struct SplitSm90Fp16D64WindowedWide
-    : sm80::SplitConfig<Dtype::kFp16, /*head_dim*/ 64, Mask::kWindowed,
-                          sm80::SplitTile</*block_m*/ 16, /*block_n*/ 128, /*warps_m*/ 1, /*warps_n*/ 8, /*stages*/ 5, /*min_blocks*/ 1>> {};
-static_assert(SplitSm90Fp16D64WindowedWide::kSharedBytes == 165888, "the tile table counts shared memory otherwise");
-
 struct SplitSm90Fp16D64WindowedFew
     : sm80::SplitConfig<Dtype::kFp16, /*head_dim*/ 64, Mask::kWindowed,
                           sm80::SplitTile</*block_m*/ 16, /*block_n*/ 64, /*warps_m*/ 1, /*warps_n*/ 4, /*stages*/ 5, /*min_blocks*/ 2>> {};
@@ -20,7 +15,7 @@ struct SplitSm90Fp16D64Windowed
 static_assert(SplitSm90Fp16D64Windowed::kSharedBytes == 57344, "the tile table counts shared memory otherwise");
 
 Status split_sm90_fp16_d64_windowed(const SplitParams& params, const Device& device, cudaStream_t stream) {
-  return sm80::launch_split<SplitSm90Fp16D64WindowedWide, SplitSm90Fp16D64WindowedFew, SplitSm90Fp16D64Windowed>(params, device, stream, "split_sm90_fp16_d64_windowed");
+  return sm80::launch_split<SplitSm90Fp16D64WindowedFew, SplitSm90Fp16D64Windowed>(params, device, stream, "split_sm90_fp16_d64_windowed");
 }
 
 }  // namespace flash_attn

@@ -17,7 +17,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
-#include <tuple>
 
 #include "common/accumulator.cuh"
 #include "common/append.h"
@@ -397,14 +396,6 @@ __global__ void __launch_bounds__(Config::kThreads, Config::Tile::kMinBlocks)
   }
 }
 
-// Whether this call is for the first of two configurations of the same kBlockM, whose thread block fills a
-// multiprocessor: no more of them than multiprocessors, each with blocks of keys enough.
-template <class Config>
-bool fills_alone(const SplitParams& params, const Device& device, int64_t thread_blocks) {
-  return thread_blocks <= device.multiprocessors &&
-         params.forward.seqlen_k / params.num_splits >= 2 * Config::kBlockN;
-}
-
 // Runs the first configuration, in ascending order of kBlockM, that holds all rows of a sequence; else the
 // last.
 template <class Config, class... Others>
@@ -413,19 +404,17 @@ Status launch_attention(const SplitParams& params, const Device& device, cudaStr
   const ForwardParams& forward = params.forward;
   const int group = forward.num_heads / forward.num_heads_k;
   const int64_t rows = int64_t{forward.seqlen_q} * group;
+  if constexpr (sizeof...(Others) > 0) {
+    if (rows > Config::kBlockM) return launch_attention<Others...>(params, device, stream, name);
+  }
   const int64_t tiles_m = (rows + Config::kBlockM - 1) / Config::kBlockM;
   const int64_t batches = int64_t{forward.batch} + (forward.cu_seqlens_q != nullptr ? 1 : 0);
-  const int64_t thread_blocks = batches * forward.num_heads_k * tiles_m * params.num_splits;
-  if constexpr (sizeof...(Others) > 0) {
-    using Next = std::tuple_element_t<0, std::tuple<Others...>>;
-    const bool suits = Next::kBlockM > Config::kBlockM || fills_alone<Config>(params, device, thread_blocks);
-    if (rows > Config::kBlockM || !suits) return launch_attention<Others...>(params, device, stream, name);
-  }
   const SplitArguments arguments{params, forward.num_heads_k, static_cast<int>(tiles_m), group,
                                  needs_modifiers(forward)};
   const bool dependent = appends(params) && has_grid_dependencies(device);
   static std::atomic<uint64_t> prepared;
-  return launch_kernel(split_kernel<Config>, name, device.index, thread_blocks, Config::kThreads,
+  return launch_kernel(split_kernel<Config>, name, device.index,
+                       batches * forward.num_heads_k * tiles_m * params.num_splits, Config::kThreads,
                        Config::kSharedBytes, stream, arguments, prepared, dependent);
 }
 
