@@ -222,7 +222,8 @@ BACKWARD_PARAMS = Struct(
     "BackwardParams",
     "Arguments of one attention backward call. The workspaces need not be initialised. Per head (and batch"
     " entry), they have seqlen_q rows, or if varlen total_q + 128 * batch, rounded up to a multiple of 128."
-    " Then sequence b starts at row cu_seqlens_q[b] + 128 * b, rounded down to a multiple of 128.",
+    " Then sequence b starts at row cu_seqlens_q[b] + 128 * b, rounded down to a multiple of 128."
+    " key_rows is the same for k.",
     (
         Field("forward", FORWARD_PARAMS, "the forward call's, which wrote out and softmax_lse"),
         Field("dout", "const void*", "as out"),
@@ -233,11 +234,14 @@ BACKWARD_PARAMS = Struct(
         Field("softmax_lse_log2", "float*", "workspace: LSE in log2 units, the same; padding = +inf"),
         Field("dq_accumulator", "float*", "workspace: dq, the same x the kernel's head dim"),
         Field("semaphores", "int32_t*", "workspace as softmax_d: dq is added up in order; or null"),
+        Field("key_partials", "float*", "workspace: dk and dv of each of several parts, see key_rows"),
         *_strides("dout", "batch", "row", "head"),
         *_strides("dq", "batch", "row", "head"),
         *_strides("dk", "batch", "row", "head"),
         *_strides("dv", "batch", "row", "head"),
         Field("rows", "int64", "rows of the workspaces"),
+        Field("key_rows", "int64", "of key_partials: (key_parts, 2, heads of k, key_rows, head dim)"),
+        Field("key_parts", "int32", "of the heads that share keys, a divisor of their number"),
     ),
 )
 SPLIT_PARAMS = Struct(

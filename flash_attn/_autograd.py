@@ -21,13 +21,15 @@ def must_record(inputs: Sequence[Tensor]) -> bool:
     Raises:
         NotImplementedError: an input carries a tangent, of which the kernels would know nothing.
     """
+    needed = False
     try:
-        needed = torch.is_grad_enabled() and any([x.requires_grad for x in inputs])
+        for x in inputs:
+            needed |= x.requires_grad
     except AttributeError:
         return False
     if getattr(forward_ad, "_current_level", -1) >= 0:
         _refuse_tangents(inputs)
-    return needed
+    return needed and torch.is_grad_enabled()
 
 
 def _refuse_tangents(inputs: Sequence[Tensor]) -> None:
@@ -40,11 +42,10 @@ def split(inputs: Sequence[Any]) -> tuple[Any, ...]:
 
     A packed entry of None stands for that many of them.
     """
-    *unpacked, last = inputs
-    parts = 3 - len(unpacked)
-    if parts == 1:
+    if len(inputs) == 3:
         return tuple(inputs)
-    return (*unpacked, *((None,) * parts if last is None else last.unbind(-3)))
+    *unpacked, packed = inputs
+    return (*unpacked, *((None,) * (3 - len(unpacked)) if packed is None else packed.unbind(-3)))
 
 
 def record(function: type[torch.autograd.Function], *arguments: Any) -> Any:

@@ -8,6 +8,7 @@ library's dispatch table.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from math import inf
 from typing import Any, NamedTuple, NoReturn
 
@@ -67,6 +68,12 @@ def _prepare(device: int) -> _Device:
 def library_on(device: int) -> _library.Library:
     """Return the library, for a GPU that can run it."""
     return (_devices.get(device) or _prepare(device)).library
+
+
+@cache
+def multiprocessors(device: int) -> int:
+    """Return how many multiprocessors a GPU has."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def fail(

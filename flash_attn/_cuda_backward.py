@@ -6,12 +6,14 @@ Arguments come validated from `_operations`. Gradients that are None are not wan
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from flash_attn import _abi, _cuda, _library
 from flash_attn._layout import empty_softmax_d, round_multiple
+from flash_attn._splits import choose_key_parts
 from flash_attn._validation import Gradients, Scoring
 
 ABSENT = (0, 0, 0, 0)
@@ -19,18 +21,32 @@ ABSENT = (0, 0, 0, 0)
 _pack = _abi.BACKWARD_PARAMS.pack
 
 
-def _workspace(q: Tensor, rows: int, head_dim: int, ordered: bool) -> tuple[Tensor, int, int, int]:
-    """Return memory for so many rows of queries, and where it has the LSE in log2 units, dq and semaphores.
+class _Workspace(NamedTuple):
+    """Memory of a call, and where its parts lie, 0 for those that are not used."""
 
-    No dq if `head_dim` is 0, no semaphores, which put the additions to it in order, unless `ordered`. As
-    `rows` is a multiple of 128, each part is aligned.
+    memory: Tensor
+    lse_log2: int
+    dq: int
+    semaphores: int
+    key_partials: int
+
+
+def _workspace(q: Tensor, rows: int, dq_columns: int, ordered: bool, partials: int) -> _Workspace:
+    """Allocate memory for so many rows of queries.
+
+    No dq if `dq_columns` is 0, no semaphores, which put the additions to it in order, unless `ordered`;
+    `partials` is the size of the partial gradients of k and v. As `rows` is a multiple of 128, each part is
+    aligned.
     """
-    semaphores = rows if head_dim and ordered else 0
-    size = rows + rows * head_dim + semaphores
-    memory = torch.empty_strided((size,), (1,), dtype=torch.float32, device=q.device)
-    at = memory.data_ptr()
-    dq_at = at + 4 * rows
-    return memory, at, dq_at if head_dim else 0, dq_at + 4 * rows * head_dim if semaphores else 0
+    dq_size = rows * dq_columns
+    semaphores = rows if dq_size and ordered else 0
+    sizes = rows, dq_size, semaphores, partials
+    memory = torch.empty_strided((sum(sizes),), (1,), dtype=torch.float32, device=q.device)
+    at, places = memory.data_ptr(), []
+    for size in sizes:
+        places.append(at if size else 0)
+        at += 4 * size
+    return _Workspace(memory, *places)
 
 
 def _launch(
@@ -50,10 +66,20 @@ def _launch(
     strides = [step for x in of_each for step in x[:3]]
     device = q.get_device()
     library = _cuda.library_on(device)
+    batch, _, seqlen_k, _, num_heads, num_heads_k = sizes
+    batches = 1 if sequences[0] else batch
     rows = softmax_d.stride(-2)
-    all_rows = rows * sizes[4] * (1 if sequences[0] else sizes[0])
-    head_dim = _library.kernel_head_dim(max(head_dims)) if gradients[0] is not None else 0
-    memory, lse_log2_at, dq_at, semaphores_at = _workspace(q, all_rows, head_dim, deterministic)
+    key_rows = round_multiple(k.shape[0] + 128 * batch if sequences[0] else seqlen_k, 128)
+    parts = 1
+    if gradients[1] is not None and num_heads > num_heads_k:
+        masked = scoring.window_left >= 0 or scoring.window_right >= 0
+        multiprocessors = _cuda.multiprocessors(device)
+        parts = choose_key_parts(batch, num_heads, num_heads_k, seqlen_k, masked, multiprocessors)
+    head_dim = _library.kernel_head_dim(max(head_dims))
+    workspace = _workspace(
+        q, rows * num_heads * batches, 0 if gradients[0] is None else head_dim, deterministic,
+        2 * parts * num_heads_k * batches * key_rows * head_dim if parts > 1 else 0,
+    )  # fmt: skip
     scoring = _cuda.with_contiguous_slopes(scoring)
     forward = _cuda.pack_forward(
         addresses[:4], lse.data_ptr(), sequences, 0 if rng_state is None else rng_state.data_ptr(), 0,
@@ -61,10 +87,10 @@ def _launch(
         device, library.family,
     )  # fmt: skip
     packed = _pack(
-        forward, *addresses[4:], softmax_d.data_ptr(), lse_log2_at, dq_at, semaphores_at, *strides[12:], rows
+        forward, *addresses[4:], softmax_d.data_ptr(), *workspace[1:], *strides[12:], rows, key_rows, parts
     )
     status = library.backward(packed, _cuda.raw_stream(device))
-    del memory  # no sooner: the next allocation on this stream may be given it
+    del workspace  # no sooner: the next allocation on this stream may be given it
     if status:
         _cuda.fail(status, q, max(head_dims), library, _abi.Direction.BACKWARD)
 

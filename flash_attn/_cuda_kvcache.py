@@ -5,7 +5,6 @@ Written for host time, as `_cuda`: one struct and one call for appending, attent
 
 from __future__ import annotations
 
-from functools import cache as remember
 from typing import Any, NamedTuple
 
 import torch
@@ -29,12 +28,6 @@ class _Queries(NamedTuple):
     total_q: int
     cu_seqlens_q: Tensor | None = None
     cu_seqlens_k: Tensor | None = None
-
-
-@remember
-def multiprocessors(device: int) -> int:
-    """Return how many multiprocessors a GPU has."""
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _check_in_place(x: Tensor, name: str) -> None:
@@ -98,7 +91,7 @@ def _attend(
         page_size, capacity = rows, rows * table_stride
     if not num_splits:
         group_rows = seqlen_q * (num_heads // num_heads_k)
-        num_splits = heuristic(batch, num_heads_k, group_rows, capacity, multiprocessors(device))
+        num_splits = heuristic(batch, num_heads_k, group_rows, capacity, _cuda.multiprocessors(device))
     partial_at = partial_rows = 0
     if num_splits > 1:
         partial_rows = total_q * num_heads * num_splits

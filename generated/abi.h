@@ -7,7 +7,7 @@
 
 namespace flash_attn {
 
-constexpr uint64_t kLayoutHash = 0x65949C02300FDC1Fu;
+constexpr uint64_t kLayoutHash = 0x83D0E05AC9142BFFu;
 
 // Element type of q, k, v and out.
 enum class Dtype : int32_t {
@@ -147,7 +147,8 @@ static_assert(offsetof(ForwardParams, dropout_p) == 304);
 
 // Arguments of one attention backward call. The workspaces need not be initialised. Per head (and batch
 // entry), they have seqlen_q rows, or if varlen total_q + 128 * batch, rounded up to a multiple of 128.
-// Then sequence b starts at row cu_seqlens_q[b] + 128 * b, rounded down to a multiple of 128.
+// Then sequence b starts at row cu_seqlens_q[b] + 128 * b, rounded down to a multiple of 128. key_rows
+// is the same for k.
 struct BackwardParams {
   ForwardParams forward;  // the forward call's, which wrote out and softmax_lse
   const void* dout;  // as out
@@ -158,6 +159,7 @@ struct BackwardParams {
   float* softmax_lse_log2;  // workspace: LSE in log2 units, the same; padding = +inf
   float* dq_accumulator;  // workspace: dq, the same x the kernel's head dim
   int32_t* semaphores;  // workspace as softmax_d: dq is added up in order; or null
+  float* key_partials;  // workspace: dk and dv of each of several parts, see key_rows
   int64_t dout_batch_stride;  // from one batch to the next
   int64_t dout_row_stride;  // from one row to the next
   int64_t dout_head_stride;  // from one head to the next
@@ -171,8 +173,10 @@ struct BackwardParams {
   int64_t dv_row_stride;  // from one row to the next
   int64_t dv_head_stride;  // from one head to the next
   int64_t rows;  // rows of the workspaces
+  int64_t key_rows;  // of key_partials: (key_parts, 2, heads of k, key_rows, head dim)
+  int32_t key_parts;  // of the heads that share keys, a divisor of their number
 };
-static_assert(sizeof(BackwardParams) == 480);
+static_assert(sizeof(BackwardParams) == 504);
 static_assert(offsetof(BackwardParams, forward) == 0);
 static_assert(offsetof(BackwardParams, dout) == 312);
 static_assert(offsetof(BackwardParams, dq) == 320);
@@ -182,19 +186,22 @@ static_assert(offsetof(BackwardParams, softmax_d) == 344);
 static_assert(offsetof(BackwardParams, softmax_lse_log2) == 352);
 static_assert(offsetof(BackwardParams, dq_accumulator) == 360);
 static_assert(offsetof(BackwardParams, semaphores) == 368);
-static_assert(offsetof(BackwardParams, dout_batch_stride) == 376);
-static_assert(offsetof(BackwardParams, dout_row_stride) == 384);
-static_assert(offsetof(BackwardParams, dout_head_stride) == 392);
-static_assert(offsetof(BackwardParams, dq_batch_stride) == 400);
-static_assert(offsetof(BackwardParams, dq_row_stride) == 408);
-static_assert(offsetof(BackwardParams, dq_head_stride) == 416);
-static_assert(offsetof(BackwardParams, dk_batch_stride) == 424);
-static_assert(offsetof(BackwardParams, dk_row_stride) == 432);
-static_assert(offsetof(BackwardParams, dk_head_stride) == 440);
-static_assert(offsetof(BackwardParams, dv_batch_stride) == 448);
-static_assert(offsetof(BackwardParams, dv_row_stride) == 456);
-static_assert(offsetof(BackwardParams, dv_head_stride) == 464);
-static_assert(offsetof(BackwardParams, rows) == 472);
+static_assert(offsetof(BackwardParams, key_partials) == 376);
+static_assert(offsetof(BackwardParams, dout_batch_stride) == 384);
+static_assert(offsetof(BackwardParams, dout_row_stride) == 392);
+static_assert(offsetof(BackwardParams, dout_head_stride) == 400);
+static_assert(offsetof(BackwardParams, dq_batch_stride) == 408);
+static_assert(offsetof(BackwardParams, dq_row_stride) == 416);
+static_assert(offsetof(BackwardParams, dq_head_stride) == 424);
+static_assert(offsetof(BackwardParams, dk_batch_stride) == 432);
+static_assert(offsetof(BackwardParams, dk_row_stride) == 440);
+static_assert(offsetof(BackwardParams, dk_head_stride) == 448);
+static_assert(offsetof(BackwardParams, dv_batch_stride) == 456);
+static_assert(offsetof(BackwardParams, dv_row_stride) == 464);
+static_assert(offsetof(BackwardParams, dv_head_stride) == 472);
+static_assert(offsetof(BackwardParams, rows) == 480);
+static_assert(offsetof(BackwardParams, key_rows) == 488);
+static_assert(offsetof(BackwardParams, key_parts) == 496);
 
 // Arguments of one attention call over a KV cache. Keys that the call appends are written to the cache
 // first; what would lie outside of it is dropped, and read as zero. In forward, k and v are the cache,

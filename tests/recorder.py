@@ -9,6 +9,7 @@ import torch
 from flash_attn import _abi, _cuda, _cuda_backward, _operations
 
 STREAM = 4242
+MULTIPROCESSORS = 8
 FORWARD_FIELDS = [name for name, _ in _abi.ForwardParams._fields_]
 BACKWARD_FIELDS = [name for name, _ in _abi.BackwardParams._fields_]
 
@@ -50,6 +51,7 @@ def install(monkeypatch, recorder):
     """Send CPU tensors down the CUDA path, to the recorder."""
     monkeypatch.setattr(_cuda, "_devices", {-1: _cuda._Device(recorder, counts_tiles=False)})
     monkeypatch.setattr(_cuda, "raw_stream", lambda device: STREAM)
+    monkeypatch.setattr(_cuda, "multiprocessors", lambda device: MULTIPROCESSORS)
     backend = SimpleNamespace(
         forward=_cuda.forward,
         varlen_forward=lambda *arguments: _cuda.varlen_forward(

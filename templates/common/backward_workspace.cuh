@@ -21,6 +21,17 @@ __device__ __forceinline__ int64_t workspace_row(const BackwardParams& params, i
   return head * params.rows + row / kWorkspaceRows * kWorkspaceRows;
 }
 
+// The same for the keys of a head of K, whose partial gradients lie in the workspace if there are several
+// parts.
+__device__ __forceinline__ int64_t workspace_key_row(const BackwardParams& params, int batch, int key_head) {
+  const ForwardParams& forward = params.forward;
+  if (forward.cu_seqlens_k == nullptr) {
+    return (int64_t{batch} * forward.num_heads_k + key_head) * params.key_rows;
+  }
+  const int64_t row = forward.cu_seqlens_k[batch] + int64_t{kWorkspaceRows} * batch;
+  return key_head * params.key_rows + row / kWorkspaceRows * kWorkspaceRows;
+}
+
 // A piece of dQ in the workspace: the four elements that each lane of a warp holds of a 16x8 accumulator
 // tile, laid out so that adding them is one instruction of 512 consecutive bytes, or four of 128.
 struct GradientFragment {

@@ -64,16 +64,16 @@ inline TileSchedule make_schedule(const ForwardParams& params, int block_m, Mask
                        num_heads / params.num_heads_k);
 }
 
-// For tiles of `block_n` keys of the heads of K and V: Q, dO and dQ in fp32 are to stay in L2, unless all
-// heads shall be one section.
-inline TileSchedule make_key_schedule(const ForwardParams& params, int block_n, Mask mask,
+// For tiles of `block_n` keys of the heads of K and V, each in `parts` by heads of Q: Q, dO and dQ in fp32
+// are to stay in L2, unless all heads shall be one section.
+inline TileSchedule make_key_schedule(const ForwardParams& params, int block_n, int parts, Mask mask,
                                       int64_t section_bytes, bool one_section) {
   const int64_t tiles_n = (int64_t{params.seqlen_k} + block_n - 1) / block_n;
-  const int64_t group = params.num_heads / params.num_heads_k;
+  const int num_heads = params.num_heads_k * parts;
   const int64_t row_bytes = int64_t{2} * (params.head_dim + params.head_dim_v) + int64_t{4} * params.head_dim;
-  const int64_t head_bytes = row_bytes * params.seqlen_q * group;
-  TileSchedule schedule = make_sections(params, tiles_n, params.num_heads_k, mask,
-                                        section_bytes / std::max<int64_t>(head_bytes, 1), 1);
+  const int64_t head_bytes = row_bytes * params.seqlen_q * (params.num_heads / num_heads);
+  TileSchedule schedule =
+      make_sections(params, tiles_n, num_heads, mask, section_bytes / std::max<int64_t>(head_bytes, 1), 1);
   if (one_section) schedule.section_heads = schedule.batch_heads;
   return schedule;
 }

@@ -107,7 +107,7 @@ def spaces(monkeypatch):
 def test_the_parts_of_the_workspace_lie_apart(
     library, monkeypatch, deterministic, with_dq, head_dims, kernel
 ):  # fmt: skip
-    q, k, v = make(seqlen_q=150, head_dim=head_dims[0], head_dim_v=head_dims[1])
+    q, k, v = make(seqlen_q=150, heads_k=4, head_dim=head_dims[0], head_dim_v=head_dims[1])
     dq, dk, dv = like(q, k, v)
     found = spaces(monkeypatch)
     run(q, k, v, (dq if with_dq else None, dk, dv), deterministic=deterministic)
@@ -128,6 +128,33 @@ def test_the_parts_of_the_workspace_lie_apart(
         assert address == end and address % 16 == memory.data_ptr() % 16
         end += 4 * elements
     assert end == memory.data_ptr() + 4 * memory.numel()
+
+
+@pytest.mark.parametrize(
+    "heads, batch, parts", [((4, 2), 2, 2), ((4, 4), 2, 1), ((4, 2), 60, 1), ((9, 3), 1, 3)]
+)
+@pytest.mark.parametrize("varlen", [False, True])
+def test_heads_that_share_few_keys_are_split(library, monkeypatch, heads, batch, parts, varlen):
+    q, k, v = make(batch, heads=heads[0], heads_k=heads[1])
+    found = spaces(monkeypatch)
+    rows, key_rows, batches = 128, 128, batch
+    if varlen:
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+        cu_q, cu_k = (torch.arange(batch + 1, dtype=torch.int32) * n for n in (10, 12))
+        rows, key_rows = (-(-n * batch // 128) * 128 + 128 * batch for n in (10, 12))
+        batches = 1
+    gradients = like(q, k, v)
+    if varlen:
+        run_varlen(q, k, v, gradients, cu_q, cu_k, 10, 12)
+    else:
+        run(q, k, v, gradients)
+    ((params, _),) = library.backward_calls
+    assert params.key_parts == parts and params.key_rows == key_rows and params.rows == rows
+    memory = found[-1]
+    before = rows * heads[0] * batches * (1 + 64)
+    assert params.key_partials == (memory.data_ptr() + 4 * before if parts > 1 else 0)
+    partials = 2 * parts * heads[1] * batches * key_rows * 64 if parts > 1 else 0
+    assert memory.numel() == before + partials
 
 
 @pytest.mark.parametrize("wanted", [(0,), (1, 2), (1,), (2,), ()], ids=str)
@@ -265,7 +292,7 @@ def test_varlen_fields(library):
 
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_varlen_workspace(library, monkeypatch, deterministic):
-    q, k, v = (x.flatten(0, 1) for x in make())
+    q, k, v = (x.flatten(0, 1) for x in make(heads_k=4))
     cu = torch.tensor([0, 20]).int()
     found = spaces(monkeypatch)
     run_varlen(q, k, v, like(q, k, v), cu, cu, 20, 20, deterministic)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from flash_attn._abi import SPLIT_KEYS, SPLIT_ROWS
-from flash_attn._splits import MAX_SPLITS, choose_num_splits, count_tiles, heuristic
+from flash_attn._splits import MAX_SPLITS, choose_key_parts, choose_num_splits, count_tiles, heuristic
 
 H200 = 132
 
@@ -47,3 +47,16 @@ def test_tiles_follow_the_tile_table():
     assert count_tiles(3, 2, 1) == count_tiles(3, 2, few) == count_tiles(3, 2, few + 1) == 6
     assert count_tiles(3, 2, many) == 6 and count_tiles(3, 2, many + 1) == 12
     assert count_tiles(3, 2, 0) == 0 and SPLIT_KEYS % 16 == 0
+
+
+@pytest.mark.parametrize(
+    "sequences, heads, seqlen_k, full, causal",
+    [
+        (1, (32, 8), 512, 4, 4), (1, (32, 8), 1024, 2, 4), (1, (32, 8), 2048, 1, 4),
+        (1, (32, 8), 16384, 1, 2), (1, (32, 8), 131072, 1, 1), (1, (32, 32), 128, 1, 1),
+        (1, (32, 1), 4096, 4, 32), (64, (32, 1), 4096, 1, 1), (1, (6, 2), 128, 3, 3), (0, (4, 2), 128, 2, 2),
+    ],
+)  # fmt: skip
+def test_a_backward_with_few_keys_is_split_by_heads(sequences, heads, seqlen_k, full, causal):
+    for masked, parts in ((False, full), (True, causal)):
+        assert choose_key_parts(sequences, *heads, seqlen_k, masked, H200) == parts

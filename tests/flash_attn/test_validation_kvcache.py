@@ -82,10 +82,3 @@ def test_meta_tensors_are_refused():
     q, cache = Q.to("meta"), CACHE.to("meta")
     with pytest.raises(NotImplementedError, match="meta"):
         flash_attn.flash_attn_with_kvcache(q, cache, cache, cache_seqlens=3)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
-def test_cuda_is_refused():
-    with pytest.raises(NotImplementedError, match="CPU"):
-        flash_attn.flash_attn_with_kvcache(Q.cuda(), CACHE.cuda(), CACHE.cuda())

@@ -4,7 +4,7 @@ import ctypes
 import struct
 from enum import IntEnum
 
-LAYOUT_HASH = 0x65949C02300FDC1F
+LAYOUT_HASH = 0x83D0E05AC9142BFF
 """Must equal flash_attn_layout_hash() of the library."""
 
 HEAD_DIMS = (32, 64, 96, 128, 192, 256)
@@ -127,6 +127,7 @@ class BackwardParams(ctypes.Structure):
     """Arguments of one attention backward call. The workspaces need not be initialised. Per head (and
     batch entry), they have seqlen_q rows, or if varlen total_q + 128 * batch, rounded up to a multiple
     of 128. Then sequence b starts at row cu_seqlens_q[b] + 128 * b, rounded down to a multiple of 128.
+    key_rows is the same for k.
     """
 
     _fields_ = (
@@ -139,6 +140,7 @@ class BackwardParams(ctypes.Structure):
         ("softmax_lse_log2", ctypes.c_void_p),  # workspace: LSE in log2 units, the same; padding = +inf
         ("dq_accumulator", ctypes.c_void_p),  # workspace: dq, the same x the kernel's head dim
         ("semaphores", ctypes.c_void_p),  # workspace as softmax_d: dq is added up in order; or null
+        ("key_partials", ctypes.c_void_p),  # workspace: dk and dv of each of several parts, see key_rows
         ("dout_batch_stride", ctypes.c_int64),  # from one batch to the next
         ("dout_row_stride", ctypes.c_int64),  # from one row to the next
         ("dout_head_stride", ctypes.c_int64),  # from one head to the next
@@ -152,11 +154,13 @@ class BackwardParams(ctypes.Structure):
         ("dv_row_stride", ctypes.c_int64),  # from one row to the next
         ("dv_head_stride", ctypes.c_int64),  # from one head to the next
         ("rows", ctypes.c_int64),  # rows of the workspaces
+        ("key_rows", ctypes.c_int64),  # of key_partials: (key_parts, 2, heads of k, key_rows, head dim)
+        ("key_parts", ctypes.c_int32),  # of the heads that share keys, a divisor of their number
     )
 
 
-BACKWARD_PARAMS = struct.Struct("<312s8Q13q")
-"""Packs the fields of BackwardParams, in order, into 480 bytes; a pointer is an int, null is 0."""
+BACKWARD_PARAMS = struct.Struct("<312s9Q14q1i4x")
+"""Packs the fields of BackwardParams, in order, into 504 bytes; a pointer is an int, null is 0."""
 
 
 class SplitParams(ctypes.Structure):
