@@ -5,9 +5,10 @@ with a cold L2. The table has microseconds and the KV bytes read per second.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,6 +57,7 @@ def problems() -> Iterator[Problem]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--splits", type=int, nargs="*", default=[], help="also with these num_splits")
+    parser.add_argument("--readme", type=Path, help="rewrite the table of this README")
     parser.add_argument("--no-pages", action="store_true", help="only the contiguous cache")
 
 
@@ -147,6 +149,29 @@ def _line(problem: Problem, times: dict[str, float]) -> list[str]:
     return [*sizes, f"{times[OURS]:.1f}", f"{bandwidth:.2f}", *peers, *others]
 
 
+def markdown(records: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> str:
+    """The table with its circumstances, for the README."""
+    names = [name for name in records[0]["us"] if name != OURS]
+    header = ["heads", "batch", "keys", f"{OURS}, us", "TB/s", *names]
+    lines = [
+        f"{facts['device']}, driver {facts['driver']}, torch {facts['torch']}, {facts['dtype']}, head dim "
+        f"{HEAD_DIM}, {facts['date']}, commit {report.short_commit(facts['commit'])}. Microseconds of one "
+        "call with one query token, KV bytes read per second, and the time of others over ours (pages: ours, "
+        "of that many keys, in random order):",
+        "",
+        f"| {' | '.join(header)} |",
+        "|" + "---|" * len(header),
+    ]
+    for record in records:
+        problem = Problem(*(record[field.name] for field in fields(Problem)))
+        ours_us = record["us"][OURS]
+        others = [f"{record['us'][name] / ours_us:.2f}" if name in record["us"] else "-" for name in names]
+        sizes = [f"{problem.num_heads}/{problem.num_heads_k}", str(problem.batch), str(problem.seqlen)]
+        speed = [f"{ours_us:.1f}", f"{problem.kv_bytes / ours_us * 1e-6:.2f}"]
+        lines.append(f"| {' | '.join([*sizes, *speed, *others])} |")
+    return "\n".join(lines)
+
+
 def run(args: argparse.Namespace) -> int:
     tensors = Tensors()
     records: list[dict[str, Any]] = []
@@ -157,4 +182,7 @@ def run(args: argparse.Namespace) -> int:
         records.append({**asdict(problem), "us": {name: round(time, 2) for name, time in times.items()}})
     facts = {**report.environment(), "dtype": "bf16", "family": args.family or "chosen by the library"}
     report.write_json(args.output / "decode.json", facts, records)
+    if args.readme:
+        text = report.replace_between_markers(args.readme.read_text(), "decode", markdown(records, facts))
+        args.readme.write_text(text)
     return 0

@@ -30,6 +30,20 @@ class _Queries(NamedTuple):
     cu_seqlens_k: Tensor | None = None
 
 
+def kvcache_num_splits(q: Tensor, k_cache: Tensor, block_table: Tensor | None = None) -> int:
+    """Return into how many parts `flash_attn_with_kvcache` splits the keys with num_splits 0.
+
+    Only their shapes count, not what they hold; on CPU keys are not split.
+    """
+    if not q.is_cuda:
+        return 1
+    batch, seqlen_q, num_heads, _ = q.shape
+    capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
+    num_heads_k = k_cache.shape[2]
+    rows = seqlen_q * (num_heads // num_heads_k)
+    return heuristic(batch, num_heads_k, rows, capacity, _cuda.multiprocessors(q.get_device()))
+
+
 def _check_in_place(x: Tensor, name: str) -> None:
     """Refuse a cache that kernels cannot read where it is."""
     if not _cuda.readable(x):

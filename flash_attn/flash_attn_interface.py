@@ -15,6 +15,7 @@ import flash_attn_2_cuda as flash_attn_gpu
 from flash_attn import _kvcache, _operations
 from flash_attn import _validation as check
 from flash_attn._autograd import FlashAttention, VarlenFlashAttention, must_record, record, split
+from flash_attn._cuda_kvcache import kvcache_num_splits
 from flash_attn._custom_ops import (
     _flash_attn_backward,
     _flash_attn_forward,
@@ -46,6 +47,7 @@ __all__ = [
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
     "flash_attn_with_kvcache",
+    "kvcache_num_splits",
     "maybe_contiguous",
     "round_multiple",
 ]

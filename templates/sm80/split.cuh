@@ -335,29 +335,6 @@ __device__ __forceinline__ void attend(const SplitParams& params, const CachedSe
   store_merged(params, work, results, scale_log2);
 }
 
-// Brings the first block of keys into L2 while the length of the sequence is not known yet: it needs no
-// look-up without pages, and is the first one to be read without splits and without a window on the left.
-template <class Config>
-__device__ __forceinline__ void prefetch_first_block(const SplitParams& params, int batch, int head) {
-  using Element = typename Config::Element;
-  constexpr int kLine = 64;  // elements
-  constexpr int kLines = (Config::kHeadDim + kLine - 1) / kLine;
-  const ForwardParams& forward = params.forward;
-  if (params.cache_seqlens == nullptr || params.page_size > 0 || params.cache_batch_idx != nullptr) return;
-  if (params.num_splits > 1 || forward.window_left >= 0 || batch >= params.cache_entries) return;
-  const Element* k =
-      static_cast<const Element*>(forward.k) + batch * forward.k_batch_stride + head * forward.k_head_stride;
-  const Element* v =
-      static_cast<const Element*>(forward.v) + batch * forward.v_batch_stride + head * forward.v_head_stride;
-#pragma unroll 1
-  for (int i = threadIdx.x; i < Config::kBlockN * kLines; i += Config::kThreads) {
-    const int row = i / kLines, column = i % kLines * kLine;
-    if (row >= forward.seqlen_k) return;
-    if (column < forward.head_dim) ptx::prefetch_l2(k + row * forward.k_row_stride + column);
-    if (column < forward.head_dim_v) ptx::prefetch_l2(v + row * forward.v_row_stride + column);
-  }
-}
-
 // Heads run fastest, since their keys lie side by side in memory; then tiles of queries, which share keys.
 template <class Config>
 __global__ void __launch_bounds__(Config::kThreads, Config::Tile::kMinBlocks)
@@ -369,7 +346,6 @@ __global__ void __launch_bounds__(Config::kThreads, Config::Tile::kMinBlocks)
   const int m_block = rest % arguments.tiles_m, split = rest / arguments.tiles_m % params.num_splits;
   const int batch = rest / arguments.tiles_m / params.num_splits;
   prefetch_block_table(params, batch);
-  prefetch_first_block<Config>(params, batch, head);
   const CachedSequence sequence(params, batch);
   const int64_t total_rows = int64_t{sequence.seqlen_q} * arguments.group;
   const int step = sequence.batch == params.forward.batch ? arguments.tiles_m * Config::kBlockM : 0;

@@ -9,6 +9,7 @@ import torch
 from oracle import HEAD_DIM_PAIRS, Options, assert_lse, assert_within, attention
 
 from flash_attn import flash_attn_with_kvcache
+from flash_attn.flash_attn_interface import kvcache_num_splits
 
 BATCH, CAPACITY, HEADS, HEADS_K, HEAD_DIM = 3, 96, 4, 2, 32
 MASKS = {
@@ -194,6 +195,13 @@ def test_num_splits_does_not_matter(num_splits):
     check(out, lse, q, list(zip(k_cache, v_cache, strict=True)), Options())
     again = flash_attn_with_kvcache(q, k_cache, v_cache, num_splits=num_splits)
     assert torch.equal(again, out)
+
+
+def test_the_number_of_splits_can_be_asked_for(device):
+    q, k_cache, *_ = make(2)
+    table = torch.zeros(BATCH, 5000, dtype=torch.int32)
+    assert kvcache_num_splits(q, k_cache) == 1  # two blocks of keys
+    assert (kvcache_num_splits(q, k_cache, table) > 1) == (device == "cuda")
 
 
 def test_strided_cache_is_written_in_place():
