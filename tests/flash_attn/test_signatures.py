@@ -47,6 +47,7 @@ flash_attn.flash_attn_interface
     _flash_attn_varlen_backward(
         <gradients>, <lengths>, dropout_p, softmax_scale, causal, <window>, softcap, alibi_slopes,
         deterministic, rng_state=None, zero_tensors=False)
+    kvcache_num_splits(q, k_cache, block_table=None)
     _get_block_size_n(device, head_dim, is_dropout, is_causal)
     maybe_contiguous(x)
     round_multiple(x, m)
