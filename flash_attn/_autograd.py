@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import inf
 from typing import Any
 
 import torch
@@ -70,14 +71,19 @@ def _function(name: str, q: Tensor) -> Any:
     return getattr(ops, f"_wrapped{name}" if ops.needs_dispatcher(q) else name)
 
 
-def _sink_gradient(sinks: Tensor, dout: Tensor, out: Tensor, lse: Tensor) -> Tensor:
+def _row_sums(dout: Tensor, out: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return rowsum(dO * O) ([b,] h, rows) of dout and out ([b,] rows, h, dv)."""
+    return (dout.to(dtype) * out.to(dtype)).sum(-1).transpose(-1, -2)
+
+
+def _sink_gradient(sinks: Tensor, d: Tensor, lse: Tensor) -> Tensor:
     """Return the gradient of sinks (h,): a sink has the value 0, so that dS = -P D with D = rowsum(dO * O).
 
-    dout and out are ([b,] rows, h, dv), lse is ([b,] h, rows).
+    d and lse are ([b,] h, rows). Rows of no sequence, where anything may lie, have an LSE of +inf.
     """
-    d = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1).transpose(-1, -2)
     probs = (sinks.to(lse.dtype).unsqueeze(-1) - lse).exp()
-    return -(probs * d).sum(-1).reshape(-1, sinks.shape[0]).sum(0).to(sinks.dtype)
+    dscores = (probs * d).masked_fill(lse == inf, 0.0)
+    return -dscores.sum(-1).reshape(-1, sinks.shape[0]).sum(0).to(sinks.dtype)
 
 
 class FlashAttention(torch.autograd.Function):
@@ -94,16 +100,23 @@ class FlashAttention(torch.autograd.Function):
         ctx.save_for_backward(out, lse, rng_state, slopes, sinks, *inputs)
         ctx.scoring, ctx.deterministic = scoring, deterministic
         ctx.mark_non_differentiable(lse, probs)
+        ctx.set_materialize_grads(False)  # no zeros for these two
         return out, lse, probs
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout: Tensor, *unused: Tensor) -> Gradients:
+    def backward(ctx: Any, dout: Tensor | None, *unused: Tensor | None) -> Gradients:
+        if dout is None:
+            return (None,) * len(ctx.needs_input_grad)
         out, lse, rng_state, slopes, sinks, *inputs = ctx.saved_tensors
         gradients, parts = _buffers(inputs, ctx.needs_input_grad[-len(inputs) :])
         run = _function("_flash_attn_backward", inputs[0])
-        run(dout, *split(inputs), out, lse, *parts, *ctx.scoring, slopes, ctx.deterministic, rng_state)
-        dsinks = _sink_gradient(sinks, dout, out, lse) if ctx.needs_input_grad[0] else None
+        softmax_d = run(
+            dout, *split(inputs), out, lse, *parts, *ctx.scoring, slopes, ctx.deterministic, rng_state
+        )  # fmt: skip
+        dsinks = None
+        if ctx.needs_input_grad[0]:
+            dsinks = _sink_gradient(sinks, softmax_d[..., : lse.shape[-1]], lse)
         return dsinks, None, None, None, None, *gradients
 
 
@@ -122,11 +135,14 @@ class VarlenFlashAttention(torch.autograd.Function):
         ctx.save_for_backward(out, lse, rng_state, slopes, sinks, cu_seqlens_q, cu_seqlens_k, *inputs)
         ctx.max_seqlens, ctx.scoring, ctx.deterministic = (max_seqlen_q, max_seqlen_k), scoring, deterministic
         ctx.mark_non_differentiable(lse, probs)
+        ctx.set_materialize_grads(False)  # no zeros for these two
         return out, lse, probs
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout: Tensor, *unused: Tensor) -> Gradients:
+    def backward(ctx: Any, dout: Tensor | None, *unused: Tensor | None) -> Gradients:
+        if dout is None:
+            return (None,) * len(ctx.needs_input_grad)
         out, lse, rng_state, slopes, sinks, cu_seqlens_q, cu_seqlens_k, *inputs = ctx.saved_tensors
         gradients, parts = _buffers(inputs, ctx.needs_input_grad[-len(inputs) :])
         run = _function("_flash_attn_varlen_backward", inputs[0])
@@ -134,5 +150,7 @@ class VarlenFlashAttention(torch.autograd.Function):
             dout, *split(inputs), out, lse, *parts, cu_seqlens_q, cu_seqlens_k, *ctx.max_seqlens,
             *ctx.scoring, slopes, ctx.deterministic, rng_state,
         )  # fmt: skip
-        dsinks = _sink_gradient(sinks, dout, out, lse) if ctx.needs_input_grad[4] else None
+        dsinks = None
+        if ctx.needs_input_grad[4]:
+            dsinks = _sink_gradient(sinks, _row_sums(dout, out, lse.dtype), lse)
         return *(None,) * 4, dsinks, *(None,) * 4, *gradients

@@ -46,13 +46,14 @@ def _check_new(q: Tensor, cache: Cache, k: Tensor | None, v: Tensor | None) -> i
         check.fail(ValueError, missing, "given together with its pair", None)
     if cache.seqlens is None:
         check.fail(ValueError, "cache_seqlens", "given where k and v are appended", None)
-    k_shape, cache_shape, device = k.shape, cache.k.shape, q.device
-    if (
-        k.dtype is v.dtype is q.dtype and k.device == device == v.device and len(k_shape) == 4
-        and k_shape == (q.shape[0], k_shape[1], *cache_shape[2:])
-        and v.shape == (*k_shape[:3], cache.v.shape[3])
-    ):  # fmt: skip
-        return k_shape[1]
+    if isinstance(k, Tensor) and isinstance(v, Tensor):
+        k_shape, cache_shape, device = k.shape, cache.k.shape, q.device
+        if (
+            k.dtype is v.dtype is q.dtype and k.device == device == v.device and len(k_shape) == 4
+            and k_shape == (q.shape[0], k_shape[1], *cache_shape[2:])
+            and v.shape == (*k_shape[:3], cache.v.shape[3])
+        ):  # fmt: skip
+            return k_shape[1]
     check.check_qkv(q, k, v, 4, 4)
     check.check_batch(k, q.shape[0])
     if k.shape[2] != cache.k.shape[2]:

@@ -84,7 +84,10 @@ def _refuse_recorded(**given: object) -> None:
 
 def _written(made: Tensor, out: Tensor | None) -> Tensor:
     """Return `out`, if given, with what the custom op has made."""
-    return made if out is None else out.copy_(made)
+    if out is None:
+        return made
+    check.check_like(out, "out", made, "the result")
+    return out.copy_(made)
 
 
 def _attend(

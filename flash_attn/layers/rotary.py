@@ -111,6 +111,19 @@ def _gather_varlen(
     return _rows(cos, sin, positions, inside & (positions >= 0) & (positions < cos.shape[0]))
 
 
+def _check_index(index: Offsets | None, name: str, x: Tensor, length: int | None) -> None:
+    """Check integers of one dimension beside x, `length` of them if it is given."""
+    if not isinstance(index, Tensor):
+        return
+    if index.is_floating_point() or index.dim() != 1 or length not in (None, index.shape[0]):
+        expected = "any" if length is None else length
+        raise ValueError(
+            f"{name} must be integers of shape ({expected},), got {index.dtype} of shape {tuple(index.shape)}"
+        )
+    if index.device != x.device:
+        raise ValueError(f"{name} must be on the device of x ({x.device}), got {index.device}")
+
+
 class Angles(NamedTuple):
     """Tables cos, sin (seqlen_ro, rotary_dim / 2), and where in them the tokens of a tensor stand.
 
@@ -130,6 +143,9 @@ class Angles(NamedTuple):
             ValueError: they do not.
         """
         _check_tables(self.cos, self.sin, x.shape[-1])
+        _check_index(self.cu_seqlens, "cu_seqlens", x, None)
+        batch = x.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+        _check_index(self.offsets, "seqlen_offsets", x, batch)
         if isinstance(self.offsets, int) and self.cu_seqlens is None:
             _check_offset(self.offsets, x.shape[1], self.cos.shape[0])
         elif self.cos.shape[0] == 0 and x.numel():
@@ -194,6 +210,9 @@ def apply_rotary_emb(
         ValueError: tables that do not fit x, or (known on CPU) positions past their end. On CUDA tokens past
             the end are left as they are.
     """
+    rank = 4 if cu_seqlens is None else 3
+    if x.dim() != rank:
+        raise ValueError(f"x must be a tensor of {rank} dimensions, got shape {tuple(x.shape)}")
     angles = Angles(cos, sin, seqlen_offsets, cu_seqlens)
     angles.check(x)
     return _ApplyRotary.apply(x, interleaved, inplace, _offset(angles), *angles.tensors())

@@ -9,7 +9,9 @@
 namespace flash_attn {
 
 // Whether the call has anything to append or to rotate.
-inline bool appends(const SplitParams& params) { return params.seqlen_new > 0; }
+inline bool appends(const SplitParams& params) {
+  return params.seqlen_new > 0 || params.rotary_cos != nullptr;
+}
 
 // Writes k_new and v_new into the cache, and q_rotated.
 Status launch_append(const SplitParams& params, const Device& device, cudaStream_t stream);

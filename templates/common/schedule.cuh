@@ -1,4 +1,4 @@
-// Which tile of queries a thread block works on.
+// Which tile of queries, or of keys in the backward, a thread block works on.
 //
 // Tiles are numbered in one dimension, so that batch x heads may exceed 65,535. Under a causal mask heads
 // come in sections whose keys and values fit into L2 together, and inside a section the last, longest, tiles

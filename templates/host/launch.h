@@ -6,6 +6,8 @@
 #include <atomic>
 #include <cstdint>
 #include <limits>
+#include <map>
+#include <utility>
 
 #include "host/status.h"
 
@@ -27,9 +29,22 @@ inline Status allow_shared_memory(const void* kernel, const char* name, int devi
   return status;
 }
 
+// Whether a kernel's code can wait for the one before: it was compiled for sm_90 or later, which the device
+// need not tell, since older PTX runs there too.
+inline bool can_depend(const void* kernel, int device) {
+  thread_local std::map<std::pair<const void*, int>, bool> known;
+  const auto [entry, is_new] = known.try_emplace({kernel, device}, false);
+  if (is_new) {
+    cudaFuncAttributes attributes{};
+    entry->second =
+        cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90;
+  }
+  return entry->second;
+}
+
 // Launches on `device`, which must be current. `done` remembers the devices on which the kernel's attributes
-// are set: one object per kernel. A `dependent` kernel may start before the one before it in the stream has
-// ended; it must call ptx::wait_for_dependency() before it touches anything of that one.
+// are set: one object per kernel. A `dependent` kernel, if its code can wait, may start before the one before
+// it in the stream has ended; it must call ptx::wait_for_dependency() before it touches anything of that one.
 template <class Arguments>
 Status launch_kernel(void (*kernel)(Arguments), const char* name, int device, int64_t blocks, int threads,
                      int shared_bytes, cudaStream_t stream, const Arguments& arguments,
@@ -44,7 +59,7 @@ Status launch_kernel(void (*kernel)(Arguments), const char* name, int device, in
   if (status != Status::kOk) return status;
   void* kernel_arguments[] = {const_cast<Arguments*>(&arguments)};
   const dim3 grid(static_cast<unsigned>(blocks));
-  if (!dependent) {
+  if (!dependent || !can_depend(function, device)) {
     return check_cuda(cudaLaunchKernel(function, grid, dim3(threads), kernel_arguments, shared_bytes, stream),
                       "cudaLaunchKernel", name);
   }

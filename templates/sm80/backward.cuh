@@ -133,7 +133,7 @@ Status launch_backward(const BackwardParams& params, const Device& device, cudaS
   const PrepareArguments prepare{params, tiles(kWorkspaceRows)};
   Status status = launch_kernel(prepare_kernel<Config>, name, device.index, query_heads * prepare.tiles,
                                 kPrepareThreads, 0, stream, prepare, prepared[0]);
-  if (status != Status::kOk) return status;
+  if (status != Status::kOk || (params.dq == nullptr && params.dk == nullptr)) return status;
 
   const auto schedule = [&](int parts, bool one_section) {
     return make_key_schedule(forward, Config::kBlockN, parts, Config::kMask, kBackwardSectionBytes,

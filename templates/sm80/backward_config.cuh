@@ -37,7 +37,8 @@ struct BackwardConfig {
   static constexpr int kBlockM = Tile::kBlockM;
   static constexpr int kBlockN = Tile::kBlockN;
   static constexpr int kThreads = 32 * Tile::kWarps;
-  static_assert(kWorkspaceRows % kBlockM == 0, "a sequence's rows in the workspace are whole tiles");
+  static_assert(kWorkspaceRows % kBlockM == 0 && kWorkspaceRows % kBlockN == 0,
+                "a sequence's rows in the workspace are whole tiles");
   static_assert(Tile::kWarps <= kBlockM, "a tile has as many semaphores as rows, and uses one per warp");
 
   // A pair of warps shares kWarpKeys keys, for kChunk queries at a time: one warp has dV, the other dK.

@@ -60,6 +60,7 @@ struct SplitWork {
 // Rows that see no key in this split: O = 0, and LSE = -inf unless it is the only split.
 template <class Config>
 __device__ __forceinline__ void store_no_keys(const SplitParams& params, const SplitWork& work) {
+  ptx::wait_for_dependency();  // what comes after this kernel counts on what came before it
   if (work.num_splits == 1) {
     return store_empty<typename Config::Element>(work.queries, threadIdx.x, Config::kThreads);
   }
@@ -383,7 +384,8 @@ Status launch_attention(const SplitParams& params, const Device& device, cudaStr
   if constexpr (sizeof...(Others) > 0) {
     if (rows > Config::kBlockM) return launch_attention<Others...>(params, device, stream, name);
   }
-  const int64_t tiles_m = (rows + Config::kBlockM - 1) / Config::kBlockM;
+  // At least one, for the rows past the last sequence.
+  const int64_t tiles_m = std::max<int64_t>((rows + Config::kBlockM - 1) / Config::kBlockM, 1);
   const int64_t batches = int64_t{forward.batch} + (forward.cu_seqlens_q != nullptr ? 1 : 0);
   const SplitArguments arguments{params, forward.num_heads_k, static_cast<int>(tiles_m), group,
                                  needs_modifiers(forward)};

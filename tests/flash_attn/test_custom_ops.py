@@ -189,3 +189,13 @@ def test_compiled_dropout_draws_a_mask_and_uses_it_again(device, require_backwar
         (dv,) = torch.autograd.grad(out.float().square().sum() / 2, v)
         kept = (out.double().square()).sum()  # <out, out> = <P v, out> = <v, P^T out>
         torch.testing.assert_close((dv.double() * v.double()).sum(), kept, atol=0.0, rtol=0.02)
+
+
+@pytest.mark.parametrize("shape, dtype", [((2, 10, 4, 24), torch.float32), ((2, 10, 4, 32), torch.float64)])
+def test_out_is_checked_where_a_mode_sees_the_op(shape, dtype):
+    class Seen(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            return function(*args, **(kwargs or {}))
+
+    with Seen(), pytest.raises((TypeError, ValueError), match=r"^out must be"):
+        flash_attn.flash_attn_func(*make("cpu", 10, 12), out=torch.empty(shape, dtype=dtype))

@@ -133,6 +133,22 @@ def test_rotary(interleaved, rotary_dim, mask):
     check(out, lse, q_rotated, sequences, MASKS[mask])
 
 
+def test_rotary_without_a_single_new_key_still_rotates_q():
+    q, k_cache, v_cache, k, v = make(2)
+    angles = torch.randn(CAPACITY, HEAD_DIM // 2)
+    tables = {"rotary_cos": angles.cos().to(q.dtype), "rotary_sin": angles.sin().to(q.dtype)}
+    held = int32(8, 17, 40)
+    out, _ = run(q, k_cache, v_cache, Options(), k=k, v=v, cache_seqlens=held, **tables)
+    cos, sin = (x[held.long()][:, None, None] for x in tables.values())
+    pairs = q.unflatten(-1, (-1, 2)).float()
+    x, y = pairs.unbind(-1)
+    rotated = torch.stack((x * cos - y * sin, x * sin + y * cos), dim=-1).flatten(-2).to(q.dtype)
+    expected, _ = run(rotated, k_cache, v_cache, Options(), cache_seqlens=held)
+    torch.testing.assert_close(out, expected, atol=2e-2, rtol=2e-2)
+    plain, _ = run(q, k_cache, v_cache, Options(), cache_seqlens=held)
+    assert not torch.allclose(out, plain, atol=2e-2, rtol=2e-2)
+
+
 @pytest.mark.parametrize("appends", [False, True])
 def test_batch_idx_and_leftpad(appends):
     q, k_cache, v_cache, k, v = make(4, entries=5, seqlen_new=4)

@@ -97,3 +97,12 @@ def test_seqused_k_counts_instead_of_cu_seqlens_k():
         None, True, block_table=table, seqused_k=torch.tensor(used, dtype=torch.int32),
     )  # fmt: skip
     check(out, lse, q, packed, Options(causal=True), used=used)
+
+
+def test_rows_of_no_sequence_are_empty():
+    q, _, pages, table = make(16)
+    starts = torch.zeros(len(table) + 1, dtype=torch.int32)
+    out, lse, *_ = _flash_attn_varlen_forward(
+        q, *pages, starts, starts, 0, max(LENGTHS_K), 0.0, None, True, block_table=table
+    )
+    assert not out.any() and (lse == torch.inf).all()

@@ -166,3 +166,14 @@ def test_what_has_no_gradient_is_refused_where_one_is_needed(name):
     given = {"out": torch.empty_like(q[0]), "seqused_k": torch.tensor([2]).int()}[name]
     with pytest.raises(NotImplementedError, match=f"^{name} "):
         flash_attn_varlen_func(q[0].requires_grad_(), k[0], v[0], cu, cu, 2, 2, **{name: given})
+
+
+def test_rows_of_no_sequence_do_not_reach_the_gradient(device, require_backward):
+    require_backward(device, torch.bfloat16, HEAD_DIM)
+    q, k, v, sinks = (x.squeeze(0).requires_grad_() for x in make(1, 6, 6))
+    bounds = torch.tensor([0, 4], dtype=torch.int32)
+    out = flash_attn_varlen_func(q, k, v, bounds, bounds, 4, 4, s_aux=sinks)
+    dout = torch.randn_like(out)
+    expected = torch.autograd.grad(out, sinks, dout, retain_graph=True)[0]
+    dout[4:] = math.nan
+    assert torch.equal(torch.autograd.grad(out, sinks, dout)[0], expected) and expected.isfinite().all()

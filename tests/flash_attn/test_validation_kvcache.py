@@ -33,6 +33,7 @@ KVCACHE = {
         "v_cache": zeros(2, 32, 2, 24), "k": NEW, "v": NEW, "cache_seqlens": 3}),
     "cache dtype": (TypeError, "k_cache", {"k_cache": CACHE.float()}),
     "cache too small": (ValueError, "k_cache", {"k_cache": CACHE[:1], "v_cache": CACHE[:1]}),
+    "new keys a list": (TypeError, "k", {"k": [1], "v": [2], "cache_seqlens": 3}),
     "new dtype": (TypeError, "k", {"k": NEW.float(), "v": NEW, "cache_seqlens": 3}),
     "new heads": (ValueError, "k", {"k": zeros(2, 3, 4, 32), "v": zeros(2, 3, 4, 32), "cache_seqlens": 3}),
     "new batch": (ValueError, "k", {"k": NEW[:1], "v": NEW[:1], "cache_seqlens": 3}),
