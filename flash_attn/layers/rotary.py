@@ -192,6 +192,20 @@ class _ApplyRotary(torch.autograd.Function):
         return angles.rotate(dout, ctx.interleaved, conjugate=True), *(None,) * 7
 
 
+def angles_of(x: Tensor, cos: Tensor, sin: Tensor, offsets: Offsets, cu_seqlens: Tensor | None) -> Angles:
+    """Return the angles of x (b, s, h, d), or (total, h, d) with `cu_seqlens`, once all is checked.
+
+    Raises:
+        ValueError: x has another number of dimensions, or `Angles.check` refuses.
+    """
+    rank = 4 if cu_seqlens is None else 3
+    if x.dim() != rank:
+        raise ValueError(f"x must be a tensor of {rank} dimensions, got shape {tuple(x.shape)}")
+    angles = Angles(cos, sin, offsets, cu_seqlens)
+    angles.check(x)
+    return angles
+
+
 def apply_rotary_emb(
     x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False, inplace: bool = False,
     seqlen_offsets: Offsets = 0, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None,
@@ -210,11 +224,7 @@ def apply_rotary_emb(
         ValueError: tables that do not fit x, or (known on CPU) positions past their end. On CUDA tokens past
             the end are left as they are.
     """
-    rank = 4 if cu_seqlens is None else 3
-    if x.dim() != rank:
-        raise ValueError(f"x must be a tensor of {rank} dimensions, got shape {tuple(x.shape)}")
-    angles = Angles(cos, sin, seqlen_offsets, cu_seqlens)
-    angles.check(x)
+    angles = angles_of(x, cos, sin, seqlen_offsets, cu_seqlens)
     return _ApplyRotary.apply(x, interleaved, inplace, _offset(angles), *angles.tensors())
 
 

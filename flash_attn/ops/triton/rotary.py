@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from flash_attn.layers.rotary import Angles, Offsets
+from flash_attn.layers.rotary import Offsets, angles_of
 
 
 def apply_rotary(
@@ -18,6 +18,5 @@ def apply_rotary(
     Raises:
         ValueError: as there.
     """
-    angles = Angles(cos, sin, seqlen_offsets, cu_seqlens)
-    angles.check(x)
+    angles = angles_of(x, cos, sin, seqlen_offsets, cu_seqlens)
     return angles.rotate(x, interleaved, conjugate, inplace)

@@ -40,3 +40,11 @@ def test_writes_through_a_view():
     expected = apply_rotary(qkv[:, :2].reshape(9, 4, 16), angles.cos(), angles.sin(), **PACKED)
     apply_rotary(qkv[:, :2].view(9, -1, 16), angles.cos(), angles.sin(), **PACKED, inplace=True)
     assert torch.equal(qkv[:, :2].flatten(1, 2), expected)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_another_number_of_dimensions_is_refused(packed):
+    x, table = torch.randn(*((1,) if packed else ()), 5, 3, 8), torch.rand(9, 4)
+    bounds = torch.tensor([0, 5], dtype=torch.int32) if packed else None
+    with pytest.raises(ValueError, match=r"^x must be a tensor of"):
+        apply_rotary(x, table, table, cu_seqlens=bounds)
