@@ -7,6 +7,7 @@ ours then run on CPU tensors.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from importlib import metadata
 
@@ -132,7 +133,8 @@ def test_it_takes_our_functions(where):
     taken = modeling_flash_attention_utils
     assert taken._flash_fn is flash_attn.flash_attn_func
     assert taken._flash_varlen_fn is flash_attn.flash_attn_varlen_func
-    assert taken._flash_with_kvcache_fn is flash_attn.flash_attn_with_kvcache
+    # newer releases keep the compiler away from this one
+    assert inspect.unwrap(taken._flash_with_kvcache_fn) is flash_attn.flash_attn_with_kvcache
     assert taken._pad_fn is bert_padding.pad_input and taken._unpad_fn is bert_padding.unpad_input
     wanted = {"dropout_p", "window_size", "softcap", "deterministic", "max_seqlen_q", "max_seqlen_k"}
     known = taken._process_flash_kwargs_fn.keywords["supports_mapping"]
