@@ -85,8 +85,7 @@ Status fail_without_kernel(Status status, Direction direction, const ForwardPara
   return fail(status,
               "this build holds no %s kernel for %s, head dim %d, %s mask%s that runs on compute capability "
               "%d.%d with %d bytes of shared memory; it was compiled for %s",
-              direction_name(direction),
-              static_cast<Dtype>(params.dtype) == Dtype::kBf16 ? "bf16" : "fp16",
+              direction_name(direction), static_cast<Dtype>(params.dtype) == Dtype::kBf16 ? "bf16" : "fp16",
               std::max(params.head_dim, params.head_dim_v), mask_name(mask_class(params)), family,
               device.capability / 10, device.capability % 10, device.shared_bytes, flash_attn_targets());
 }

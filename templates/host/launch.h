@@ -36,8 +36,7 @@ inline bool can_depend(const void* kernel, int device) {
   const auto [entry, is_new] = known.try_emplace({kernel, device}, false);
   if (is_new) {
     cudaFuncAttributes attributes{};
-    entry->second =
-        cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90;
+    entry->second = cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90;
   }
   return entry->second;
 }

@@ -77,7 +77,8 @@ const KernelEntry* choose_kernel(Direction direction, const ForwardParams& param
   return status == Status::kOk ? find_kernel(direction, params, device, status) : nullptr;
 }
 
-// Runs a launcher, which is one direction's member of KernelEntry; `forward`, part of `params`, decides which.
+// Runs a launcher, which is one direction's member of KernelEntry; `forward`, part of `params`, decides
+// which.
 template <class Params, class Launcher>
 int32_t run(Direction direction, Launcher KernelEntry::* launcher, const Params& params,
             const ForwardParams& forward, void* stream) {

@@ -132,8 +132,8 @@ __device__ __forceinline__ void add_value_gradient(KeyGradient<Config>& gradient
   }
 }
 
-// dS^T of a block of 16 keys and 16 queries from P^T as it was handed over, `dprobs` (two tiles of dP^T) and
-// D.
+// dS^T of a block of 16 keys and 16 queries: from P^T as it was handed over, from dP^T of the first eight
+// queries (`low`) and of the others (`high`), and from D.
 template <class Config>
 __device__ __forceinline__ void differentiate_block(uint32_t (&dscores)[4], uint4 handed,
                                                     const float (&low)[4], const float (&high)[4],

@@ -1,4 +1,4 @@
-// Matrix products as one warp computes them with mma.sync: S = Q K^T and O += P V.
+// Matrix products as one warp computes them with mma.sync: S = Q K^T and O += P V in the forward's words.
 #pragma once
 
 #include <cstdint>
