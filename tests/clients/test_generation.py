@@ -7,6 +7,10 @@ likes less than them by as little as bf16 can tell.
 from __future__ import annotations
 
 import functools
+import queue
+import threading
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +27,16 @@ PROMPTS = (33, 5, 60)
 @pytest.fixture(autouse=True)
 def cached_keys_kernel(device, require_split):
     require_split(device, torch.bfloat16, 64)
+
+
+def within(seconds: float, call: Callable[[], Any]) -> Any:
+    """Return what `call` does, which waits for a thread of its own; fail where that takes so long."""
+    answer: queue.Queue[Any] = queue.Queue()
+    threading.Thread(target=lambda: answer.put(call()), daemon=True).start()
+    try:
+        return answer.get(timeout=seconds)
+    except queue.Empty:
+        pytest.fail(f"no answer within {seconds} s")
 
 
 def logits(name: str, dtype: torch.dtype, device: str, ids: Tensor) -> Tensor:
@@ -74,7 +88,9 @@ def test_continuous_batching(where, monkeypatch):  # noqa: F811
     model = model_for_generation("llama", where, f"paged|{FLASH}")
     torch.manual_seed(1)
     prompts = [torch.randint(3, VOCABULARY, (n,)).tolist() for n in PROMPTS]
-    results = model.generate_batch(prompts, generation_config=model.generation_config)
+    results = within(
+        120, functools.partial(model.generate_batch, prompts, generation_config=model.generation_config)
+    )
     assert len(results) == len(prompts)
     for result in results.values():
         made = torch.tensor([result.prompt_ids + result.generated_tokens], device=where)
