@@ -17,14 +17,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import report
-from benchmarks.providers import CUDNN, OURS, TORCH_FA2, Call, runnable
+from benchmarks.providers import CUDNN, OURS, TORCH_FA2, Call, check_agreement, runnable
 from benchmarks.timing import cold_medians
 
 HEAD_DIM = 128
 HEADS = ((32, 8), (32, 32), (16, 1))
 SIZES = ((1, 4096), (1, 65536), (8, 8192), (64, 4096), (128, 1024))
 PAGE_SIZES = (16, 64, 256)
-AGREEMENT = 1e-2
 
 
 @dataclass(frozen=True)
@@ -110,19 +109,6 @@ def theirs(q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend) -> Call:
         lambda: sdpa_kernel(backend),
         heads_first=True,
     )
-
-
-def check_agreement(calls: dict[str, Call]) -> None:
-    """Compare our result with a peer's, by the relative Frobenius norm."""
-    peer = next((name for name in (CUDNN, TORCH_FA2) if name in calls), None)
-    if peer is None:
-        return
-    (out,), (expected,) = (calls[name].results() for name in (OURS, peer))
-    error = torch.linalg.vector_norm(out.float() - expected.float()) / torch.linalg.vector_norm(
-        expected.float()
-    )
-    if not error.item() < AGREEMENT:
-        raise AssertionError(f"{OURS} and {peer} differ: relative error {error.item():.3g}")
 
 
 def measure(problem: Problem, tensors: Tensors, splits: list[int], pages: bool) -> dict[str, float]:

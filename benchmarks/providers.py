@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
@@ -19,6 +19,9 @@ TORCH_FA2 = "torch FA2"
 CUDNN = "cuDNN"
 TORCH_SDPA = "torch SDPA"
 STANDARD = "standard"
+
+AGREEMENT = 1e-2
+"""Relative error by which results of ours and a peer may differ."""
 
 Context = Callable[[], AbstractContextManager[None]]
 
@@ -157,3 +160,19 @@ def runnable(calls: dict[str, Call]) -> dict[str, Call]:
         else:
             kept[name] = call
     return kept
+
+
+def check_agreement(calls: Mapping[str, Call]) -> None:
+    """Compare our results with FA2's, or cuDNN's where that is missing, by the relative Frobenius norm."""
+    peer = next((name for name in (TORCH_FA2, CUDNN) if name in calls), None)
+    if peer is None:
+        return
+    theirs = calls[peer].results()
+    for name in (name for name in (OURS, DETERMINISTIC) if name in calls):
+        for ours, other in zip(calls[name].results(), theirs, strict=True):
+            difference = torch.linalg.vector_norm(ours.float() - other.float())
+            error = (difference / torch.linalg.vector_norm(other.float())).item()
+            if not error < AGREEMENT:
+                raise AssertionError(
+                    f"{name} and {peer} differ: relative error {error:.3g}, allowed {AGREEMENT}"
+                )

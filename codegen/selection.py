@@ -17,7 +17,7 @@ VARIABLES = {
     "FLASH_ATTN_CUDA_ARCHS": "another name of FLASH_ATTN_ARCHS",
     "FLASH_ATTN_HEAD_DIMS": "a list of head dims such as 64;128",
     "FLASH_ATTN_DTYPES": "a list of dtypes such as bf16",
-    "FLASH_ATTN_DIRECTIONS": "a list of directions: forward, backward",
+    "FLASH_ATTN_DIRECTIONS": f"a list of directions: {', '.join(axes.DIRECTIONS)}",
     "FLASH_ATTN_FORCE_BUILD": "compile even if a prebuilt wheel matches",
     "FLASH_ATTN_WHEEL_INDEX": "where to look for a prebuilt wheel",
     "FLASH_ATTN_FORCE_FAMILY": "kernel family to use, read at run time",

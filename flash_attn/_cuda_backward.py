@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flash_attn import _abi, _cuda, _library
-from flash_attn._layout import empty_softmax_d, round_multiple
+from flash_attn._layout import PROBS_BLOCK, empty_softmax_d, padded_rows, round_multiple
 from flash_attn._splits import choose_key_parts
 from flash_attn._validation import Gradients, Scoring
 
@@ -69,7 +69,7 @@ def _launch(
     batch, _, seqlen_k, _, num_heads, num_heads_k = sizes
     batches = 1 if sequences[0] else batch
     rows = softmax_d.stride(-2)
-    key_rows = round_multiple(k.shape[0] + 128 * batch if sequences[0] else seqlen_k, 128)
+    key_rows = padded_rows(k.shape[0], batch) if sequences[0] else round_multiple(seqlen_k, PROBS_BLOCK)
     parts = 1
     if gradients[1] is not None and num_heads > num_heads_k:
         masked = scoring.window_left >= 0 or scoring.window_right >= 0

@@ -72,6 +72,11 @@ def _reaches(distance: int, steps: list[tuple[int, int, int]]) -> bool:
     return any(_reaches(distance - n * stride, finer) for n in range(first, last + 1))
 
 
+def padded_rows(total: int, batch: int) -> int:
+    """Return room for `total` rows of `batch` packed sequences, each padded to whole blocks of 128 rows."""
+    return round_multiple(total + PROBS_BLOCK * batch, PROBS_BLOCK)
+
+
 def empty_softmax_d(q: Tensor, batch: int | None = None) -> Tensor:
     """Allocate softmax_d for q (b, s, h, d), or for q (total, h, d) of `batch` packed sequences.
 
@@ -84,4 +89,4 @@ def empty_softmax_d(q: Tensor, batch: int | None = None) -> Tensor:
         return q.new_empty((batch, num_heads, round_multiple(seqlen_q, PROBS_BLOCK)), dtype=dtype)
     total_q, num_heads, _ = q.shape
     rows = total_q + PROBS_BLOCK * batch
-    return q.new_empty((num_heads, round_multiple(rows, PROBS_BLOCK)), dtype=dtype)[:, :rows]
+    return q.new_empty((num_heads, padded_rows(total_q, batch)), dtype=dtype)[:, :rows]

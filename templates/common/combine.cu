@@ -200,7 +200,7 @@ Status launch_combine(const SplitParams& params, const Device& device, cudaStrea
   static std::atomic<uint64_t> prepared;
   return launch_kernel(kernel, "combine", device.index,
                        (arguments.rows + rows_per_block - 1) / rows_per_block, 32 * kWarps, 0, stream,
-                       arguments, prepared, has_grid_dependencies(device));
+                       arguments, prepared, /*dependent*/ true);
 }
 
 }  // namespace flash_attn

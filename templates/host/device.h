@@ -11,10 +11,12 @@ struct Device {
   int multiprocessors;
 };
 
-// Whether a kernel may be launched as dependent, see launch_kernel.
-inline bool has_grid_dependencies(const Device& device) { return device.capability >= 90; }
-
 // Shared memory that the system takes for each resident thread block.
 constexpr int kReservedSharedBytes = 1024;
+
+// Whether a multiprocessor has shared memory for so many thread blocks at a time.
+inline bool holds_blocks(const Device& device, int blocks, int shared_bytes) {
+  return blocks * (shared_bytes + kReservedSharedBytes) <= device.shared_bytes_per_multiprocessor;
+}
 
 }  // namespace flash_attn

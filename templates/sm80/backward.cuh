@@ -120,8 +120,7 @@ template <class Config, class... Others>
 Status launch_backward(const BackwardParams& params, const Device& device, cudaStream_t stream,
                        const char* name) {
   if constexpr (sizeof...(Others) > 0) {
-    const int needed = Config::Tile::kMinBlocks * (Config::kSharedBytes + kReservedSharedBytes);
-    if (needed > device.shared_bytes_per_multiprocessor)
+    if (!holds_blocks(device, Config::Tile::kMinBlocks, Config::kSharedBytes))
       return launch_backward<Others...>(params, device, stream, name);
   }
   const ForwardParams& forward = params.forward;

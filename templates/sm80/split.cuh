@@ -389,11 +389,10 @@ Status launch_attention(const SplitParams& params, const Device& device, cudaStr
   const int64_t batches = int64_t{forward.batch} + (forward.cu_seqlens_q != nullptr ? 1 : 0);
   const SplitArguments arguments{params, forward.num_heads_k, static_cast<int>(tiles_m), group,
                                  needs_modifiers(forward)};
-  const bool dependent = appends(params) && has_grid_dependencies(device);
   static std::atomic<uint64_t> prepared;
   return launch_kernel(split_kernel<Config>, name, device.index,
                        batches * forward.num_heads_k * tiles_m * params.num_splits, Config::kThreads,
-                       Config::kSharedBytes, stream, arguments, prepared, dependent);
+                       Config::kSharedBytes, stream, arguments, prepared, /*dependent*/ appends(params));
 }
 
 template <class... Configs>
