@@ -13,6 +13,7 @@ SUMMARIES = {
     "backward": "the same of dq, dk and dv",
     "both": "the same of forward and backward",
     "decode": "one query token over a KV cache",
+    "prefill": "a chunk of a prompt over a KV cache",
     "rotary": "rotary embedding beside a copy",
     "host": "host time of one call",
     "memory": "peak GPU memory by sequence length",
@@ -21,9 +22,10 @@ SUMMARIES = {
 
 
 def parser() -> argparse.ArgumentParser:
-    from benchmarks import build, decode, host, memory, rotary, speed
+    from benchmarks import build, decode, host, memory, prefill, rotary, speed
 
-    modules = {"decode": decode, "rotary": rotary, "host": host, "memory": memory, "build": build}
+    modules = {"decode": decode, "prefill": prefill, "rotary": rotary, "host": host}
+    modules |= {"memory": memory, "build": build}
     modules |= dict.fromkeys(WORK, speed)
     top = argparse.ArgumentParser(prog="python -m benchmarks", description="Benchmarks of flash_attn.")
     commands = top.add_subparsers(dest="command", required=True)

@@ -75,8 +75,11 @@ class Tensors:
         return q, k, v
 
 
-def ours(q: Tensor, k: Tensor, v: Tensor, num_splits: int = 0, page_size: int = 0, new: bool = False) -> Call:
-    """Our decoding call over the cache k, v; with `new`, one key is overwritten by appending it.
+def ours(
+    q: Tensor, k: Tensor, v: Tensor, num_splits: int = 0, page_size: int = 0, new: bool = False,
+    causal: bool = False,
+) -> Call:  # fmt: skip
+    """Our call over the cache k, v; with `new`, one key is overwritten by appending it.
 
     With `page_size`, the same numbers count as pages in random order.
     """
@@ -91,11 +94,10 @@ def ours(q: Tensor, k: Tensor, v: Tensor, num_splits: int = 0, page_size: int = 
         table = torch.randperm(k.shape[0], device="cuda").int().view(batch, -1)
 
     def run() -> tuple[Tensor]:
-        return (
-            flash_attn_with_kvcache(
-                q, k, v, *appended, cache_seqlens=lengths, block_table=table, num_splits=num_splits
-            ),
+        out = flash_attn_with_kvcache(
+            q, k, v, *appended, cache_seqlens=lengths, block_table=table, causal=causal, num_splits=num_splits
         )
+        return (out,)
 
     return Call(run)
 

@@ -15,7 +15,7 @@ from flash_attn import _validation as check
 from flash_attn._cpu_kvcache import Cache, Rotary
 from flash_attn._layout import empty_out
 from flash_attn._splits import heuristic
-from flash_attn._validation import Scoring
+from flash_attn._validation import Scoring, Shapes
 
 _pack = _abi.SPLIT_PARAMS.pack
 
@@ -61,7 +61,8 @@ def _contiguous(x: Tensor) -> Tensor:
 
 def _attend(
     q: Tensor, cache: Cache, k: Tensor | None, v: Tensor | None, rotary: Rotary | None, scoring: Scoring,
-    out: Tensor, lse: Tensor | None, lse_strides: tuple[int, int], queries: _Queries, num_splits: int,
+    out: Tensor, lse: Tensor | None, lse_strides: tuple[int, int], shapes: Shapes, queries: _Queries,
+    num_splits: int,
 ) -> None:  # fmt: skip
     """Append k and v, then write out and lse; num_splits 0 stands for the heuristic.
 
@@ -75,8 +76,8 @@ def _attend(
     k_batch, k_row, k_head, k_last = k_cache.stride()
     v_batch, v_row, v_head, v_last = v_cache.stride()
     q_at, k_at, v_at, o_at = q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), out.data_ptr()
-    entries, rows, num_heads_k, head_dim = k_cache.shape
-    num_heads, head_dim_v = q.shape[-2], v_cache.shape[3]
+    q_shape, (entries, rows, num_heads_k, head_dim), v_shape = shapes
+    num_heads, head_dim_v = q_shape[-2], v_shape[3]
     strides = q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, o_batch, o_row, o_head
     elements = head_dim | head_dim_v | q_batch | q_row | q_head | k_batch | k_row | k_head
     elements |= v_batch | v_row | v_head | o_batch | o_row | o_head
@@ -93,7 +94,7 @@ def _attend(
         addresses |= new_at[0] | new_at[1]
     if elements & 7 or addresses & 15 or not contiguous:
         return _attend_copies(
-            q, cache, k, v, rotary, scoring, out, lse, lse_strides, queries, num_splits
+            q, cache, k, v, rotary, scoring, out, lse, lse_strides, shapes, queries, num_splits
         )  # fmt: skip
     device = q.get_device()
     stream = _cuda.raw_stream(device)
@@ -114,7 +115,7 @@ def _attend(
     rotary_at, rotary_sizes = (0, 0, 0), (0, 0, 0)
     if rotary is not None:
         cos, sin = _cuda.as_table(rotary.cos), _cuda.as_table(rotary.sin)
-        rotated = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        rotated = torch.empty(q_shape, dtype=q.dtype, device=q.device)
         rotary_at = cos.data_ptr(), sin.data_ptr(), rotated.data_ptr()
         rotary_sizes = cos.shape[0], 2 * cos.shape[1], rotary.interleaved
     seqlen, seqlens_at, batch_idx_at, leftpad_at, packed_at = 0, 0, 0, 0, (0, 0)
@@ -164,8 +165,8 @@ def _attend_copies(
 
 
 def forward_kvcache(
-    q: Tensor, cache: Cache, k: Tensor | None, v: Tensor | None, rotary: Rotary | None, scoring: Scoring,
-    out: Tensor | None, num_splits: int, need_lse: bool,
+    q: Tensor, cache: Cache, k: Tensor | None, v: Tensor | None, shapes: Shapes, rotary: Rotary | None,
+    scoring: Scoring, out: Tensor | None, num_splits: int, need_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Return (out, lse (b, h, sq) or None) of q (b, sq, h, d) over the cache, with k and v appended.
 
@@ -173,13 +174,13 @@ def forward_kvcache(
         ValueError: a cache that kernels cannot read where it is.
         RuntimeError: as in `_cuda.forward`.
     """
-    batch, seqlen_q, num_heads, _ = q.shape
+    (batch, seqlen_q, num_heads, _), _, v_shape = shapes
     if out is None:
-        out = empty_out(q, cache.v.shape[3])
+        out = empty_out(q, v_shape[3])
     strides = num_heads * seqlen_q, seqlen_q
     lse = _cuda.empty_lse((batch, num_heads, seqlen_q), (*strides, 1), q) if need_lse else None
     queries = _Queries(batch, seqlen_q, batch * seqlen_q)
-    _attend(q, cache, k, v, rotary, scoring, out, lse, strides, queries, num_splits)
+    _attend(q, cache, k, v, rotary, scoring, out, lse, strides, shapes, queries, num_splits)
     return out, lse
 
 
@@ -192,11 +193,12 @@ def varlen_forward(
     Raises:
         ValueError, RuntimeError: as in `forward_kvcache`.
     """
-    total_q, num_heads, _ = q.shape
+    shapes = q.shape, k.shape, v.shape
+    total_q, num_heads, _ = shapes[0]
     if out is None:
         out = empty_out(q, v.shape[3])
     lse = _cuda.empty_lse((num_heads, total_q), (total_q, 1), q) if need_lse else None
     queries = _Queries(cu_seqlens_q.numel() - 1, max_seqlen_q, total_q, cu_seqlens_q, cu_seqlens_k)
     cache = Cache(k, v, seqused_k, None, None, block_table)
-    _attend(q, cache, None, None, None, scoring, out, lse, (0, total_q), queries, 0)
+    _attend(q, cache, None, None, None, scoring, out, lse, (0, total_q), shapes, queries, 0)
     return out, lse

@@ -16,25 +16,25 @@ from flash_attn._splits import MAX_SPLITS
 ROTARY_MULTIPLE = 16
 
 
-def _check_cache(q: Tensor, cache: Cache) -> None:
-    """Check the cache tensors and what selects their rows."""
-    batch = q.shape[0]
-    for held, name in ((cache.k, "k_cache"), (cache.v, "v_cache")):
+def _check_cache(q: Tensor, cache: Cache, batch: int, entries: int) -> None:
+    """Check the cache tensors, of `entries` entries or pages, and what selects their rows."""
+    k, v, seqlens, batch_idx, leftpad, block_table = cache
+    for held, name in ((k, "k_cache"), (v, "v_cache")):
         if held.stride(3) != 1:
             check.fail(ValueError, name, "contiguous in its last dimension", f"strides {held.stride()}")
-    if isinstance(cache.seqlens, Tensor):
-        check.check_index(cache.seqlens, "cache_seqlens", q, (batch,))
-    if cache.batch_idx is not None or cache.leftpad is not None:
-        for x, name in ((cache.batch_idx, "cache_batch_idx"), (cache.leftpad, "cache_leftpad")):
+    if isinstance(seqlens, Tensor):
+        check.check_index(seqlens, "cache_seqlens", q, (batch,))
+    if batch_idx is not None or leftpad is not None:
+        for x, name in ((batch_idx, "cache_batch_idx"), (leftpad, "cache_leftpad")):
             if x is not None:
                 check.check_index(x, name, q, (batch,))
-                if cache.block_table is not None:
+                if block_table is not None:
                     check.fail(ValueError, name, "None with a block_table", "a tensor")
-    if cache.block_table is not None:
-        check.check_index(cache.block_table, "block_table", q, (batch, -1))
-        check.check_page_size(cache.k, "k_cache")
-    elif cache.batch_idx is None and cache.k.shape[0] < batch:
-        check.fail(ValueError, "k_cache", f"of at least q's batch size ({batch})", cache.k.shape[0])
+    if block_table is not None:
+        check.check_index(block_table, "block_table", q, (batch, -1))
+        check.check_page_size(k, "k_cache")
+    elif batch_idx is None and entries < batch:
+        check.fail(ValueError, "k_cache", f"of at least q's batch size ({batch})", entries)
 
 
 def _check_new(q: Tensor, cache: Cache, k: Tensor | None, v: Tensor | None) -> int:
@@ -120,20 +120,20 @@ def forward_kvcache(
 
     Without `need_lse`, CUDA does not compute the LSE: it is None.
     """
-    q_shape, _, v_shape = check.check_qkv(q, k_cache, v_cache, 4, 4, ("q", "k_cache", "v_cache"))
+    q_shape, k_shape, v_shape = check.check_qkv(q, k_cache, v_cache, 4, 4, ("q", "k_cache", "v_cache"))
     if q.is_meta:
         raise NotImplementedError("flash_attn_with_kvcache is not implemented for meta tensors")
     batch, seqlen_q, _, head_dim = q_shape
     if cache_seqlens is not None and not isinstance(cache_seqlens, Tensor):
         cache_seqlens = check.as_int(cache_seqlens, "cache_seqlens")
     cache = Cache(k_cache, v_cache, cache_seqlens, cache_batch_idx, cache_leftpad, block_table)
-    _check_cache(q, cache)
+    _check_cache(q, cache, batch, k_shape[0])
     s_new = _check_new(q, cache, k, v)
     if type(num_splits) is not int:
         num_splits = check.as_int(num_splits, "num_splits")
     if not 0 <= num_splits <= MAX_SPLITS:
         check.fail(ValueError, "num_splits", f"in [0, {MAX_SPLITS}]", num_splits)
-    capacity = cache.capacity
+    capacity = k_shape[1] if block_table is None else cache.capacity
     if capacity > check.MAX_SEQLEN:
         check.fail(ValueError, "k_cache", f"of room for at most {check.MAX_SEQLEN} keys a sequence", capacity)
     scoring = check.check_scoring(
@@ -155,5 +155,8 @@ def forward_kvcache(
     if out is not None:
         check.check_output(out, "out", q, v_shape)
     if q.is_cuda:
-        return _cuda_kvcache.forward_kvcache(q, cache, k, v, rotary, scoring, out, num_splits, need_lse)
+        shapes = q_shape, k_shape, v_shape
+        return _cuda_kvcache.forward_kvcache(
+            q, cache, k, v, shapes, rotary, scoring, out, num_splits, need_lse
+        )  # fmt: skip
     return forward_on_cpu(q, cache, k, v, rotary, scoring, out)
