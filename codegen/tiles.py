@@ -65,15 +65,39 @@ BACKWARD_TILES: Table = {
     },
 }
 
-# "few" holds up to 16 rows: the queries of the heads that share keys.
+# "few" holds up to 16 rows: the queries of the heads that share keys; "several" up to 64.
 SPLIT_TILES: Table = {
     "sm80": {
-        32: {"few": SplitTile(16, 64, 1, 4, 4, 2), "default": SplitTile(64, 64, 4, 1, 2, 2)},
-        64: {"few": SplitTile(16, 64, 1, 4, 3, 2), "default": SplitTile(64, 64, 4, 1, 2, 2)},
-        96: {"few": SplitTile(16, 64, 1, 4, 3, 2), "default": SplitTile(64, 64, 4, 1, 2, 2)},
-        128: {"few": SplitTile(16, 64, 1, 4, 2, 2), "default": SplitTile(64, 64, 4, 1, 2, 2)},
-        192: {"few": SplitTile(16, 64, 1, 4, 3, 1), "default": SplitTile(64, 64, 4, 1, 2, 1)},
-        256: {"few": SplitTile(16, 64, 1, 4, 2, 1), "default": SplitTile(64, 64, 4, 1, 2, 1)},
+        32: {
+            "few": SplitTile(16, 64, 1, 4, 4, 2),
+            "several": SplitTile(64, 64, 4, 1, 2, 2),
+            "default": SplitTile(128, 64, 4, 1, 2, 2),
+        },
+        64: {
+            "few": SplitTile(16, 64, 1, 4, 3, 2),
+            "several": SplitTile(64, 64, 4, 1, 2, 2),
+            "default": SplitTile(128, 64, 4, 1, 2, 2),
+        },
+        96: {
+            "few": SplitTile(16, 64, 1, 4, 3, 2),
+            "several": SplitTile(64, 64, 4, 1, 2, 2),
+            "default": SplitTile(128, 64, 4, 1, 1, 2),
+        },
+        128: {
+            "few": SplitTile(16, 64, 1, 4, 2, 2),
+            "several": SplitTile(64, 64, 4, 1, 2, 2),
+            "default": SplitTile(128, 64, 4, 1, 1, 2),
+        },
+        192: {
+            "few": SplitTile(16, 64, 1, 4, 3, 1),
+            "several": SplitTile(64, 64, 4, 1, 2, 1),
+            "default": SplitTile(128, 64, 8, 1, 2, 1),
+        },
+        256: {
+            "few": SplitTile(16, 64, 1, 4, 2, 1),
+            "several": SplitTile(64, 64, 4, 1, 2, 1),
+            "default": SplitTile(128, 64, 8, 1, 1, 1),
+        },
     },
     "sm86": {
         32: {"few": SplitTile(16, 64, 1, 4, 4, 2), "default": SplitTile(64, 64, 4, 1, 2, 2)},
@@ -84,18 +108,42 @@ SPLIT_TILES: Table = {
         256: {"few": SplitTile(16, 64, 1, 4, 1, 1), "default": SplitTile(64, 64, 4, 1, 1, 1)},
     },
     "sm90": {
-        32: {"few": SplitTile(16, 64, 1, 4, 6, 2), "default": SplitTile(64, 64, 4, 1, 3, 2)},
-        64: {"few": SplitTile(16, 64, 1, 4, 5, 2), "default": SplitTile(64, 64, 4, 1, 3, 2)},
-        96: {"few": SplitTile(16, 64, 1, 4, 4, 2), "default": SplitTile(64, 64, 4, 1, 3, 2)},
-        128: {"few": SplitTile(16, 64, 1, 4, 3, 2), "default": SplitTile(64, 64, 4, 1, 2, 2)},
-        192: {"few": SplitTile(16, 64, 1, 4, 2, 2), "default": SplitTile(64, 64, 4, 1, 2, 1)},
-        256: {"few": SplitTile(16, 64, 1, 4, 3, 1), "default": SplitTile(64, 64, 4, 1, 2, 1)},
+        32: {
+            "few": SplitTile(16, 64, 1, 4, 6, 2),
+            "several": SplitTile(64, 64, 4, 1, 3, 2),
+            "default": SplitTile(128, 64, 4, 1, 3, 2),
+        },
+        64: {
+            "few": SplitTile(16, 64, 1, 4, 5, 2),
+            "several": SplitTile(64, 64, 4, 1, 3, 2),
+            "default": SplitTile(128, 64, 4, 1, 3, 2),
+        },
+        96: {
+            "few": SplitTile(16, 64, 1, 4, 4, 2),
+            "several": SplitTile(64, 64, 4, 1, 3, 2),
+            "default": SplitTile(128, 64, 4, 1, 2, 2),
+        },
+        128: {
+            "few": SplitTile(16, 64, 1, 4, 3, 2),
+            "several": SplitTile(64, 64, 4, 1, 2, 2),
+            "default": SplitTile(128, 64, 4, 1, 2, 2),
+        },
+        192: {
+            "few": SplitTile(16, 64, 1, 4, 2, 2),
+            "several": SplitTile(64, 64, 4, 1, 2, 1),
+            "default": SplitTile(128, 64, 8, 1, 2, 1),
+        },
+        256: {
+            "few": SplitTile(16, 64, 1, 4, 3, 1),
+            "several": SplitTile(64, 64, 4, 1, 2, 1),
+            "default": SplitTile(128, 64, 8, 1, 2, 1),
+        },
     },
 }
 
 TABLES = {"forward": FORWARD_TILES, "backward": BACKWARD_TILES, "split": SPLIT_TILES}
 
-VARIANTS = ("roomy", "short", "narrow", "few")
+VARIANTS = ("roomy", "short", "narrow", "few", "several")
 """Keys of the tile tables for tiles that the launcher takes instead of the default where they suit."""
 
 

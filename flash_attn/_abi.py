@@ -13,7 +13,7 @@ HEAD_DIMS = (32, 64, 96, 128, 192, 256)
 CAPABILITIES = (80, 86, 89, 90, 100, 110, 120)
 """Compute capabilities (90 for 9.0) that kernels can be built for by name."""
 
-SPLIT_ROWS = (16, 64)
+SPLIT_ROWS = (16, 64, 128)
 """Rows, queries x heads that share keys, of the tiles of calls over a KV cache."""
 
 SPLIT_KEYS = 64

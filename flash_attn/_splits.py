@@ -15,46 +15,59 @@ MAX_SPLITS = 128
 START_COST = 0.5
 """What a thread block costs besides its blocks of keys, in blocks of keys."""
 
+PART_COST = 1 / 32
+"""What one row of a part of the result costs beyond FEW_ROWS of them, written and merged, in blocks of keys."""
+
 MERGE_COST = 2.0
-"""What merging costs, in blocks of keys of one multiprocessor."""
+"""What merging costs besides, in blocks of keys of one multiprocessor."""
+
+ALONE = 0.6
+"""Speed of a thread block of more than FEW_ROWS rows that has a multiprocessor to itself, of that of two.
+
+Tensor cores bound it, and it does not keep them busy; with few rows memory does.
+"""
 
 TOLERANCE = 1.02
 """Fewer splits are taken where they cost at most this much more than the best number."""
 
+FEW_ROWS = SPLIT_ROWS[0]
 
-def _cost(splits: int, tiles: int, key_blocks: int, multiprocessors: int) -> float:
-    """Model the time of a call, in blocks of keys that one multiprocessor reads.
+
+def _cost(splits: int, tiles: int, rows: int, key_blocks: int, multiprocessors: int) -> float:
+    """Model the time of a call, in blocks of keys that one multiprocessor works through.
 
     Multiprocessors share the memory's speed evenly; one with more thread blocks than others ends last.
     """
-    thread_blocks = -(-tiles * splits // multiprocessors)
-    merging = MERGE_COST if splits > 1 else 0.0
-    return thread_blocks * (-(-key_blocks // splits) + START_COST) + merging
+    thread_blocks: float = -(-tiles * splits // multiprocessors)
+    if rows > FEW_ROWS and thread_blocks % 2:
+        thread_blocks += 1 / ALONE - 1
+    cost = thread_blocks * (-(-key_blocks // splits) + START_COST)
+    return cost + thread_blocks * (rows - FEW_ROWS) * PART_COST + MERGE_COST if splits > 1 else cost
 
 
-def choose_num_splits(tiles: int, key_blocks: int, multiprocessors: int) -> int:
-    """Return the number of splits, 1 to 128, for `tiles` thread blocks that would each read `key_blocks`."""
+def choose_num_splits(tiles: int, rows: int, key_blocks: int, multiprocessors: int) -> int:
+    """Return the number of splits, 1 to 128, for `tiles` of `rows` rows that would each see `key_blocks`."""
     if not tiles or key_blocks < 2:
         return 1
     costs = {
-        splits: _cost(splits, tiles, key_blocks, multiprocessors)
+        splits: _cost(splits, tiles, rows, key_blocks, multiprocessors)
         for splits in range(1, min(MAX_SPLITS, key_blocks) + 1)
     }
     enough = TOLERANCE * min(costs.values())
     return next(splits for splits, cost in costs.items() if cost <= enough)
 
 
-def count_tiles(sequences: int, num_heads_k: int, rows: int) -> int:
-    """Return how many tiles cover `rows` (queries x heads that share keys) of every sequence and KV head."""
-    block_m = next((block_m for block_m in SPLIT_ROWS if rows <= block_m), SPLIT_ROWS[-1])
-    return sequences * num_heads_k * -(-rows // block_m)
+def tile_rows(rows: int) -> int:
+    """Return how many rows a tile has where a sequence and KV head has `rows` (queries x heads of q)."""
+    return next((block_m for block_m in SPLIT_ROWS if rows <= block_m), SPLIT_ROWS[-1])
 
 
 @cache
 def heuristic(sequences: int, num_heads_k: int, rows: int, capacity: int, multiprocessors: int) -> int:
     """Return the number of splits of a call with room for `capacity` keys in each sequence."""
-    tiles = count_tiles(sequences, num_heads_k, rows)
-    return choose_num_splits(tiles, -(-capacity // SPLIT_KEYS), multiprocessors)
+    block_m = tile_rows(rows)
+    tiles = sequences * num_heads_k * -(-rows // block_m)
+    return choose_num_splits(tiles, block_m, -(-capacity // SPLIT_KEYS), multiprocessors)
 
 
 KEY_BLOCK = 128

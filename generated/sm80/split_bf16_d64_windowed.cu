@@ -9,13 +9,18 @@ struct SplitSm80Bf16D64WindowedFew
                           sm80::SplitTile</*block_m*/ 16, /*block_n*/ 64, /*warps_m*/ 1, /*warps_n*/ 4, /*stages*/ 3, /*min_blocks*/ 2>> {};
 static_assert(SplitSm80Bf16D64WindowedFew::kSharedBytes == 51200, "the tile table counts shared memory otherwise");
 
-struct SplitSm80Bf16D64Windowed
+struct SplitSm80Bf16D64WindowedSeveral
     : sm80::SplitConfig<Dtype::kBf16, /*head_dim*/ 64, Mask::kWindowed,
                           sm80::SplitTile</*block_m*/ 64, /*block_n*/ 64, /*warps_m*/ 4, /*warps_n*/ 1, /*stages*/ 2, /*min_blocks*/ 2>> {};
-static_assert(SplitSm80Bf16D64Windowed::kSharedBytes == 40960, "the tile table counts shared memory otherwise");
+static_assert(SplitSm80Bf16D64WindowedSeveral::kSharedBytes == 40960, "the tile table counts shared memory otherwise");
+
+struct SplitSm80Bf16D64Windowed
+    : sm80::SplitConfig<Dtype::kBf16, /*head_dim*/ 64, Mask::kWindowed,
+                          sm80::SplitTile</*block_m*/ 128, /*block_n*/ 64, /*warps_m*/ 4, /*warps_n*/ 1, /*stages*/ 2, /*min_blocks*/ 2>> {};
+static_assert(SplitSm80Bf16D64Windowed::kSharedBytes == 49152, "the tile table counts shared memory otherwise");
 
 Status split_sm80_bf16_d64_windowed(const SplitParams& params, const Device& device, cudaStream_t stream) {
-  return sm80::launch_split<SplitSm80Bf16D64WindowedFew, SplitSm80Bf16D64Windowed>(params, device, stream, "split_sm80_bf16_d64_windowed");
+  return sm80::launch_split<SplitSm80Bf16D64WindowedFew, SplitSm80Bf16D64WindowedSeveral, SplitSm80Bf16D64Windowed>(params, device, stream, "split_sm80_bf16_d64_windowed");
 }
 
 }  // namespace flash_attn

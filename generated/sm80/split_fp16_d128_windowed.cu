@@ -9,13 +9,18 @@ struct SplitSm80Fp16D128WindowedFew
                           sm80::SplitTile</*block_m*/ 16, /*block_n*/ 64, /*warps_m*/ 1, /*warps_n*/ 4, /*stages*/ 2, /*min_blocks*/ 2>> {};
 static_assert(SplitSm80Fp16D128WindowedFew::kSharedBytes == 69632, "the tile table counts shared memory otherwise");
 
-struct SplitSm80Fp16D128Windowed
+struct SplitSm80Fp16D128WindowedSeveral
     : sm80::SplitConfig<Dtype::kFp16, /*head_dim*/ 128, Mask::kWindowed,
                           sm80::SplitTile</*block_m*/ 64, /*block_n*/ 64, /*warps_m*/ 4, /*warps_n*/ 1, /*stages*/ 2, /*min_blocks*/ 2>> {};
-static_assert(SplitSm80Fp16D128Windowed::kSharedBytes == 81920, "the tile table counts shared memory otherwise");
+static_assert(SplitSm80Fp16D128WindowedSeveral::kSharedBytes == 81920, "the tile table counts shared memory otherwise");
+
+struct SplitSm80Fp16D128Windowed
+    : sm80::SplitConfig<Dtype::kFp16, /*head_dim*/ 128, Mask::kWindowed,
+                          sm80::SplitTile</*block_m*/ 128, /*block_n*/ 64, /*warps_m*/ 4, /*warps_n*/ 1, /*stages*/ 1, /*min_blocks*/ 2>> {};
+static_assert(SplitSm80Fp16D128Windowed::kSharedBytes == 70656, "the tile table counts shared memory otherwise");
 
 Status split_sm80_fp16_d128_windowed(const SplitParams& params, const Device& device, cudaStream_t stream) {
-  return sm80::launch_split<SplitSm80Fp16D128WindowedFew, SplitSm80Fp16D128Windowed>(params, device, stream, "split_sm80_fp16_d128_windowed");
+  return sm80::launch_split<SplitSm80Fp16D128WindowedFew, SplitSm80Fp16D128WindowedSeveral, SplitSm80Fp16D128Windowed>(params, device, stream, "split_sm80_fp16_d128_windowed");
 }
 
 }  // namespace flash_attn

@@ -9,13 +9,18 @@ struct SplitSm80Fp16D32WindowedFew
                           sm80::SplitTile</*block_m*/ 16, /*block_n*/ 64, /*warps_m*/ 1, /*warps_n*/ 4, /*stages*/ 4, /*min_blocks*/ 2>> {};
 static_assert(SplitSm80Fp16D32WindowedFew::kSharedBytes == 33792, "the tile table counts shared memory otherwise");
 
-struct SplitSm80Fp16D32Windowed
+struct SplitSm80Fp16D32WindowedSeveral
     : sm80::SplitConfig<Dtype::kFp16, /*head_dim*/ 32, Mask::kWindowed,
                           sm80::SplitTile</*block_m*/ 64, /*block_n*/ 64, /*warps_m*/ 4, /*warps_n*/ 1, /*stages*/ 2, /*min_blocks*/ 2>> {};
-static_assert(SplitSm80Fp16D32Windowed::kSharedBytes == 20480, "the tile table counts shared memory otherwise");
+static_assert(SplitSm80Fp16D32WindowedSeveral::kSharedBytes == 20480, "the tile table counts shared memory otherwise");
+
+struct SplitSm80Fp16D32Windowed
+    : sm80::SplitConfig<Dtype::kFp16, /*head_dim*/ 32, Mask::kWindowed,
+                          sm80::SplitTile</*block_m*/ 128, /*block_n*/ 64, /*warps_m*/ 4, /*warps_n*/ 1, /*stages*/ 2, /*min_blocks*/ 2>> {};
+static_assert(SplitSm80Fp16D32Windowed::kSharedBytes == 24576, "the tile table counts shared memory otherwise");
 
 Status split_sm80_fp16_d32_windowed(const SplitParams& params, const Device& device, cudaStream_t stream) {
-  return sm80::launch_split<SplitSm80Fp16D32WindowedFew, SplitSm80Fp16D32Windowed>(params, device, stream, "split_sm80_fp16_d32_windowed");
+  return sm80::launch_split<SplitSm80Fp16D32WindowedFew, SplitSm80Fp16D32WindowedSeveral, SplitSm80Fp16D32Windowed>(params, device, stream, "split_sm80_fp16_d32_windowed");
 }
 
 }  // namespace flash_attn

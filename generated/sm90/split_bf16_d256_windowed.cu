@@ -9,13 +9,18 @@ struct SplitSm90Bf16D256WindowedFew
                           sm80::SplitTile</*block_m*/ 16, /*block_n*/ 64, /*warps_m*/ 1, /*warps_n*/ 4, /*stages*/ 3, /*min_blocks*/ 1>> {};
 static_assert(SplitSm90Bf16D256WindowedFew::kSharedBytes == 204800, "the tile table counts shared memory otherwise");
 
-struct SplitSm90Bf16D256Windowed
+struct SplitSm90Bf16D256WindowedSeveral
     : sm80::SplitConfig<Dtype::kBf16, /*head_dim*/ 256, Mask::kWindowed,
                           sm80::SplitTile</*block_m*/ 64, /*block_n*/ 64, /*warps_m*/ 4, /*warps_n*/ 1, /*stages*/ 2, /*min_blocks*/ 1>> {};
-static_assert(SplitSm90Bf16D256Windowed::kSharedBytes == 163840, "the tile table counts shared memory otherwise");
+static_assert(SplitSm90Bf16D256WindowedSeveral::kSharedBytes == 163840, "the tile table counts shared memory otherwise");
+
+struct SplitSm90Bf16D256Windowed
+    : sm80::SplitConfig<Dtype::kBf16, /*head_dim*/ 256, Mask::kWindowed,
+                          sm80::SplitTile</*block_m*/ 128, /*block_n*/ 64, /*warps_m*/ 8, /*warps_n*/ 1, /*stages*/ 2, /*min_blocks*/ 1>> {};
+static_assert(SplitSm90Bf16D256Windowed::kSharedBytes == 196608, "the tile table counts shared memory otherwise");
 
 Status split_sm90_bf16_d256_windowed(const SplitParams& params, const Device& device, cudaStream_t stream) {
-  return sm80::launch_split<SplitSm90Bf16D256WindowedFew, SplitSm90Bf16D256Windowed>(params, device, stream, "split_sm90_bf16_d256_windowed");
+  return sm80::launch_split<SplitSm90Bf16D256WindowedFew, SplitSm90Bf16D256WindowedSeveral, SplitSm90Bf16D256Windowed>(params, device, stream, "split_sm90_bf16_d256_windowed");
 }
 
 }  // namespace flash_attn

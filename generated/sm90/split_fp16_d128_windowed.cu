@@ -9,13 +9,18 @@ struct SplitSm90Fp16D128WindowedFew
                           sm80::SplitTile</*block_m*/ 16, /*block_n*/ 64, /*warps_m*/ 1, /*warps_n*/ 4, /*stages*/ 3, /*min_blocks*/ 2>> {};
 static_assert(SplitSm90Fp16D128WindowedFew::kSharedBytes == 102400, "the tile table counts shared memory otherwise");
 
-struct SplitSm90Fp16D128Windowed
+struct SplitSm90Fp16D128WindowedSeveral
     : sm80::SplitConfig<Dtype::kFp16, /*head_dim*/ 128, Mask::kWindowed,
                           sm80::SplitTile</*block_m*/ 64, /*block_n*/ 64, /*warps_m*/ 4, /*warps_n*/ 1, /*stages*/ 2, /*min_blocks*/ 2>> {};
-static_assert(SplitSm90Fp16D128Windowed::kSharedBytes == 81920, "the tile table counts shared memory otherwise");
+static_assert(SplitSm90Fp16D128WindowedSeveral::kSharedBytes == 81920, "the tile table counts shared memory otherwise");
+
+struct SplitSm90Fp16D128Windowed
+    : sm80::SplitConfig<Dtype::kFp16, /*head_dim*/ 128, Mask::kWindowed,
+                          sm80::SplitTile</*block_m*/ 128, /*block_n*/ 64, /*warps_m*/ 4, /*warps_n*/ 1, /*stages*/ 2, /*min_blocks*/ 2>> {};
+static_assert(SplitSm90Fp16D128Windowed::kSharedBytes == 98304, "the tile table counts shared memory otherwise");
 
 Status split_sm90_fp16_d128_windowed(const SplitParams& params, const Device& device, cudaStream_t stream) {
-  return sm80::launch_split<SplitSm90Fp16D128WindowedFew, SplitSm90Fp16D128Windowed>(params, device, stream, "split_sm90_fp16_d128_windowed");
+  return sm80::launch_split<SplitSm90Fp16D128WindowedFew, SplitSm90Fp16D128WindowedSeveral, SplitSm90Fp16D128Windowed>(params, device, stream, "split_sm90_fp16_d128_windowed");
 }
 
 }  // namespace flash_attn

@@ -9,13 +9,18 @@ struct SplitSm90Fp16D192WindowedFew
                           sm80::SplitTile</*block_m*/ 16, /*block_n*/ 64, /*warps_m*/ 1, /*warps_n*/ 4, /*stages*/ 2, /*min_blocks*/ 2>> {};
 static_assert(SplitSm90Fp16D192WindowedFew::kSharedBytes == 104448, "the tile table counts shared memory otherwise");
 
-struct SplitSm90Fp16D192Windowed
+struct SplitSm90Fp16D192WindowedSeveral
     : sm80::SplitConfig<Dtype::kFp16, /*head_dim*/ 192, Mask::kWindowed,
                           sm80::SplitTile</*block_m*/ 64, /*block_n*/ 64, /*warps_m*/ 4, /*warps_n*/ 1, /*stages*/ 2, /*min_blocks*/ 1>> {};
-static_assert(SplitSm90Fp16D192Windowed::kSharedBytes == 122880, "the tile table counts shared memory otherwise");
+static_assert(SplitSm90Fp16D192WindowedSeveral::kSharedBytes == 122880, "the tile table counts shared memory otherwise");
+
+struct SplitSm90Fp16D192Windowed
+    : sm80::SplitConfig<Dtype::kFp16, /*head_dim*/ 192, Mask::kWindowed,
+                          sm80::SplitTile</*block_m*/ 128, /*block_n*/ 64, /*warps_m*/ 8, /*warps_n*/ 1, /*stages*/ 2, /*min_blocks*/ 1>> {};
+static_assert(SplitSm90Fp16D192Windowed::kSharedBytes == 147456, "the tile table counts shared memory otherwise");
 
 Status split_sm90_fp16_d192_windowed(const SplitParams& params, const Device& device, cudaStream_t stream) {
-  return sm80::launch_split<SplitSm90Fp16D192WindowedFew, SplitSm90Fp16D192Windowed>(params, device, stream, "split_sm90_fp16_d192_windowed");
+  return sm80::launch_split<SplitSm90Fp16D192WindowedFew, SplitSm90Fp16D192WindowedSeveral, SplitSm90Fp16D192Windowed>(params, device, stream, "split_sm90_fp16_d192_windowed");
 }
 
 }  // namespace flash_attn

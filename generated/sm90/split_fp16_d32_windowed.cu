@@ -9,13 +9,18 @@ struct SplitSm90Fp16D32WindowedFew
                           sm80::SplitTile</*block_m*/ 16, /*block_n*/ 64, /*warps_m*/ 1, /*warps_n*/ 4, /*stages*/ 6, /*min_blocks*/ 2>> {};
 static_assert(SplitSm90Fp16D32WindowedFew::kSharedBytes == 50176, "the tile table counts shared memory otherwise");
 
-struct SplitSm90Fp16D32Windowed
+struct SplitSm90Fp16D32WindowedSeveral
     : sm80::SplitConfig<Dtype::kFp16, /*head_dim*/ 32, Mask::kWindowed,
                           sm80::SplitTile</*block_m*/ 64, /*block_n*/ 64, /*warps_m*/ 4, /*warps_n*/ 1, /*stages*/ 3, /*min_blocks*/ 2>> {};
-static_assert(SplitSm90Fp16D32Windowed::kSharedBytes == 28672, "the tile table counts shared memory otherwise");
+static_assert(SplitSm90Fp16D32WindowedSeveral::kSharedBytes == 28672, "the tile table counts shared memory otherwise");
+
+struct SplitSm90Fp16D32Windowed
+    : sm80::SplitConfig<Dtype::kFp16, /*head_dim*/ 32, Mask::kWindowed,
+                          sm80::SplitTile</*block_m*/ 128, /*block_n*/ 64, /*warps_m*/ 4, /*warps_n*/ 1, /*stages*/ 3, /*min_blocks*/ 2>> {};
+static_assert(SplitSm90Fp16D32Windowed::kSharedBytes == 32768, "the tile table counts shared memory otherwise");
 
 Status split_sm90_fp16_d32_windowed(const SplitParams& params, const Device& device, cudaStream_t stream) {
-  return sm80::launch_split<SplitSm90Fp16D32WindowedFew, SplitSm90Fp16D32Windowed>(params, device, stream, "split_sm90_fp16_d32_windowed");
+  return sm80::launch_split<SplitSm90Fp16D32WindowedFew, SplitSm90Fp16D32WindowedSeveral, SplitSm90Fp16D32Windowed>(params, device, stream, "split_sm90_fp16_d32_windowed");
 }
 
 }  // namespace flash_attn

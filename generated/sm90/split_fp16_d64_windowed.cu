@@ -9,13 +9,18 @@ struct SplitSm90Fp16D64WindowedFew
                           sm80::SplitTile</*block_m*/ 16, /*block_n*/ 64, /*warps_m*/ 1, /*warps_n*/ 4, /*stages*/ 5, /*min_blocks*/ 2>> {};
 static_assert(SplitSm90Fp16D64WindowedFew::kSharedBytes == 83968, "the tile table counts shared memory otherwise");
 
-struct SplitSm90Fp16D64Windowed
+struct SplitSm90Fp16D64WindowedSeveral
     : sm80::SplitConfig<Dtype::kFp16, /*head_dim*/ 64, Mask::kWindowed,
                           sm80::SplitTile</*block_m*/ 64, /*block_n*/ 64, /*warps_m*/ 4, /*warps_n*/ 1, /*stages*/ 3, /*min_blocks*/ 2>> {};
-static_assert(SplitSm90Fp16D64Windowed::kSharedBytes == 57344, "the tile table counts shared memory otherwise");
+static_assert(SplitSm90Fp16D64WindowedSeveral::kSharedBytes == 57344, "the tile table counts shared memory otherwise");
+
+struct SplitSm90Fp16D64Windowed
+    : sm80::SplitConfig<Dtype::kFp16, /*head_dim*/ 64, Mask::kWindowed,
+                          sm80::SplitTile</*block_m*/ 128, /*block_n*/ 64, /*warps_m*/ 4, /*warps_n*/ 1, /*stages*/ 3, /*min_blocks*/ 2>> {};
+static_assert(SplitSm90Fp16D64Windowed::kSharedBytes == 65536, "the tile table counts shared memory otherwise");
 
 Status split_sm90_fp16_d64_windowed(const SplitParams& params, const Device& device, cudaStream_t stream) {
-  return sm80::launch_split<SplitSm90Fp16D64WindowedFew, SplitSm90Fp16D64Windowed>(params, device, stream, "split_sm90_fp16_d64_windowed");
+  return sm80::launch_split<SplitSm90Fp16D64WindowedFew, SplitSm90Fp16D64WindowedSeveral, SplitSm90Fp16D64Windowed>(params, device, stream, "split_sm90_fp16_d64_windowed");
 }
 
 }  // namespace flash_attn

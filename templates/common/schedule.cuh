@@ -39,17 +39,16 @@ struct TileSchedule {
   __host__ __device__ int64_t num_tiles() const { return tiles_m * batch_heads; }
 };
 
-// Of `tiles_m` tiles for each of `num_heads` heads; under a causal mask in sections of `heads`, at least one,
-// groups of `group` heads.
-inline TileSchedule make_sections(const ForwardParams& params, int64_t tiles_m, int num_heads, Mask mask,
+// Of `tiles_m` tiles for each of `num_heads` heads; with `sections`, of `heads`, at least one, groups of
+// `group` heads.
+inline TileSchedule make_sections(const ForwardParams& params, int64_t tiles_m, int num_heads, bool sections,
                                   int64_t heads, int64_t group) {
   const int64_t batches = int64_t{params.batch} + (params.cu_seqlens_q != nullptr ? 1 : 0);
   TileSchedule schedule{};
   schedule.tiles_m = tiles_m;
   schedule.num_heads = num_heads;
   schedule.batch_heads = batches * num_heads;
-  schedule.section_heads =
-      mask == Mask::kCausal ? std::min(std::max<int64_t>(heads, 1) * group, schedule.batch_heads) : 1;
+  schedule.section_heads = sections ? std::min(std::max<int64_t>(heads, 1) * group, schedule.batch_heads) : 1;
   return schedule;
 }
 
@@ -60,22 +59,20 @@ inline TileSchedule make_schedule(const ForwardParams& params, int block_m, Mask
   const int64_t tiles_m = (int64_t{params.seqlen_q} * packed + block_m - 1) / block_m;
   const int num_heads = params.num_heads / packed;
   const int64_t head_bytes = int64_t{2} * params.seqlen_k * (params.head_dim + params.head_dim_v);
-  return make_sections(params, tiles_m, num_heads, mask, section_bytes / std::max<int64_t>(head_bytes, 1),
-                       num_heads / params.num_heads_k);
+  return make_sections(params, tiles_m, num_heads, mask == Mask::kCausal,
+                       section_bytes / std::max<int64_t>(head_bytes, 1), num_heads / params.num_heads_k);
 }
 
 // For tiles of `block_n` keys of the heads of K and V, each in `parts` by heads of Q: Q, dO and dQ in fp32
-// are to stay in L2, unless all heads shall be one section.
-inline TileSchedule make_key_schedule(const ForwardParams& params, int block_n, int parts, Mask mask,
-                                      int64_t section_bytes, bool one_section) {
+// of a section are to stay in L2.
+inline TileSchedule make_key_schedule(const ForwardParams& params, int block_n, int parts, bool sections,
+                                      int64_t section_bytes) {
   const int64_t tiles_n = (int64_t{params.seqlen_k} + block_n - 1) / block_n;
   const int num_heads = params.num_heads_k * parts;
   const int64_t row_bytes = int64_t{2} * (params.head_dim + params.head_dim_v) + int64_t{4} * params.head_dim;
   const int64_t head_bytes = row_bytes * params.seqlen_q * (params.num_heads / num_heads);
-  TileSchedule schedule =
-      make_sections(params, tiles_n, num_heads, mask, section_bytes / std::max<int64_t>(head_bytes, 1), 1);
-  if (one_section) schedule.section_heads = schedule.batch_heads;
-  return schedule;
+  return make_sections(params, tiles_n, num_heads, sections, section_bytes / std::max<int64_t>(head_bytes, 1),
+                       1);
 }
 
 }  // namespace flash_attn

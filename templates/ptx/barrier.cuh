@@ -10,8 +10,13 @@ __device__ __forceinline__ void barrier_sync(int id, int threads) {
 }
 
 // Counts as `threads` threads' arrival at barrier `id`, together with those that wait there, without waiting.
+// For racecheck FLASH_ATTN_RACECHECK makes it wait: see docs/kernels.md.
 __device__ __forceinline__ void barrier_arrive(int id, int threads) {
+#ifdef FLASH_ATTN_RACECHECK
+  barrier_sync(id, threads);
+#else
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+#endif
 }
 
 }  // namespace flash_attn::ptx

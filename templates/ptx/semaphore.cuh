@@ -5,18 +5,17 @@
 
 namespace flash_attn::ptx {
 
-// Waits until `turn` warps have passed their turn, and sees what they have written.
+// Waits until `turn` warps have passed their turn. A relaxed read does: what this warp adds next leaves after
+// the branch that depends on it, and reaches L2, where all additions meet, after what they have added.
 __device__ __forceinline__ void wait_for_turn(const int32_t* semaphore, int turn) {
-  if (threadIdx.x % 32 == 0) {
-    int32_t passed;
-    do {
-      asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(passed) : "l"(semaphore) : "memory");
-    } while (passed != turn);
-  }
+  int32_t passed;
+  do {
+    asm volatile("ld.relaxed.gpu.global.b32 %0, [%1];" : "=r"(passed) : "l"(semaphore) : "memory");
+  } while (passed != turn);
   __syncwarp();
 }
 
-// Lets the next warp see what this one has written or added, and begin.
+// Lets the next warp begin, after what this one has added.
 __device__ __forceinline__ void pass_turn(int32_t* semaphore) {
   __syncwarp();
   if (threadIdx.x % 32 == 0) {

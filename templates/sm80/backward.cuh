@@ -42,8 +42,7 @@
 
 namespace flash_attn::sm80 {
 
-// Q, dO and dQ of the heads of a section stay in L2 while it runs. In deterministic calls all heads are one
-// section: thread blocks that run at the same time then seldom wait for one another.
+// Q, dO and dQ of the heads of a section stay in L2 while it runs.
 constexpr int64_t kBackwardSectionBytes = int64_t{16} << 20;
 
 // The steps of a value warp and of a key warp: the same order of barriers.
@@ -104,7 +103,9 @@ __global__ void __launch_bounds__(Config::kThreads, Config::Tile::kMinBlocks)
   extern __shared__ __align__(128) uint8_t shared_memory[];
   const BackwardParams& params = arguments.params;
   const TileSchedule::Tile tile = arguments.schedule.tile(blockIdx.x);
-  const int block = static_cast<int>(arguments.schedule.tiles_m) - 1 - tile.m_block;
+  const int block = params.semaphores != nullptr
+                        ? tile.m_block
+                        : static_cast<int>(arguments.schedule.tiles_m) - 1 - tile.m_block;
   if (tile.batch == params.forward.batch) {
     if (tile.head % params.key_parts != 0) return;
     return zero_keys<Config>(params, tile.head / params.key_parts, block, arguments.schedule.tiles_m);
@@ -134,9 +135,9 @@ Status launch_backward(const BackwardParams& params, const Device& device, cudaS
                                 kPrepareThreads, 0, stream, prepare, prepared[0]);
   if (status != Status::kOk || (params.dq == nullptr && params.dk == nullptr)) return status;
 
-  const auto schedule = [&](int parts, bool one_section) {
-    return make_key_schedule(forward, Config::kBlockN, parts, Config::kMask, kBackwardSectionBytes,
-                             one_section);
+  const auto schedule = [&](int parts, bool ordered) {
+    return make_key_schedule(forward, Config::kBlockN, parts, Config::kMask == Mask::kCausal || ordered,
+                             kBackwardSectionBytes);
   };
   const BackwardArguments arguments{params, schedule(params.key_parts, params.semaphores != nullptr)};
   const bool modifiers = needs_modifiers(forward);

@@ -235,7 +235,7 @@ __device__ __forceinline__ void multiply_scores(
 }
 
 // This warp's part of dQ += dS K for a step whose dS lies in `score_stage`. Additions of other thread blocks
-// come in any order, unless there are semaphores: then those of the blocks of keys before come first.
+// come in any order, unless there are semaphores: then those of the blocks of keys behind come first.
 template <class Config>
 __device__ __forceinline__ void add_query_gradient(const KeyBlock<Config>& keys, QueryStep step,
                                                    uint32_t shared, int score_stage) {
@@ -248,7 +248,7 @@ __device__ __forceinline__ void add_query_gradient(const KeyBlock<Config>& keys,
   int32_t* semaphore = nullptr;
   if (keys.params.semaphores != nullptr) {
     semaphore = keys.params.semaphores + row + threadIdx.x / 32;
-    ptx::wait_for_turn(semaphore, keys.block - keys.visible(step).begin);
+    ptx::wait_for_turn(semaphore, keys.visible(step).end - 1 - keys.block);
   }
   float* sums = part.sums(keys.params, row);
 #pragma unroll

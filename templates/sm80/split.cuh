@@ -42,8 +42,7 @@ struct SplitArguments {
   SplitParams params;
   int heads;  // of keys
   int tiles_m;
-  int group;       // query heads for each head of keys
-  bool modifiers;  // see needs_modifiers
+  int group;  // query heads for each head of keys
 };
 
 // What one thread block computes.
@@ -51,7 +50,6 @@ struct SplitWork {
   QueryBlock queries;
   int split;
   int num_splits;
-  bool modifiers;
 
   // Where row i of a partial result goes: O in fp32, and its LSE.
   __device__ __forceinline__ int64_t partial(int i) const { return queries.index(i) * num_splits + split; }
@@ -283,7 +281,7 @@ __device__ __forceinline__ void attend(const SplitParams& params, const CachedSe
   const uint32_t key_address = ring + Shared::offset(warp_key + b.row, b.chunk);
   const uint32_t value_address = ring + Config::kKeyBytes + Shared::offset(warp_key + a.row, a.chunk);
   const RowBounds<Config> bounds(mask, queries, warp_row);
-  const float scale_log2 = work.modifiers ? 1.0f : forward.softmax_scale * kLog2E;
+  const float scale_log2 = Config::kModifiers ? 1.0f : forward.softmax_scale * kLog2E;
   Accumulator<Config::kTilesM, Config::kTilesD> output = {};
   OnlineSoftmax<Config::kTilesM> softmax;
 
@@ -303,7 +301,9 @@ __device__ __forceinline__ void attend(const SplitParams& params, const CachedSe
     if (block >= begin) {
       const int key = block * Config::kBlockN + warp_key;
       multiply_rows<Config::kDtype, Config::kHeadDim>(scores, query_address, key_address + stage);
-      if (work.modifiers) apply_packed_modifiers<Config>(scores, queries, mask.diagonal, warp_row, key);
+      if constexpr (Config::kModifiers) {
+        apply_packed_modifiers<Config>(scores, queries, mask.diagonal, warp_row, key);
+      }
       if (blocks.needs_mask(block)) bounds.apply(scores, key);
 
       float block_max[2 * Config::kTilesM];
@@ -356,8 +356,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::Tile::kMinBlocks)
     const SplitWork work{
         {&params.forward, sequence, sequence.batch, head, arguments.group, static_cast<int>(first_row), rows},
         split,
-        params.num_splits,
-        arguments.modifiers};
+        params.num_splits};
     const AttentionMask<Config::kMask> mask(params.forward, sequence.seqlen_q, sequence.seqlen_k);
     const int first_query = work.queries.first_row / arguments.group;
     const int last_query = (work.queries.first_row + rows - 1) / arguments.group;
@@ -387,12 +386,13 @@ Status launch_attention(const SplitParams& params, const Device& device, cudaStr
   // At least one, for the rows past the last sequence.
   const int64_t tiles_m = std::max<int64_t>((rows + Config::kBlockM - 1) / Config::kBlockM, 1);
   const int64_t batches = int64_t{forward.batch} + (forward.cu_seqlens_q != nullptr ? 1 : 0);
-  const SplitArguments arguments{params, forward.num_heads_k, static_cast<int>(tiles_m), group,
-                                 needs_modifiers(forward)};
-  static std::atomic<uint64_t> prepared;
-  return launch_kernel(split_kernel<Config>, name, device.index,
-                       batches * forward.num_heads_k * tiles_m * params.num_splits, Config::kThreads,
-                       Config::kSharedBytes, stream, arguments, prepared, /*dependent*/ appends(params));
+  const SplitArguments arguments{params, forward.num_heads_k, static_cast<int>(tiles_m), group};
+  const bool modifiers = needs_modifiers(forward);
+  static std::atomic<uint64_t> prepared[2];
+  return launch_kernel(modifiers ? split_kernel<ModifiedSplit<Config>> : split_kernel<Config>, name,
+                       device.index, batches * forward.num_heads_k * tiles_m * params.num_splits,
+                       Config::kThreads, Config::kSharedBytes, stream, arguments, prepared[modifiers],
+                       /*dependent*/ appends(params));
 }
 
 template <class... Configs>

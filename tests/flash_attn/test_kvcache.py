@@ -9,6 +9,7 @@ import torch
 from oracle import HEAD_DIM_PAIRS, Options, assert_lse, assert_within, attention
 
 from flash_attn import flash_attn_with_kvcache
+from flash_attn._abi import HEAD_DIMS
 from flash_attn.flash_attn_interface import kvcache_num_splits
 
 BATCH, CAPACITY, HEADS, HEADS_K, HEAD_DIM = 3, 96, 4, 2, 32
@@ -211,6 +212,20 @@ def test_num_splits_does_not_matter(num_splits):
     check(out, lse, q, list(zip(k_cache, v_cache, strict=True)), Options())
     again = flash_attn_with_kvcache(q, k_cache, v_cache, num_splits=num_splits)
     assert torch.equal(again, out)
+
+
+@pytest.mark.parametrize("seqlen_q", [8, 20, 80], ids=["few", "several", "many"])
+@pytest.mark.parametrize("num_splits", [1, 3])
+@pytest.mark.parametrize("scoring", ["causal", "window", "modified"])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_every_tile(seqlen_q, num_splits, scoring, head_dim, device, require_split):
+    require_split(device, torch.bfloat16, head_dim)
+    q, k_cache, v_cache, *_ = make(seqlen_q, head_dims=(head_dim, head_dim))
+    modified = Options(causal=True, softcap=5.0, alibi_slopes=torch.rand(BATCH, HEADS))
+    options = modified if scoring == "modified" else MASKS[scoring]
+    lengths = [5, 70, CAPACITY]
+    out, lse = run(q, k_cache, v_cache, options, cache_seqlens=int32(*lengths), num_splits=num_splits)
+    check(out, lse, q, [(k_cache[b, :n], v_cache[b, :n]) for b, n in enumerate(lengths)], options)
 
 
 def test_the_number_of_splits_can_be_asked_for(device):

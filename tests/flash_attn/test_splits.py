@@ -5,28 +5,41 @@ from __future__ import annotations
 import pytest
 
 from flash_attn._abi import SPLIT_KEYS, SPLIT_ROWS
-from flash_attn._splits import MAX_SPLITS, choose_key_parts, choose_num_splits, count_tiles, heuristic
+from flash_attn._splits import MAX_SPLITS, choose_key_parts, choose_num_splits, heuristic, tile_rows
 
 H200 = 132
+FEW, SEVERAL, MANY = SPLIT_ROWS
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 20, 108, 132])
 @pytest.mark.parametrize("tiles", [0, 1, 7, 132, 5000])
 @pytest.mark.parametrize("key_blocks", [0, 1, 2, 63, 4096])
-def test_is_between_one_and_what_there_is_to_split(tiles, key_blocks, multiprocessors):
-    splits = choose_num_splits(tiles, key_blocks, multiprocessors)
+@pytest.mark.parametrize("rows", SPLIT_ROWS)
+def test_is_between_one_and_what_there_is_to_split(tiles, rows, key_blocks, multiprocessors):
+    splits = choose_num_splits(tiles, rows, key_blocks, multiprocessors)
     assert 1 <= splits <= max(1, min(MAX_SPLITS, key_blocks))
 
 
 def test_many_tiles_are_not_split_and_few_fill_the_gpu():
-    assert choose_num_splits(10 * H200, 1000, H200) == 1
-    assert choose_num_splits(H200, 1000, H200) == 1
+    assert all(choose_num_splits(10 * H200, rows, 1000, H200) == 1 for rows in SPLIT_ROWS)
+    assert choose_num_splits(H200, FEW, 1000, H200) == 1
     for tiles in (1, 2, 8, 32):
-        assert 0.9 * H200 <= tiles * choose_num_splits(tiles, 1000, H200) <= H200
+        assert 0.9 * H200 <= tiles * choose_num_splits(tiles, FEW, 1000, H200) <= H200
+
+
+@pytest.mark.parametrize("rows", [SEVERAL, MANY])
+def test_tiles_that_tensor_cores_bound_share_a_multiprocessor(rows):
+    assert choose_num_splits(H200, rows, 1000, H200) == 2
+    for tiles in (2, 8, 32):
+        assert 1.8 * H200 <= tiles * choose_num_splits(tiles, rows, 1000, H200) <= 2 * H200
+
+
+def test_more_rows_make_splitting_dearer():
+    assert choose_num_splits(8, MANY, 40, H200) < choose_num_splits(8, SEVERAL, 40, H200)
 
 
 def test_few_keys_are_not_split():
-    assert choose_num_splits(1, 2, H200) == 1
+    assert all(choose_num_splits(1, rows, 2, H200) == 1 for rows in SPLIT_ROWS)
 
 
 @pytest.mark.parametrize(
@@ -43,10 +56,10 @@ def test_is_near_the_best_that_was_measured_on_an_h200(batch, num_heads_k, rows,
 
 
 def test_tiles_follow_the_tile_table():
-    few, many = SPLIT_ROWS
-    assert count_tiles(3, 2, 1) == count_tiles(3, 2, few) == count_tiles(3, 2, few + 1) == 6
-    assert count_tiles(3, 2, many) == 6 and count_tiles(3, 2, many + 1) == 12
-    assert count_tiles(3, 2, 0) == 0 and SPLIT_KEYS % 16 == 0
+    assert [tile_rows(rows) for rows in (0, 1, FEW, FEW + 1, SEVERAL, SEVERAL + 1, MANY, 10 * MANY)] == [
+        FEW, FEW, FEW, SEVERAL, SEVERAL, MANY, MANY, MANY,
+    ]  # fmt: skip
+    assert SPLIT_KEYS % 16 == 0
 
 
 @pytest.mark.parametrize(

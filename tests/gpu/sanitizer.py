@@ -3,8 +3,8 @@
     export PYTORCH_NO_CUDA_MEMORY_CACHING=1
     compute-sanitizer --tool memcheck python tests/gpu/sanitizer.py [head_dim ...]
 
-and the same with initcheck and racecheck. Inputs are made on the CPU: copies initialise them for the tool.
-FLASH_ATTN_FORCE_FAMILY picks the kernel family.
+and the same with initcheck and, with a library built for it (docs/kernels.md), racecheck. Inputs are made on
+the CPU: copies initialise them for the tool. FLASH_ATTN_FORCE_FAMILY picks the kernel family.
 """
 
 import itertools

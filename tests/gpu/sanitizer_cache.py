@@ -22,9 +22,9 @@ def angles(rotary_dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Ten
 
 
 def contiguous(head_dim: int, dtype: torch.dtype) -> None:
-    """Few and many queries, appending with and without rotation, lengths that do and do not fit."""
+    """Queries for each tile, appending with and without rotation, lengths that do and do not fit."""
     cos, sin = angles(16, dtype)
-    for seqlen_q, interleaved in itertools.product((1, 3, 40), (False, True)):
+    for seqlen_q, interleaved in itertools.product((1, 10, 40), (False, True)):
         q = random(2, seqlen_q, 6, head_dim - 8, dtype=dtype)
         k, v = (random(2, seqlen_q, 2, head_dim - 8, dtype=dtype) for _ in range(2))
         k_cache, v_cache = (random(3, CAPACITY, 2, head_dim - 8, dtype=dtype) for _ in range(2))
