@@ -52,7 +52,7 @@ FAMILIES = {
         Family(
             "sm90",
             DTYPES,
-            {"forward": "sm90", "backward": "sm80", "split": "sm80"},
+            {"forward": "sm90", "backward": "sm80", "split": "sm90"},
             227 * KIB,
             228 * KIB,
             code_suffix="a",

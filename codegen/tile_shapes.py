@@ -13,7 +13,12 @@ HOPPER_REGISTER_OVERHEAD = 24
 
 
 class Tile(Protocol):
-    """A frozen dataclass whose fields are the arguments of a C++ template of the same name, in order."""
+    """A frozen dataclass whose fields are the arguments of the C++ template ``TEMPLATE`` + Tile, in order.
+
+    ``TEMPLATE`` + Config describes a kernel with such a tile.
+    """
+
+    TEMPLATE: ClassVar[str]
 
     def smem_bytes(self, head_dim: int) -> int:
         """Dynamic shared memory of a block."""
@@ -33,6 +38,7 @@ class ForwardTile:
     With ``warps_per_row`` = 2, a pair of warps shares rows: each computes half of the columns of S and of O.
     """
 
+    TEMPLATE: ClassVar[str] = "sm80::Forward"
     block_m: int
     block_n: int
     warps: int
@@ -108,6 +114,7 @@ class BackwardTile:
     ``score_stages``; ``min_blocks`` is as in ForwardTile.
     """
 
+    TEMPLATE: ClassVar[str] = "sm80::Backward"
     block_m: int
     block_n: int
     warps: int
@@ -187,6 +194,7 @@ class SplitTile:
     buffers each. ``min_blocks`` is as in ForwardTile.
     """
 
+    TEMPLATE: ClassVar[str] = "sm80::Split"
     block_m: int
     block_n: int
     warps_m: int
@@ -242,6 +250,7 @@ class HopperTile:
     on average; 0 stands for the head dim of Q and K, and for any number of keys.
     """
 
+    TEMPLATE: ClassVar[str] = "sm90::Forward"
     block_m: int
     block_n: int
     stages: int

@@ -65,7 +65,8 @@ BACKWARD_TILES: Table = {
     },
 }
 
-# "few" holds up to 16 rows: the queries of the heads that share keys; "several" up to 64.
+# "few" holds up to 16 rows: the queries of the heads that share keys; "several" up to 64. "long" is for
+# more than the default holds, where keys are not split: pages of 64 keys are boxes of one copy each.
 SPLIT_TILES: Table = {
     "sm80": {
         32: {
@@ -111,31 +112,37 @@ SPLIT_TILES: Table = {
         32: {
             "few": SplitTile(16, 64, 1, 4, 6, 2),
             "several": SplitTile(64, 64, 4, 1, 3, 2),
+            "long": FORWARD_TILES["sm90"][32]["default"],
             "default": SplitTile(128, 64, 4, 1, 3, 2),
         },
         64: {
             "few": SplitTile(16, 64, 1, 4, 5, 2),
             "several": SplitTile(64, 64, 4, 1, 3, 2),
+            "long": FORWARD_TILES["sm90"][64]["default"],
             "default": SplitTile(128, 64, 4, 1, 3, 2),
         },
         96: {
             "few": SplitTile(16, 64, 1, 4, 4, 2),
             "several": SplitTile(64, 64, 4, 1, 3, 2),
+            "long": HopperTile(192, 64, 4, 1),
             "default": SplitTile(128, 64, 4, 1, 2, 2),
         },
         128: {
             "few": SplitTile(16, 64, 1, 4, 3, 2),
             "several": SplitTile(64, 64, 4, 1, 2, 2),
+            "long": HopperTile(192, 64, 4, 2),
             "default": SplitTile(128, 64, 4, 1, 2, 2),
         },
         192: {
             "few": SplitTile(16, 64, 1, 4, 2, 2),
             "several": SplitTile(64, 64, 4, 1, 2, 1),
+            "long": HopperTile(128, 64, 3, 1),
             "default": SplitTile(128, 64, 8, 1, 2, 1),
         },
         256: {
             "few": SplitTile(16, 64, 1, 4, 3, 1),
             "several": SplitTile(64, 64, 4, 1, 2, 1),
+            "long": HopperTile(128, 64, 2, 1),
             "default": SplitTile(128, 64, 8, 1, 2, 1),
         },
     },
@@ -143,7 +150,7 @@ SPLIT_TILES: Table = {
 
 TABLES = {"forward": FORWARD_TILES, "backward": BACKWARD_TILES, "split": SPLIT_TILES}
 
-VARIANTS = ("roomy", "short", "narrow", "few", "several")
+VARIANTS = ("roomy", "short", "narrow", "few", "several", "long")
 """Keys of the tile tables for tiles that the launcher takes instead of the default where they suit."""
 
 
@@ -196,6 +203,7 @@ def split_shape() -> tuple[tuple[int, ...], int]:
 
 def wgmma_columns() -> list[int]:
     """The widths N of wgmma that kernels use: keys of a block for Q K^T, the head dim of V for P V."""
-    tiles = [(d, tile) for d, row in FORWARD_TILES["sm90"].items() for tile in row.values()]
+    tables = FORWARD_TILES["sm90"], SPLIT_TILES["sm90"]
+    tiles = [(d, tile) for table in tables for d, row in table.items() for tile in row.values()]
     hopper = [(d, tile) for d, tile in tiles if isinstance(tile, HopperTile)]
     return sorted({n for d, tile in hopper for n in (tile.head_dim_v or d, tile.block_n)})

@@ -38,10 +38,10 @@ _pack = _abi.FORWARD_PARAMS.pack
 
 
 class _Device(NamedTuple):
-    """A GPU that was found able to run the library."""
+    """A GPU that was found able to run the library, and whether it may run kernels made for Hopper."""
 
     library: _library.Library
-    counts_tiles: bool
+    hopper: bool
 
 
 _devices: dict[int, _Device] = {}
@@ -62,12 +62,19 @@ def _prepare(device: int) -> _Device:
         raise RuntimeError(
             f"q must be on a GPU of compute capability 7.5 (Turing) or newer, got {name}, which has {found}"
         )
-    return _devices.setdefault(device, _Device(_library.load(), capability == HOPPER))
+    library = _library.load()
+    hopper = capability == HOPPER and library.family in (_abi.Family.AUTO, _abi.Family.SM90)
+    return _devices.setdefault(device, _Device(library, hopper))
+
+
+def prepared(device: int) -> _Device:
+    """Return the library, for a GPU that can run it, and what is known of the GPU."""
+    return _devices.get(device) or _prepare(device)
 
 
 def library_on(device: int) -> _library.Library:
     """Return the library, for a GPU that can run it."""
-    return (_devices.get(device) or _prepare(device)).library
+    return prepared(device).library
 
 
 @cache
@@ -194,8 +201,8 @@ def _attend(
         return probs, rng_state
     device = q.get_device()
     stream = raw_stream(device)
-    library, counts_tiles = _devices.get(device) or _prepare(device)
-    counter = tile_counter(device, stream) if counts_tiles else None
+    library, hopper = prepared(device)
+    counter = tile_counter(device, stream) if hopper else None
     strides = (
         q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, o_batch, o_row, o_head
     )  # fmt: skip

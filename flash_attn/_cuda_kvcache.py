@@ -14,7 +14,8 @@ from flash_attn import _abi, _cuda
 from flash_attn import _validation as check
 from flash_attn._cpu_kvcache import Cache, Rotary
 from flash_attn._layout import empty_out
-from flash_attn._splits import heuristic
+from flash_attn._splits import LARGEST_TILE, heuristic
+from flash_attn._tile_counter import tile_counter
 from flash_attn._validation import Scoring, Shapes
 
 _pack = _abi.SPLIT_PARAMS.pack
@@ -40,8 +41,9 @@ def kvcache_num_splits(q: Tensor, k_cache: Tensor, block_table: Tensor | None = 
     batch, seqlen_q, num_heads, _ = q.shape
     capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
     num_heads_k = k_cache.shape[2]
-    rows = seqlen_q * (num_heads // num_heads_k)
-    return heuristic(batch, num_heads_k, rows, capacity, _cuda.multiprocessors(q.get_device()))
+    rows, device = seqlen_q * (num_heads // num_heads_k), q.get_device()
+    hopper = _cuda.prepared(device).hopper
+    return heuristic(batch, num_heads_k, rows, capacity, _cuda.multiprocessors(device), hopper)
 
 
 def _check_in_place(x: Tensor, name: str) -> None:
@@ -98,15 +100,19 @@ def _attend(
         )  # fmt: skip
     device = q.get_device()
     stream = _cuda.raw_stream(device)
-    library = _cuda.library_on(device)
+    library, hopper = _cuda.prepared(device)
     page_size, table_at, table_stride, capacity = 0, 0, 0, rows
     if block_table is not None:
         block_table = _contiguous(block_table)
         table_at, table_stride = block_table.data_ptr(), block_table.shape[1]
         page_size, capacity = rows, rows * table_stride
+    group_rows = seqlen_q * (num_heads // num_heads_k)
     if not num_splits:
-        group_rows = seqlen_q * (num_heads // num_heads_k)
-        num_splits = heuristic(batch, num_heads_k, group_rows, capacity, _cuda.multiprocessors(device))
+        multiprocessors = _cuda.multiprocessors(device)
+        num_splits = heuristic(batch, num_heads_k, group_rows, capacity, multiprocessors, hopper)
+    counter = None
+    if hopper and group_rows > LARGEST_TILE and num_splits == 1:
+        counter = tile_counter(device, stream)
     partial_at = partial_rows = 0
     if num_splits > 1:
         partial_rows = total_q * num_heads * num_splits
@@ -136,9 +142,10 @@ def _attend(
     if scoring.alibi_slopes is not None:
         scoring = _cuda.with_contiguous_slopes(scoring)
     forward = _cuda.pack_forward(
-        (q_at, k_at, v_at, o_at), 0 if lse is None else lse.data_ptr(), (*packed_at, 0, leftpad_at), 0, 0,
-        strides, lse_strides, (batch, seqlen_q, capacity, total_q, num_heads, num_heads_k), entries,
-        (head_dim, head_dim_v), scoring, q.dtype, device, library.family,
+        (q_at, k_at, v_at, o_at), 0 if lse is None else lse.data_ptr(), (*packed_at, 0, leftpad_at), 0,
+        0 if counter is None else counter.data_ptr(), strides, lse_strides,
+        (batch, seqlen_q, capacity, total_q, num_heads, num_heads_k), entries, (head_dim, head_dim_v),
+        scoring, q.dtype, device, library.family,
     )  # fmt: skip
     packed = _pack(
         forward, seqlens_at, batch_idx_at, table_at, *new_at, *rotary_at, partial_at,

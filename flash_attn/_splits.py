@@ -16,7 +16,7 @@ START_COST = 0.5
 """What a thread block costs besides its blocks of keys, in blocks of keys."""
 
 PART_COST = 1 / 32
-"""What one row of a part of the result costs beyond FEW_ROWS of them, written and merged, in blocks of keys."""
+"""What a row of a part of the result costs beyond FEW_ROWS of them, to write and merge, in blocks of keys."""
 
 MERGE_COST = 2.0
 """What merging costs besides, in blocks of keys of one multiprocessor."""
@@ -30,7 +30,13 @@ Tensor cores bound it, and it does not keep them busy; with few rows memory does
 TOLERANCE = 1.02
 """Fewer splits are taken where they cost at most this much more than the best number."""
 
-FEW_ROWS = SPLIT_ROWS[0]
+LONG_COST = 0.55
+"""What a block of keys costs in Hopper's forward kernel, for as many rows as LARGEST_TILE has."""
+
+LONG_ROWS = 192
+"""Rows of that kernel's tiles."""
+
+FEW_ROWS, LARGEST_TILE = SPLIT_ROWS[0], SPLIT_ROWS[-1]
 
 
 def _cost(splits: int, tiles: int, rows: int, key_blocks: int, multiprocessors: int) -> float:
@@ -59,15 +65,26 @@ def choose_num_splits(tiles: int, rows: int, key_blocks: int, multiprocessors: i
 
 def tile_rows(rows: int) -> int:
     """Return how many rows a tile has where a sequence and KV head has `rows` (queries x heads of q)."""
-    return next((block_m for block_m in SPLIT_ROWS if rows <= block_m), SPLIT_ROWS[-1])
+    return next((block_m for block_m in SPLIT_ROWS if rows <= block_m), LARGEST_TILE)
 
 
 @cache
-def heuristic(sequences: int, num_heads_k: int, rows: int, capacity: int, multiprocessors: int) -> int:
-    """Return the number of splits of a call with room for `capacity` keys in each sequence."""
-    block_m = tile_rows(rows)
-    tiles = sequences * num_heads_k * -(-rows // block_m)
-    return choose_num_splits(tiles, block_m, -(-capacity // SPLIT_KEYS), multiprocessors)
+def heuristic(
+    sequences: int, num_heads_k: int, rows: int, capacity: int, multiprocessors: int, hopper: bool = False
+) -> int:
+    """Return the number of splits of a call with room for `capacity` keys in each sequence.
+
+    With `hopper`, more rows than those of the largest tile for split keys run in the forward kernel where
+    they are not split.
+    """
+    block_m, key_blocks, heads = tile_rows(rows), -(-capacity // SPLIT_KEYS), sequences * num_heads_k
+    tiles = heads * -(-rows // block_m)
+    splits = choose_num_splits(tiles, block_m, key_blocks, multiprocessors)
+    if not hopper or rows <= LARGEST_TILE or splits == 1:
+        return splits
+    rounds = -(-heads * -(-rows // LONG_ROWS) // multiprocessors)
+    cost = rounds * key_blocks * LONG_COST * LONG_ROWS / LARGEST_TILE
+    return 1 if cost <= _cost(splits, tiles, block_m, key_blocks, multiprocessors) else splits
 
 
 KEY_BLOCK = 128

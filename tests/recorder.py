@@ -49,7 +49,7 @@ class Recorder:
 
 def install(monkeypatch, recorder):
     """Send CPU tensors down the CUDA path, to the recorder."""
-    monkeypatch.setattr(_cuda, "_devices", {-1: _cuda._Device(recorder, counts_tiles=False)})
+    monkeypatch.setattr(_cuda, "_devices", {-1: _cuda._Device(recorder, hopper=False)})
     monkeypatch.setattr(_cuda, "raw_stream", lambda device: STREAM)
     monkeypatch.setattr(_cuda, "multiprocessors", lambda device: MULTIPROCESSORS)
     backend = SimpleNamespace(

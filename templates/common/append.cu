@@ -104,8 +104,17 @@ __global__ void __launch_bounds__(kThreads) append_kernel(const __grid_constant_
 
 }  // namespace
 
-Status launch_append(const SplitParams& params, const Device& device, cudaStream_t stream) {
+Status launch_append(const SplitParams& params, const Device& device, cudaStream_t stream,
+                     SplitParams& attention) {
+  attention = params;
+  if (!appends(params)) return Status::kOk;
   const ForwardParams& forward = params.forward;
+  if (params.q_rotated != nullptr) {
+    attention.forward.q = params.q_rotated;
+    attention.forward.q_head_stride = forward.head_dim;
+    attention.forward.q_row_stride = int64_t{forward.num_heads} * forward.head_dim;
+    attention.forward.q_batch_stride = forward.seqlen_q * attention.forward.q_row_stride;
+  }
   const int64_t batch = forward.batch;
   const int64_t new_rows = batch * params.seqlen_new * forward.num_heads_k;
   const int64_t query_rows = params.rotary_cos != nullptr ? batch * forward.seqlen_q * forward.num_heads : 0;

@@ -13,7 +13,9 @@ inline bool appends(const SplitParams& params) {
   return params.seqlen_new > 0 || params.rotary_cos != nullptr;
 }
 
-// Writes k_new and v_new into the cache, and q_rotated.
-Status launch_append(const SplitParams& params, const Device& device, cudaStream_t stream);
+// Writes k_new and v_new into the cache, and q_rotated, where there is anything to; `attention` is what
+// remains to be computed.
+Status launch_append(const SplitParams& params, const Device& device, cudaStream_t stream,
+                     SplitParams& attention);
 
 }  // namespace flash_attn

@@ -397,19 +397,9 @@ Status launch_attention(const SplitParams& params, const Device& device, cudaStr
 
 template <class... Configs>
 Status launch_split(const SplitParams& params, const Device& device, cudaStream_t stream, const char* name) {
-  SplitParams attention = params;
-  if (appends(params)) {
-    const Status status = launch_append(params, device, stream);
-    if (status != Status::kOk) return status;
-    if (params.q_rotated != nullptr) {
-      ForwardParams& forward = attention.forward;
-      forward.q = params.q_rotated;
-      forward.q_head_stride = forward.head_dim;
-      forward.q_row_stride = forward.num_heads * forward.q_head_stride;
-      forward.q_batch_stride = forward.seqlen_q * forward.q_row_stride;
-    }
-  }
-  const Status status = launch_attention<Configs...>(attention, device, stream, name);
+  SplitParams attention;
+  Status status = launch_append(params, device, stream, attention);
+  if (status == Status::kOk) status = launch_attention<Configs...>(attention, device, stream, name);
   if (status != Status::kOk || params.num_splits == 1) return status;
   return launch_combine(params, device, stream);
 }

@@ -22,6 +22,7 @@
 
 #include "common/accumulator.cuh"
 #include "common/dropout.cuh"
+#include "common/kv_cache.cuh"
 #include "common/query_block.cuh"
 #include "common/schedule.cuh"
 #include "common/scores.cuh"
@@ -46,39 +47,76 @@ namespace flash_attn::sm90 {
 // An H200 has 60 MB of L2.
 constexpr int64_t kSectionBytes = int64_t{32} << 20;
 
+// A call, and how its keys are found and copied.
 struct ForwardArguments {
+  static constexpr int kProducers = 1;  // threads
   TensorMaps maps;
   ForwardParams params;
   TileSchedule schedule;
   int group;  // query heads that share keys, kPacked only
+
+  __host__ __device__ const ForwardParams& forward() const { return params; }
+  __device__ Sequence sequence(int batch) const { return Sequence(params, batch); }
+  // Rows past the end of a sequence may be another's, or not initialised.
+  __device__ bool has_rows_behind() const {
+    return params.cu_seqlens_q != nullptr || params.seqused_k != nullptr;
+  }
+  KeyTensor keys(int block_n) const {
+    const bool varlen = params.cu_seqlens_q != nullptr;
+    return {varlen ? params.total_k : params.seqlen_k, varlen ? 1 : params.batch, block_n};
+  }
+
+  template <class Config>
+  __device__ __forceinline__ KeyLocation locate(const Sequence& sequence, int block) const {
+    return {sequence.k_batch, sequence.k_row + block * Config::kBlockN};
+  }
+  // K or V.
+  template <class Config, int kSlabs>
+  __device__ __forceinline__ void copy(const CUtensorMap& map, uint32_t shared, uint32_t barrier,
+                                       const KeyLocation& at, int key_head) const {
+#pragma unroll
+    for (int slab = 0; slab < kSlabs; ++slab) {
+      ptx::copy_tensor(shared + slab * Config::kKeySlabBytes, map, barrier, slab * 64, at.row, key_head,
+                       at.entry);
+    }
+  }
 };
 
 // The kernels of one configuration: softmax(scale Q K^T) V; with score modifiers; with a group of query heads
 // packed into the rows of a tile, for calls with few queries.
 enum class Variant { kPlain, kModified, kPacked };
 
-template <Variant kVariant>
-__device__ __forceinline__ int packed_group(const ForwardArguments& arguments) {
+template <Variant kVariant, class Arguments>
+__device__ __forceinline__ int packed_group(const Arguments& arguments) {
   return kVariant == Variant::kPacked ? arguments.group : 1;
 }
 
-// The producer: one thread.
-template <class Config, Variant kVariant>
-__device__ __forceinline__ void produce(const ForwardArguments& arguments,
-                                        const SharedLayout<Config>& shared) {
-  const ForwardParams& params = arguments.params;
-  const TileQueue queue{params.tile_counter, static_cast<int>(arguments.schedule.num_tiles())};
+// The producer: one thread, or the lanes of a warp, each with a part of every block of keys.
+template <class Config, Variant kVariant, class Arguments>
+__device__ __forceinline__ void produce(const Arguments& arguments, const SharedLayout<Config>& shared) {
+  const ForwardParams& params = arguments.forward();
+  const TileQueue<Arguments::kProducers> queue{params.tile_counter,
+                                               static_cast<int>(arguments.schedule.num_tiles())};
+  const bool leader = threadIdx.x == 0;
   RingPosition<Config::kStages> k_ring, v_ring;
   RingPosition<Config::kQueryStages> q_ring;
   // Hands a tile to the consumers, with Q or nothing to read; batch -1 ends their work.
   const auto publish = [&](const TileSchedule::Tile& tile, int bytes) {
     ptx::mbarrier_wait(shared.q_empty(q_ring.stage), q_ring.parity ^ 1);
+    if (!leader) return;
     ptx::store_shared_16(shared.tile(q_ring.stage), make_uint4(tile.m_block, tile.batch, tile.head, 0));
     ptx::mbarrier_arrive_expect(shared.q_full(q_ring.stage), bytes);
   };
+  // The buffer has been read: `bytes` will arrive in it.
+  const auto expect = [&](uint32_t empty, uint32_t parity, uint32_t full, int bytes) {
+    ptx::mbarrier_wait(empty, parity);
+    if (leader) ptx::mbarrier_arrive_expect(full, bytes);
+    if (Arguments::kProducers > 1) __syncwarp();
+  };
   for (int index = blockIdx.x; index < queue.num_tiles; index = queue.next(index)) {
     const TileSchedule::Tile tile = arguments.schedule.tile(index);
-    const Work<Config> work(params, Sequence(params, tile.batch), tile, packed_group<kVariant>(arguments),
+    const auto sequence = arguments.sequence(tile.batch);
+    const Work<Config> work(params, sequence, tile, packed_group<kVariant>(arguments),
                             tile.m_block * Config::kBlockM, Config::kBlockM);
     if (work.queries.rows <= 0) continue;
     if (!work.has_keys()) {
@@ -88,24 +126,28 @@ __device__ __forceinline__ void produce(const ForwardArguments& arguments,
     }
     const int key_head = work.queries.head * work.queries.group / (params.num_heads / params.num_heads_k);
     const auto load_key = [&](int block) {
-      ptx::mbarrier_wait(shared.k_empty(k_ring.stage), k_ring.parity ^ 1);
-      ptx::mbarrier_arrive_expect(shared.k_full(k_ring.stage), Config::kKeyBytes);
-      copy_keys<Config, Config::kSlabs>(shared.key(k_ring.stage), arguments.maps.k,
-                                        shared.k_full(k_ring.stage), work.queries.sequence, block, key_head);
+      const KeyLocation at = arguments.template locate<Config>(sequence, block);
+      const uint32_t full = shared.k_full(k_ring.stage);
+      expect(shared.k_empty(k_ring.stage), k_ring.parity ^ 1, full, Config::kKeyBytes);
+      arguments.template copy<Config, Config::kSlabs>(arguments.maps.k, shared.key(k_ring.stage), full, at,
+                                                      key_head);
       k_ring.advance();
     };
     const auto load_value = [&](int block) {
-      ptx::mbarrier_wait(shared.v_empty(v_ring.stage), v_ring.parity ^ 1);
-      ptx::mbarrier_arrive_expect(shared.v_full(v_ring.stage), Config::kValueBytes);
-      copy_keys<Config, Config::kSlabsV>(shared.value(v_ring.stage), arguments.maps.v,
-                                         shared.v_full(v_ring.stage), work.queries.sequence, block, key_head);
+      const KeyLocation at = arguments.template locate<Config>(sequence, block);
+      const uint32_t full = shared.v_full(v_ring.stage);
+      expect(shared.v_empty(v_ring.stage), v_ring.parity ^ 1, full, Config::kValueBytes);
+      arguments.template copy<Config, Config::kSlabsV>(arguments.maps.v, shared.value(v_ring.stage), full, at,
+                                                       key_head);
       v_ring.advance();
     };
     int block = work.blocks.end - 1;
     load_key(block);
     publish(tile, Config::kQueryBytes);
-    copy_queries<Config>(shared.query(q_ring.stage), arguments.maps.q, shared.q_full(q_ring.stage),
-                         work.queries);
+    if (leader) {
+      copy_queries<Config>(shared.query(q_ring.stage), arguments.maps.q, shared.q_full(q_ring.stage),
+                           work.queries);
+    }
     q_ring.advance();
     for (; block > work.blocks.begin; --block) {
       load_key(block - 1);
@@ -117,10 +159,10 @@ __device__ __forceinline__ void produce(const ForwardArguments& arguments,
 }
 
 // One consumer warpgroup.
-template <class Config, Variant kVariant>
+template <class Config, Variant kVariant, class Arguments>
 struct Consumer {
   static constexpr bool kModifiers = kVariant == Variant::kModified;
-  const ForwardArguments& arguments;
+  const Arguments& arguments;
   const ForwardParams& params;
   const SharedLayout<Config>& shared;
   int warpgroup;
@@ -129,10 +171,10 @@ struct Consumer {
   RingPosition<Config::kStages> k_ring, v_ring;
   RingPosition<Config::kQueryStages> q_ring;
 
-  __device__ __forceinline__ Consumer(const ForwardArguments& arguments, const SharedLayout<Config>& shared,
+  __device__ __forceinline__ Consumer(const Arguments& arguments, const SharedLayout<Config>& shared,
                                       int warpgroup)
       : arguments(arguments),
-        params(arguments.params),
+        params(arguments.forward()),
         shared(shared),
         warpgroup(warpgroup),
         leader(threadIdx.x % 128 == 0),
@@ -149,7 +191,7 @@ struct Consumer {
       const uint4 fields = ptx::load_shared_16(shared.tile(q_ring.stage));
       const TileSchedule::Tile tile{int(fields.x), int(fields.y), int(fields.z)};
       if (tile.batch < 0) return;
-      const Sequence sequence(params, tile.batch);
+      const Sequence sequence = arguments.sequence(tile.batch);
       const int first_row = tile.m_block * Config::kBlockM;
       const int group = packed_group<kVariant>(arguments);
       const Work<Config> all(params, sequence, tile, group, first_row, Config::kBlockM);
@@ -273,11 +315,10 @@ struct Consumer {
     if (last) release(shared.q_empty(q_ring.stage));
   }
 
-  // Rows of V past the end of a sequence may be another's, or not initialised; their probabilities are 0, but
-  // 0 * NaN is not. Rows past the end of the tensor arrive as zeros.
+  // Whether the block has rows of V past the end of a sequence; their probabilities are 0, but 0 * NaN is
+  // not. Rows past the end of the tensor arrive as zeros.
   __device__ __forceinline__ bool needs_zeros(const Work<Config>& work, int block) const {
-    return (params.cu_seqlens_q != nullptr || params.seqused_k != nullptr) &&
-           (block + 1) * Config::kBlockN > work.queries.sequence.seqlen_k;
+    return arguments.has_rows_behind() && (block + 1) * Config::kBlockN > work.queries.sequence.seqlen_k;
   }
 
   // Each warpgroup for itself. Another one's product may be reading these rows already, but it has zeroed
@@ -296,9 +337,9 @@ struct Consumer {
   }
 };
 
-template <class Config, Variant kVariant>
+template <class Config, Variant kVariant, class Arguments>
 __global__ void __launch_bounds__(Config::kThreads, 1)
-    forward_kernel(const __grid_constant__ ForwardArguments arguments) {
+    forward_kernel(const __grid_constant__ Arguments arguments) {
   extern __shared__ __align__(1024) uint8_t shared_memory[];
   const SharedLayout<Config> shared(shared_memory);
   if (threadIdx.x == 0) shared.init_barriers();
@@ -307,10 +348,10 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);
   if (warpgroup == 0) {
     ptx::give_registers<Config::kProducerRegisters>();
-    if (threadIdx.x == 0) produce<Config, kVariant>(arguments, shared);
+    if (threadIdx.x < Arguments::kProducers) produce<Config, kVariant>(arguments, shared);
   } else {
     ptx::take_registers<Config::kConsumerRegisters>();
-    Consumer<Config, kVariant>(arguments, shared, warpgroup - 1).run();
+    Consumer<Config, kVariant, Arguments>(arguments, shared, warpgroup - 1).run();
   }
 }
 
@@ -334,6 +375,30 @@ inline int group_to_pack(const ForwardParams& params, int block_m) {
   return filled(params.seqlen_q) < 0.9 * filled(int64_t{params.seqlen_q} * group) ? group : 1;
 }
 
+// Completes the arguments, which hold the parameters, and launches the kernel that suits them.
+template <class Config, class Arguments>
+Status launch_tiles(Arguments& arguments, const Device& device, cudaStream_t stream, const char* name) {
+  const ForwardParams& params = arguments.forward();
+  arguments.group = group_to_pack(params, Config::kBlockM);
+  arguments.schedule = make_schedule(params, Config::kBlockM, Config::kMask, kSectionBytes, arguments.group);
+  if (arguments.schedule.num_tiles() == 0) return Status::kOk;
+  if (arguments.schedule.num_tiles() > std::numeric_limits<int32_t>::max() - device.multiprocessors) {
+    return fail(Status::kInvalidArgument, "%s would need %lld tiles; the limit is 2^31 - 1 less one per SM",
+                name, static_cast<long long>(arguments.schedule.num_tiles()));
+  }
+  const Status status = make_tensor_maps<Config>(arguments.maps, params, arguments.keys(Config::kBlockN),
+                                                 arguments.group, name);
+  if (status != Status::kOk) return status;
+  const int64_t blocks = std::min<int64_t>(arguments.schedule.num_tiles(), device.multiprocessors);
+  constexpr void (*kKernels[])(Arguments) = {forward_kernel<Config, Variant::kPlain, Arguments>,
+                                             forward_kernel<Config, Variant::kModified, Arguments>,
+                                             forward_kernel<Config, Variant::kPacked, Arguments>};
+  const int variant = needs_modifiers(params) ? 1 : arguments.group > 1 ? 2 : 0;
+  static std::atomic<uint64_t> prepared[3];
+  return launch_kernel(kKernels[variant], name, device.index, blocks, Config::kThreads, Config::kSharedBytes,
+                       stream, arguments, prepared[variant]);
+}
+
 // Runs the first configuration that suits the call; the last one in any case.
 template <class Config, class... Others>
 Status launch_forward(const ForwardParams& params, const Device& device, cudaStream_t stream,
@@ -343,23 +408,7 @@ Status launch_forward(const ForwardParams& params, const Device& device, cudaStr
   }
   ForwardArguments arguments{};
   arguments.params = params;
-  arguments.group = group_to_pack(params, Config::kBlockM);
-  arguments.schedule = make_schedule(params, Config::kBlockM, Config::kMask, kSectionBytes, arguments.group);
-  if (arguments.schedule.num_tiles() == 0) return Status::kOk;
-  if (arguments.schedule.num_tiles() > std::numeric_limits<int32_t>::max() - device.multiprocessors) {
-    return fail(Status::kInvalidArgument, "%s would need %lld tiles; the limit is 2^31 - 1 less one per SM",
-                name, static_cast<long long>(arguments.schedule.num_tiles()));
-  }
-  const Status status = make_tensor_maps<Config>(arguments.maps, params, arguments.group, name);
-  if (status != Status::kOk) return status;
-  const int64_t blocks = std::min<int64_t>(arguments.schedule.num_tiles(), device.multiprocessors);
-  constexpr decltype(&forward_kernel<Config, Variant::kPlain>) kKernels[] = {
-      forward_kernel<Config, Variant::kPlain>, forward_kernel<Config, Variant::kModified>,
-      forward_kernel<Config, Variant::kPacked>};
-  const int variant = needs_modifiers(params) ? 1 : arguments.group > 1 ? 2 : 0;
-  static std::atomic<uint64_t> prepared[3];
-  return launch_kernel(kKernels[variant], name, device.index, blocks, Config::kThreads, Config::kSharedBytes,
-                       stream, arguments, prepared[variant]);
+  return launch_tiles<Config>(arguments, device, stream, name);
 }
 
 }  // namespace flash_attn::sm90

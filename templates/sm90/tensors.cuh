@@ -20,6 +20,13 @@ struct TensorMaps {
   CUtensorMap v;
 };
 
+// The sizes of K and V, and the rows of a box of theirs.
+struct KeyTensor {
+  int64_t rows;
+  int64_t batch;
+  int box_rows;
+};
+
 template <class Config>
 __device__ __forceinline__ void copy_queries(uint32_t shared, const CUtensorMap& map, uint32_t barrier,
                                              const QueryBlock& queries) {
@@ -31,26 +38,15 @@ __device__ __forceinline__ void copy_queries(uint32_t shared, const CUtensorMap&
   }
 }
 
-// K or V.
-template <class Config, int kSlabs>
-__device__ __forceinline__ void copy_keys(uint32_t shared, const CUtensorMap& map, uint32_t barrier,
-                                          const Sequence& sequence, int block, int key_head) {
-#pragma unroll
-  for (int slab = 0; slab < kSlabs; ++slab) {
-    ptx::copy_tensor(shared + slab * Config::kKeySlabBytes, map, barrier, slab * 64,
-                     sequence.k_row + block * Config::kBlockN, key_head, sequence.k_batch);
-  }
-}
-
 template <class Config>
-Status make_tensor_maps(TensorMaps& maps, const ForwardParams& params, int group, const char* name) {
+Status make_tensor_maps(TensorMaps& maps, const ForwardParams& params, const KeyTensor& keys, int group,
+                        const char* name) {
   const bool varlen = params.cu_seqlens_q != nullptr;
   const int64_t batch = varlen ? 1 : params.batch, d = params.head_dim;
   const int64_t rows_q = varlen ? params.total_q : params.seqlen_q;
-  const int64_t keys = varlen ? params.total_k : params.seqlen_k;
   // Without a single key nothing is read of K and V, but a tensor map wants an address and a size.
-  const bool no_keys = keys == 0;
-  const int64_t rows_k = no_keys ? 1 : keys;
+  const bool no_keys = keys.rows == 0 || keys.batch == 0;
+  const int64_t rows_k = no_keys ? 1 : keys.rows, batch_k = no_keys ? 1 : keys.batch;
   const TensorBox q{
       params.q,
       5,
@@ -59,14 +55,14 @@ Status make_tensor_maps(TensorMaps& maps, const ForwardParams& params, int group
       {64, group, Config::kBlockM / group, 1, 1}};
   const TensorBox k{no_keys ? params.q : params.k,
                     4,
-                    {d, rows_k, params.num_heads_k, batch},
+                    {d, rows_k, params.num_heads_k, batch_k},
                     {params.k_row_stride, params.k_head_stride, params.k_batch_stride},
-                    {64, Config::kBlockN, 1, 1}};
+                    {64, keys.box_rows, 1, 1}};
   const TensorBox v{no_keys ? params.q : params.v,
                     4,
-                    {params.head_dim_v, rows_k, params.num_heads_k, batch},
+                    {params.head_dim_v, rows_k, params.num_heads_k, batch_k},
                     {params.v_row_stride, params.v_head_stride, params.v_batch_stride},
-                    {64, Config::kBlockN, 1, 1}};
+                    {64, keys.box_rows, 1, 1}};
   Status status = make_tensor_map(maps.q, q, Config::kDtype, name);
   if (status == Status::kOk) status = make_tensor_map(maps.k, k, Config::kDtype, name);
   if (status == Status::kOk) status = make_tensor_map(maps.v, v, Config::kDtype, name);

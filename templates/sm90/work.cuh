@@ -38,17 +38,22 @@ struct Work {
   __device__ __forceinline__ bool has_keys() const { return blocks.begin < blocks.end; }
 };
 
-// Hands out tiles: the first one of each thread block is its own index, the next ones come from a counter in
-// global memory, so that blocks with short tiles take more of them. Without a counter a block takes every
-// gridDim.x-th tile.
+// Hands out tiles to threads, one or a warp: the first one of each thread block is its own index, the next
+// ones come from a counter in global memory, so that blocks with short tiles take more of them. Without a
+// counter a block takes every gridDim.x-th tile.
+template <int kThreads>
 struct TileQueue {
   int32_t* counter;
   int num_tiles;
 
   __device__ __forceinline__ int next(int index) const {
     if (counter == nullptr) return index + gridDim.x;
-    const int taken = atomicAdd(counter, 1);
-    if (taken == num_tiles - 1) *counter = 0;  // every tile's successor has been asked for
+    int taken = 0;
+    if (kThreads == 1 || threadIdx.x == 0) {
+      taken = atomicAdd(counter, 1);
+      if (taken == num_tiles - 1) *counter = 0;  // every tile's successor has been asked for
+    }
+    if (kThreads > 1) taken = __shfl_sync(0xffffffff, taken, 0);
     return taken + gridDim.x;
   }
 };

@@ -27,15 +27,15 @@ def test_a_family_can_use_the_kernels_of_another():
 
 def test_hopper_has_a_forward_kernel_of_its_own():
     hopper = {unit.direction: unit.namespace for unit in FULL if unit.family == "sm90"}
-    assert hopper == {"forward": "sm90", "backward": "sm80", "split": "sm80"}
+    assert hopper == {"forward": "sm90", "backward": "sm80", "split": "sm90"}
 
 
 def test_one_kernel_with_split_keys_serves_every_mask():
     split = [unit for unit in FULL if unit.direction == "split"]
     assert {unit.mask for unit in split} == {"windowed"}
     for unit in split:
-        more = [] if unit.family == "sm86" else [unit.config + "Several"]
-        assert list(unit.configs) == [unit.config + "Few", *more, unit.config]
+        more = {"sm80": ["Several"], "sm86": [], "sm90": ["Several", "Long"]}[unit.family]
+        assert list(unit.configs) == [unit.config + name for name in ("Few", *more, "")]
 
 
 def test_a_trimmed_selection():

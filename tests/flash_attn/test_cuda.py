@@ -356,6 +356,6 @@ def test_the_tile_counter_of_the_stream_is_given_on_hopper(monkeypatch, capabili
 
 def test_empty_calls_ask_for_no_tile_counter(monkeypatch):
     install(monkeypatch, Recorder())
-    monkeypatch.setattr(_cuda, "_devices", {-1: _cuda._Device(Recorder(), counts_tiles=True)})
+    monkeypatch.setattr(_cuda, "_devices", {-1: _cuda._Device(Recorder(), hopper=True)})
     monkeypatch.setattr(_cuda, "tile_counter", lambda *where: pytest.fail("asked"))
     run(*make(seqlen_k=0))

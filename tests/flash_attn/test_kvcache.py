@@ -13,6 +13,9 @@ from flash_attn._abi import HEAD_DIMS
 from flash_attn.flash_attn_interface import kvcache_num_splits
 
 BATCH, CAPACITY, HEADS, HEADS_K, HEAD_DIM = 3, 96, 4, 2, 32
+FEW, SEVERAL, MANY = 7, 20, 80
+"""Numbers of queries for each tile; MANY without split keys run in the forward kernel on Hopper."""
+
 MASKS = {
     "full": Options(),
     "causal": Options(causal=True),
@@ -82,7 +85,7 @@ def check_appending(seqlen_q, seqlen_new, mask, head_dims):
     check(out, lse, q, [(expected[0][b, u], expected[1][b, u]) for b, u in enumerate(used)], MASKS[mask])
 
 
-@pytest.mark.parametrize("seqlen_q, seqlen_new", [(1, 1), (7, 7), (3, 9), (9, 3)])
+@pytest.mark.parametrize("seqlen_q, seqlen_new", [(1, 1), (7, 7), (3, 9), (9, 3), (MANY, 9)])
 @pytest.mark.parametrize("mask", MASKS)
 def test_appending(seqlen_q, seqlen_new, mask):
     check_appending(seqlen_q, seqlen_new, mask, (HEAD_DIM, HEAD_DIM))
@@ -111,9 +114,10 @@ def rotated(x, cos, sin, positions, interleaved):
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("rotary_dim", [16, 32])
 @pytest.mark.parametrize("mask", MASKS)
-def test_rotary(interleaved, rotary_dim, mask):
-    q, k_cache, v_cache, k, v = make(5, seqlen_new=5)
-    angles = torch.rand(CAPACITY, rotary_dim // 2) * 6
+@pytest.mark.parametrize("seqlen_q", [5, MANY])
+def test_rotary(interleaved, rotary_dim, mask, seqlen_q):
+    q, k_cache, v_cache, k, v = make(seqlen_q, seqlen_new=5)
+    angles = torch.rand(CAPACITY + seqlen_q, rotary_dim // 2) * 6
     cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
     lengths = [0, 20, 91]
     before = k_cache.clone()
@@ -122,8 +126,8 @@ def test_rotary(interleaved, rotary_dim, mask):
     moving = mask != "full"
     q_rotated = torch.empty_like(q)
     for b, n in enumerate(lengths):
-        positions = n + torch.arange(5)
-        expected = rotated(k[b], cos, sin, positions, interleaved)
+        positions = n + torch.arange(seqlen_q)
+        expected = rotated(k[b], cos, sin, positions[:5], interleaved)
         error = (k_cache[b, n : n + 5].double() - expected).abs()
         assert (error <= 1e-3 + 2**-8 * expected.abs()).all()
         assert torch.equal(k_cache[b, :n], before[b, :n]) and torch.equal(v_cache[b, n : n + 5], v[b])
@@ -151,8 +155,9 @@ def test_rotary_without_a_single_new_key_still_rotates_q():
 
 
 @pytest.mark.parametrize("appends", [False, True])
-def test_batch_idx_and_leftpad(appends):
-    q, k_cache, v_cache, k, v = make(4, entries=5, seqlen_new=4)
+@pytest.mark.parametrize("seqlen_q", [4, MANY])
+def test_batch_idx_and_leftpad(appends, seqlen_q):
+    q, k_cache, v_cache, k, v = make(seqlen_q, entries=5, seqlen_new=4)
     rows, lengths, pads = [4, 0, 2], [10, 50, 33], [3, 50, 0]
     arguments = {"k": k, "v": v} if appends else {}
     out, lse = run(
@@ -170,8 +175,9 @@ def test_batch_idx_and_leftpad(appends):
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("rotary", [False, True])
 @pytest.mark.parametrize("head_dim_v", [HEAD_DIM, 24])
-def test_paged_equals_unpaged(page_size, mask, rotary, head_dim_v):
-    q, k_cache, v_cache, k, v = make(5, seqlen_new=5, head_dims=(HEAD_DIM, head_dim_v))
+@pytest.mark.parametrize("seqlen_q", [5, MANY])
+def test_paged_equals_unpaged(page_size, mask, rotary, head_dim_v, seqlen_q):
+    q, k_cache, v_cache, k, v = make(seqlen_q, seqlen_new=5, head_dims=(HEAD_DIM, head_dim_v))
     blocks = CAPACITY // page_size
     table = torch.randperm(BATCH * blocks + 3)[: BATCH * blocks].view(BATCH, blocks).int()
     shape = BATCH * blocks + 3, page_size, HEADS_K
@@ -180,7 +186,7 @@ def test_paged_equals_unpaged(page_size, mask, rotary, head_dim_v):
         paged[table.flatten().long()] = cache.reshape(-1, *paged.shape[1:])
     arguments = {"k": k, "v": v, "cache_seqlens": int32(0, 14, 91)}
     if rotary:
-        angles = torch.rand(CAPACITY, 8)
+        angles = torch.rand(CAPACITY + seqlen_q, 8)
         arguments |= {"rotary_cos": angles.cos().bfloat16(), "rotary_sin": angles.sin().bfloat16()}
     expected = run(q, k_cache, v_cache, MASKS[mask], **arguments)
     actual = run(q, *pages, MASKS[mask], block_table=table, **arguments)
@@ -206,15 +212,16 @@ def test_alibi(shape):
 
 
 @pytest.mark.parametrize("num_splits", [0, 1, 7, 128])
-def test_num_splits_does_not_matter(num_splits):
-    q, k_cache, v_cache, *_ = make(2)
+@pytest.mark.parametrize("seqlen_q", [2, MANY])
+def test_num_splits_does_not_matter(num_splits, seqlen_q):
+    q, k_cache, v_cache, *_ = make(seqlen_q)
     out, lse = run(q, k_cache, v_cache, Options(), num_splits=num_splits)
     check(out, lse, q, list(zip(k_cache, v_cache, strict=True)), Options())
     again = flash_attn_with_kvcache(q, k_cache, v_cache, num_splits=num_splits)
     assert torch.equal(again, out)
 
 
-@pytest.mark.parametrize("seqlen_q", [8, 20, 80], ids=["few", "several", "many"])
+@pytest.mark.parametrize("seqlen_q", [FEW, SEVERAL, MANY], ids=["few", "several", "many"])
 @pytest.mark.parametrize("num_splits", [1, 3])
 @pytest.mark.parametrize("scoring", ["causal", "window", "modified"])
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)

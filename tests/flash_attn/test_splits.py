@@ -55,6 +55,12 @@ def test_is_near_the_best_that_was_measured_on_an_h200(batch, num_heads_k, rows,
     assert heuristic(batch, num_heads_k, rows, keys, H200) in best
 
 
+def test_hopper_does_not_split_what_fills_it():
+    assert heuristic(1, 8, 4 * 512, 4096, H200, hopper=True) == 1 < heuristic(1, 8, 4 * 512, 4096, H200)
+    assert heuristic(1, 8, 4 * 128, 4096, H200, hopper=True) == heuristic(1, 8, 4 * 128, 4096, H200) > 1
+    assert heuristic(1, 1, MANY, 4096, H200, hopper=True) == heuristic(1, 1, MANY, 4096, H200) > 1
+
+
 def test_tiles_follow_the_tile_table():
     assert [tile_rows(rows) for rows in (0, 1, FEW, FEW + 1, SEVERAL, SEVERAL + 1, MANY, 10 * MANY)] == [
         FEW, FEW, FEW, SEVERAL, SEVERAL, MANY, MANY, MANY,

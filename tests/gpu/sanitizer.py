@@ -16,6 +16,11 @@ from flash_attn import build_info, flash_attn_func, flash_attn_qkvpacked_func
 from flash_attn._abi import HEAD_DIMS
 from flash_attn.flash_attn_interface import _flash_attn_varlen_forward, flash_attn_varlen_func
 
+DTYPES = [
+    dtype
+    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16))
+    if name in build_info()["dtypes"]
+]
 WINDOWS = {"full": (False, (-1, -1)), "causal": (True, (-1, -1)), "windowed": (False, (40, 17))}
 
 
@@ -102,7 +107,7 @@ def varlen(head_dim: int, dtype: torch.dtype, backward: bool) -> None:
 
 def main() -> None:
     head_dims = [int(argument) for argument in sys.argv[1:]] or HEAD_DIMS
-    for head_dim, dtype in itertools.product(head_dims, (torch.bfloat16, torch.float16)):
+    for head_dim, dtype in itertools.product(head_dims, DTYPES):
         backward = "backward" in build_info()["directions"]
         fixed_length(head_dim, dtype)
         if backward:

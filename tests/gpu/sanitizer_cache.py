@@ -4,7 +4,7 @@ import itertools
 import sys
 
 import torch
-from sanitizer import random
+from sanitizer import DTYPES, random
 
 from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
 from flash_attn._abi import HEAD_DIMS
@@ -22,7 +22,7 @@ def angles(rotary_dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Ten
 
 
 def contiguous(head_dim: int, dtype: torch.dtype) -> None:
-    """Queries for each tile, appending with and without rotation, lengths that do and do not fit."""
+    """Queries for each tile, split keys and not, appending with and without rotation, lengths that do and do not fit."""
     cos, sin = angles(16, dtype)
     for seqlen_q, interleaved in itertools.product((1, 10, 40), (False, True)):
         q = random(2, seqlen_q, 6, head_dim - 8, dtype=dtype)
@@ -63,7 +63,7 @@ def rotary(head_dim: int, dtype: torch.dtype) -> None:
 
 def main() -> None:
     head_dims = [int(argument) for argument in sys.argv[1:]] or HEAD_DIMS
-    for head_dim, dtype in itertools.product(head_dims, (torch.bfloat16, torch.float16)):
+    for head_dim, dtype in itertools.product(head_dims, DTYPES):
         contiguous(head_dim, dtype)
         paged(head_dim, dtype)
         rotary(head_dim, dtype)

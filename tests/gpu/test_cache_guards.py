@@ -9,6 +9,7 @@ from oracle import Options, assert_within, attention
 from flash_attn import flash_attn_with_kvcache
 
 BATCH, CAPACITY, PAGE, HEADS, HEAD_DIM = 2, 64, 16, 2, 64
+LONG = 150  # queries that Hopper's forward kernel takes
 pytestmark = pytest.mark.gpu
 
 
@@ -38,13 +39,14 @@ def int32(*values):
 
 @pytest.mark.parametrize("length", [CAPACITY - 1, CAPACITY, CAPACITY + 5, -7, 2**31 - 1])
 @pytest.mark.parametrize("paged", [False, True])
-def test_appended_keys_past_the_end_are_dropped(length, paged):
+@pytest.mark.parametrize("seqlen_q", [1, LONG])
+def test_appended_keys_past_the_end_are_dropped(length, paged, seqlen_q):
     entries, rows = (BATCH * CAPACITY // PAGE, PAGE) if paged else (BATCH, CAPACITY)
     (k_cache, whole_k), (v_cache, whole_v) = guarded(entries, rows), guarded(entries, rows)
     table = torch.arange(entries).int().view(BATCH, -1) if paged else None
     k, v = random(BATCH, 3), random(BATCH, 3)
     out = flash_attn_with_kvcache(
-        random(BATCH, 1), k_cache, v_cache, k, v, cache_seqlens=int32(length, 10), block_table=table
+        random(BATCH, seqlen_q), k_cache, v_cache, k, v, cache_seqlens=int32(length, 10), block_table=table
     )
     assert out.isfinite().all()
     kept = max(0, min(3, CAPACITY - max(length, 0)))
@@ -58,14 +60,15 @@ def test_appended_keys_past_the_end_are_dropped(length, paged):
 
 
 @pytest.mark.parametrize("wrong", [-1, 8, 2**31 - 1])
-def test_pages_outside_the_cache_are_zeros_and_stay_unwritten(wrong):
+@pytest.mark.parametrize("seqlen_q", [1, LONG])
+def test_pages_outside_the_cache_are_zeros_and_stay_unwritten(wrong, seqlen_q):
     (k_cache, whole_k), (v_cache, whole_v) = guarded(8, PAGE), guarded(8, PAGE)
     k_cache.copy_(random(8, PAGE))
     v_cache.copy_(random(8, PAGE))
     before = whole_k.clone(), whole_v.clone()
     table = torch.arange(8).int().view(BATCH, -1)
     table[0, 1] = wrong
-    q = random(BATCH, 1)
+    q = random(BATCH, seqlen_q)
     out = flash_attn_with_kvcache(
         q,
         k_cache,
@@ -84,11 +87,12 @@ def test_pages_outside_the_cache_are_zeros_and_stay_unwritten(wrong):
 
 
 @pytest.mark.parametrize("wrong", [-1, BATCH, 2**31 - 1])
-def test_rows_outside_the_cache_stay_unwritten(wrong):
+@pytest.mark.parametrize("seqlen_q", [1, LONG])
+def test_rows_outside_the_cache_stay_unwritten(wrong, seqlen_q):
     (k_cache, whole_k), (v_cache, whole_v) = guarded(BATCH, CAPACITY), guarded(BATCH, CAPACITY)
     out = flash_attn_with_kvcache(
-        random(BATCH, 1), k_cache, v_cache, random(BATCH, 1), random(BATCH, 1), cache_seqlens=int32(5, 6),
-        cache_batch_idx=int32(wrong, 1),
+        random(BATCH, seqlen_q), k_cache, v_cache, random(BATCH, 1), random(BATCH, 1),
+        cache_seqlens=int32(5, 6), cache_batch_idx=int32(wrong, 1),
     )  # fmt: skip
     assert (out[0] == 0).all() and out.isfinite().all()
     assert (k_cache[0] == 0).all() and (v_cache[0] == 0).all()

@@ -1,0 +1,72 @@
+// Attention over a KV cache for Hopper: few queries, or split keys, with the kernel of the sm80 family; many
+// with the forward kernel, whose producer finds the keys in a row of the cache or in pages.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <numeric>
+
+#include "common/append.h"
+#include "common/kv_cache.cuh"
+#include "sm80/split.cuh"
+#include "sm90/forward.cuh"
+
+namespace flash_attn::sm90 {
+
+// Lanes of the producer's warp copy boxes of `box_rows` keys that lie side by side, 64 columns each, so that
+// places in the block table are read at the same time.
+struct CacheArguments {
+  static constexpr int kProducers = 32;
+  TensorMaps maps;
+  SplitParams params;
+  TileSchedule schedule;
+  int group;  // query heads that share keys, kPacked only
+  int box_rows;
+
+  __host__ __device__ const ForwardParams& forward() const { return params.forward; }
+  __device__ CachedSequence sequence(int batch) const { return CachedSequence(params, batch); }
+  __device__ bool has_rows_behind() const { return true; }
+  KeyTensor keys(int) const {
+    return {params.page_size > 0 ? params.page_size : params.forward.seqlen_k, params.cache_entries,
+            box_rows};
+  }
+
+  template <class Config>
+  __device__ __forceinline__ KeyLocation locate(const CachedSequence& sequence, int block) const {
+    const int box = threadIdx.x % (Config::kBlockN / box_rows);
+    return locate_key(params, sequence, block * Config::kBlockN + box * box_rows);
+  }
+  // Entry -1, a row or page outside the cache, lies outside the tensor: it arrives as zeros.
+  template <class Config, int kSlabs>
+  __device__ __forceinline__ void copy(const CUtensorMap& map, uint32_t shared, uint32_t barrier,
+                                       const KeyLocation& at, int key_head) const {
+    static_assert(Config::kBlockN / kKeyGroup * kSlabs <= 32, "a lane copies one box");
+    const int boxes = Config::kBlockN / box_rows, box = threadIdx.x % boxes, slab = threadIdx.x / boxes;
+    if (slab >= kSlabs) return;
+    ptx::copy_tensor(shared + slab * Config::kKeySlabBytes + box * box_rows * 128, map, barrier, slab * 64,
+                     at.row, key_head, at.entry);
+  }
+};
+
+// Whether the forward kernel takes the call: more rows than the largest tile for split keys, and one split.
+template <class Many>
+bool is_long(const SplitParams& params) {
+  const ForwardParams& forward = params.forward;
+  const int64_t rows = int64_t{forward.seqlen_q} * (forward.num_heads / forward.num_heads_k);
+  return params.num_splits == 1 && rows > Many::kBlockM;
+}
+
+template <class Few, class Several, class Long, class Many>
+Status launch_split(const SplitParams& params, const Device& device, cudaStream_t stream, const char* name) {
+  if (!is_long<Many>(params)) {
+    return sm80::launch_split<Few, Several, Many>(params, device, stream, name);
+  }
+  CacheArguments arguments{};
+  arguments.box_rows = params.page_size > 0 ? std::gcd(params.page_size, Long::kBlockN) : Long::kBlockN;
+  const Status status = launch_append(params, device, stream, arguments.params);
+  if (status != Status::kOk) return status;
+  return launch_tiles<Long>(arguments, device, stream, name);
+}
+
+}  // namespace flash_attn::sm90
