@@ -69,6 +69,7 @@ def render_abi_module() -> str:
         capabilities=capabilities,
         split_rows=split_rows,
         split_keys=split_keys,
+        long_rows=tiles.long_rows(),
         **_abi_variables(),
     )
 

@@ -20,6 +20,10 @@ class Tile(Protocol):
 
     TEMPLATE: ClassVar[str]
 
+    @property
+    def block_m(self) -> int:
+        """Rows of queries."""
+
     def smem_bytes(self, head_dim: int) -> int:
         """Dynamic shared memory of a block."""
 

@@ -201,6 +201,11 @@ def split_shape() -> tuple[tuple[int, ...], int]:
     return tuple(sorted({tile.block_m for tile in split})), keys.pop()
 
 
+def long_rows() -> dict[int, int]:
+    """The rows of Hopper's tiles for many queries over a KV cache, by head dim."""
+    return {d: row["long"].block_m for d, row in SPLIT_TILES["sm90"].items()}
+
+
 def wgmma_columns() -> list[int]:
     """The widths N of wgmma that kernels use: keys of a block for Q K^T, the head dim of V for P V."""
     tables = FORWARD_TILES["sm90"], SPLIT_TILES["sm90"]

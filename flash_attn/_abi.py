@@ -14,7 +14,10 @@ CAPABILITIES = (80, 86, 89, 90, 100, 110, 120)
 """Compute capabilities (90 for 9.0) that kernels can be built for by name."""
 
 SPLIT_ROWS = (16, 64, 128)
-"""Rows, queries x heads that share keys, of the tiles of calls over a KV cache."""
+"""Rows, queries x heads that share keys, of tiles of calls over a KV cache; a family may lack the last."""
+
+LONG_ROWS = {32: 192, 64: 192, 96: 192, 128: 192, 192: 128, 256: 128}
+"""Rows of the tiles of Hopper's forward kernel where it takes such a call, by the kernel's head dim."""
 
 SPLIT_KEYS = 64
 """Keys in a block of such a call."""

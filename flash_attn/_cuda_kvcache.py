@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flash_attn import _abi, _cuda
+from flash_attn import _abi, _cuda, _library
 from flash_attn import _validation as check
 from flash_attn._cpu_kvcache import Cache, Rotary
 from flash_attn._layout import empty_out
-from flash_attn._splits import LARGEST_TILE, heuristic
+from flash_attn._splits import LARGEST_TILE, LongTiles, heuristic, long_tiles
 from flash_attn._tile_counter import tile_counter
 from flash_attn._validation import Scoring, Shapes
 
@@ -34,16 +34,19 @@ class _Queries(NamedTuple):
 def kvcache_num_splits(q: Tensor, k_cache: Tensor, block_table: Tensor | None = None) -> int:
     """Return into how many parts `flash_attn_with_kvcache` splits the keys with num_splits 0.
 
-    Only their shapes count, not what they hold; on CPU keys are not split.
+    Only their shapes count, not what they hold; on CPU keys are not split. Score modifiers are left out: on
+    Hopper they may change the number of calls with many queries.
     """
     if not q.is_cuda:
         return 1
-    batch, seqlen_q, num_heads, _ = q.shape
+    batch, seqlen_q, num_heads, head_dim = q.shape
     capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
     num_heads_k = k_cache.shape[2]
     rows, device = seqlen_q * (num_heads // num_heads_k), q.get_device()
-    hopper = _cuda.prepared(device).hopper
-    return heuristic(batch, num_heads_k, rows, capacity, _cuda.multiprocessors(device), hopper)
+    long = None
+    if _cuda.prepared(device).hopper:
+        long = long_tiles(seqlen_q, num_heads, num_heads_k, _library.kernel_head_dim(head_dim), packs=True)
+    return heuristic(batch, num_heads_k, rows, capacity, _cuda.multiprocessors(device), long)
 
 
 def _check_in_place(x: Tensor, name: str) -> None:
@@ -107,12 +110,15 @@ def _attend(
         table_at, table_stride = block_table.data_ptr(), block_table.shape[1]
         page_size, capacity = rows, rows * table_stride
     group_rows = seqlen_q * (num_heads // num_heads_k)
+    long: LongTiles | None = None
+    if hopper and group_rows > LARGEST_TILE:
+        packs = scoring.alibi_slopes is None and not scoring.softcap and scoring.softmax_scale > 0.0
+        kernel_dim = _library.kernel_head_dim(max(head_dim, head_dim_v))
+        long = long_tiles(seqlen_q, num_heads, num_heads_k, kernel_dim, packs)
     if not num_splits:
         multiprocessors = _cuda.multiprocessors(device)
-        num_splits = heuristic(batch, num_heads_k, group_rows, capacity, multiprocessors, hopper)
-    counter = None
-    if hopper and group_rows > LARGEST_TILE and num_splits == 1:
-        counter = tile_counter(device, stream)
+        num_splits = heuristic(batch, num_heads_k, group_rows, capacity, multiprocessors, long)
+    counter = tile_counter(device, stream) if long is not None and num_splits == 1 else None
     partial_at = partial_rows = 0
     if num_splits > 1:
         partial_rows = total_q * num_heads * num_splits

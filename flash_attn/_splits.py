@@ -8,8 +8,9 @@ splitting the query heads that share them makes more. The price is a second kern
 from __future__ import annotations
 
 from functools import cache
+from typing import NamedTuple
 
-from flash_attn._abi import SPLIT_KEYS, SPLIT_ROWS
+from flash_attn._abi import LONG_ROWS, SPLIT_KEYS, SPLIT_ROWS
 
 MAX_SPLITS = 128
 START_COST = 0.5
@@ -31,10 +32,7 @@ TOLERANCE = 1.02
 """Fewer splits are taken where they cost at most this much more than the best number."""
 
 LONG_COST = 0.55
-"""What a block of keys costs in Hopper's forward kernel, for as many rows as LARGEST_TILE has."""
-
-LONG_ROWS = 192
-"""Rows of that kernel's tiles."""
+"""Time of a row in Hopper's forward kernel over that in LARGEST_TILE, as its launcher counts."""
 
 FEW_ROWS, LARGEST_TILE = SPLIT_ROWS[0], SPLIT_ROWS[-1]
 
@@ -68,22 +66,47 @@ def tile_rows(rows: int) -> int:
     return next((block_m for block_m in SPLIT_ROWS if rows <= block_m), LARGEST_TILE)
 
 
+class LongTiles(NamedTuple):
+    """How many tiles of how many rows a sequence has in Hopper's forward kernel."""
+
+    tiles: int
+    rows: int
+
+
+@cache
+def long_tiles(
+    seqlen_q: int, num_heads: int, num_heads_k: int, head_dim: int, packs: bool
+) -> LongTiles | None:
+    """Return the tiles of Hopper's forward kernel, None where the launcher does not take it.
+
+    `head_dim` is the kernel's; `packs` says that no score modifiers keep it from packing heads into a tile.
+    """
+    group, block_m = num_heads // num_heads_k, LONG_ROWS[head_dim]
+    rows = seqlen_q * group
+    if rows <= LARGEST_TILE:
+        return None
+    packed, unpacked = num_heads_k * -(-rows // block_m), num_heads * -(-seqlen_q // block_m)
+    tiles = packed if packs and block_m % group == 0 and packed < 0.9 * unpacked else unpacked
+    padded = num_heads_k * -(-rows // LARGEST_TILE) * LARGEST_TILE
+    return LongTiles(tiles, block_m) if tiles * block_m * LONG_COST <= padded else None
+
+
 @cache
 def heuristic(
-    sequences: int, num_heads_k: int, rows: int, capacity: int, multiprocessors: int, hopper: bool = False
-) -> int:
+    sequences: int, num_heads_k: int, rows: int, capacity: int, multiprocessors: int,
+    long: LongTiles | None = None,
+) -> int:  # fmt: skip
     """Return the number of splits of a call with room for `capacity` keys in each sequence.
 
-    With `hopper`, more rows than those of the largest tile for split keys run in the forward kernel where
-    they are not split.
+    `long` are the tiles of Hopper's forward kernel, if it takes the call where keys are not split.
     """
-    block_m, key_blocks, heads = tile_rows(rows), -(-capacity // SPLIT_KEYS), sequences * num_heads_k
-    tiles = heads * -(-rows // block_m)
+    block_m, key_blocks = tile_rows(rows), -(-capacity // SPLIT_KEYS)
+    tiles = sequences * num_heads_k * -(-rows // block_m)
     splits = choose_num_splits(tiles, block_m, key_blocks, multiprocessors)
-    if not hopper or rows <= LARGEST_TILE or splits == 1:
+    if long is None or splits == 1:
         return splits
-    rounds = -(-heads * -(-rows // LONG_ROWS) // multiprocessors)
-    cost = rounds * key_blocks * LONG_COST * LONG_ROWS / LARGEST_TILE
+    rounds = -(-sequences * long.tiles // multiprocessors)
+    cost = rounds * key_blocks * LONG_COST * long.rows / LARGEST_TILE
     return 1 if cost <= _cost(splits, tiles, block_m, key_blocks, multiprocessors) else splits
 
 

@@ -2,7 +2,8 @@
 //
 // Tiles are numbered in one dimension, so that batch x heads may exceed 65,535. Under a causal mask heads
 // come in sections whose keys and values fit into L2 together, and inside a section the last, longest, tiles
-// of all heads run first, so that short ones fill the end. Otherwise heads run one after the other.
+// of all heads run first, so that short ones fill the end. Otherwise heads run one after the other. Where
+// thread blocks of a backward take turns, heads come in sections under every mask.
 #pragma once
 
 #include <algorithm>

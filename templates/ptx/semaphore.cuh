@@ -5,8 +5,8 @@
 
 namespace flash_attn::ptx {
 
-// Waits until `turn` warps have passed their turn. A relaxed read does: what this warp adds next leaves after
-// the branch that depends on it, and reaches L2, where all additions meet, after what they have added.
+// Waits until `turn` warps have passed their turn. The read is relaxed, since an acquire empties L1: GPUs do
+// not add before the branch that decides on it is taken, and all additions meet in L2.
 __device__ __forceinline__ void wait_for_turn(const int32_t* semaphore, int turn) {
   int32_t passed;
   do {

@@ -248,7 +248,7 @@ __device__ __forceinline__ void add_query_gradient(const KeyBlock<Config>& keys,
   int32_t* semaphore = nullptr;
   if (keys.params.semaphores != nullptr) {
     semaphore = keys.params.semaphores + row + threadIdx.x / 32;
-    ptx::wait_for_turn(semaphore, keys.visible(step).end - 1 - keys.block);
+    ptx::wait_for_turn(semaphore, keys.turn(step));
   }
   float* sums = part.sums(keys.params, row);
 #pragma unroll

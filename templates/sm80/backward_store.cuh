@@ -12,7 +12,7 @@ namespace flash_attn::sm80 {
 
 struct BackwardArguments {
   BackwardParams params;
-  TileSchedule schedule;  // blocks of keys, the last one first
+  TileSchedule schedule;  // of blocks of keys
 };
 
 // This lane's first element of its warp's rows of dV or dK in the workspace, as a part leaves them.

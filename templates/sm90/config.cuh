@@ -29,8 +29,8 @@ struct ForwardConfig {
   static constexpr int kStages = Tile::kStages;
   static constexpr int kQueryStages = Tile::kQueryStages;
 
-  // A producer warpgroup, of which one thread works, and consumers of 64 rows each. A multiprocessor has
-  // 65536 registers, 512 for every thread of a warpgroup, to share out among them.
+  // A producer warpgroup, of which one thread or warp works, and consumers of 64 rows each. A multiprocessor
+  // has 65536 registers, 512 for every thread of a warpgroup, to share out among them.
   static constexpr int kConsumers = kBlockM / 64;
   static constexpr int kThreads = 128 * (1 + kConsumers);
   static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;

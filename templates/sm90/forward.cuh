@@ -1,9 +1,9 @@
 // Forward attention for Hopper: TMA copies, wgmma products, warp specialisation (FlashAttention-3, algorithm
 // 2).
 //
-// One thread block per multiprocessor works through tiles of kBlockM queries of one head. A producer thread
-// copies Q, K and V into shared memory; each consumer warpgroup computes 64 rows of O. Inside a warpgroup the
-// softmax of a block of keys runs during the product P V of the block before.
+// One thread block per multiprocessor works through tiles of kBlockM queries of one head. A producer, one
+// thread or warp, copies Q, K and V into shared memory; each consumer warpgroup computes 64 rows of O. Inside
+// a warpgroup the softmax of a block of keys runs during the product P V of the block before.
 //
 //   barrier    arrivals             says
 //   q_full     producer + bytes     the next tile is named and its Q has arrived (as often as Q has buffers)
@@ -103,6 +103,8 @@ __device__ __forceinline__ void produce(const Arguments& arguments, const Shared
   // Hands a tile to the consumers, with Q or nothing to read; batch -1 ends their work.
   const auto publish = [&](const TileSchedule::Tile& tile, int bytes) {
     ptx::mbarrier_wait(shared.q_empty(q_ring.stage), q_ring.parity ^ 1);
+    if (Arguments::kProducers > 1)
+      __syncwarp();  // a lane that came late would find the barrier a phase too far
     if (!leader) return;
     ptx::store_shared_16(shared.tile(q_ring.stage), make_uint4(tile.m_block, tile.batch, tile.head, 0));
     ptx::mbarrier_arrive_expect(shared.q_full(q_ring.stage), bytes);
@@ -381,7 +383,7 @@ Status launch_tiles(Arguments& arguments, const Device& device, cudaStream_t str
   const ForwardParams& params = arguments.forward();
   arguments.group = group_to_pack(params, Config::kBlockM);
   arguments.schedule = make_schedule(params, Config::kBlockM, Config::kMask, kSectionBytes, arguments.group);
-  if (arguments.schedule.num_tiles() == 0) return Status::kOk;
+  if (arguments.schedule.num_tiles() == 0 || params.total_q == 0) return Status::kOk;
   if (arguments.schedule.num_tiles() > std::numeric_limits<int32_t>::max() - device.multiprocessors) {
     return fail(Status::kInvalidArgument, "%s would need %lld tiles; the limit is 2^31 - 1 less one per SM",
                 name, static_cast<long long>(arguments.schedule.num_tiles()));

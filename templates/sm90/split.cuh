@@ -14,6 +14,9 @@
 
 namespace flash_attn::sm90 {
 
+// Time of a row in the forward kernel over that in the largest tile for split keys, on an H200.
+constexpr double kLongCost = 0.55;
+
 // Lanes of the producer's warp copy boxes of `box_rows` keys that lie side by side, 64 columns each, so that
 // places in the block table are read at the same time.
 struct CacheArguments {
@@ -49,17 +52,22 @@ struct CacheArguments {
   }
 };
 
-// Whether the forward kernel takes the call: more rows than the largest tile for split keys, and one split.
-template <class Many>
+// Whether the forward kernel takes the call: one split, more rows than the largest tile for split keys has,
+// and not so many more rows of tiles that its speed is lost: it packs only some groups of heads.
+template <class Long, class Many>
 bool is_long(const SplitParams& params) {
   const ForwardParams& forward = params.forward;
+  const auto padded = [](int64_t rows, int block_m) { return (rows + block_m - 1) / block_m * block_m; };
   const int64_t rows = int64_t{forward.seqlen_q} * (forward.num_heads / forward.num_heads_k);
-  return params.num_splits == 1 && rows > Many::kBlockM;
+  if (params.num_splits > 1 || rows <= Many::kBlockM) return false;
+  const int group = group_to_pack(forward, Long::kBlockM);
+  return forward.num_heads / group * padded(int64_t{forward.seqlen_q} * group, Long::kBlockM) * kLongCost <=
+         forward.num_heads_k * padded(rows, Many::kBlockM);
 }
 
 template <class Few, class Several, class Long, class Many>
 Status launch_split(const SplitParams& params, const Device& device, cudaStream_t stream, const char* name) {
-  if (!is_long<Many>(params)) {
+  if (!is_long<Long, Many>(params)) {
     return sm80::launch_split<Few, Several, Many>(params, device, stream, name);
   }
   CacheArguments arguments{};

@@ -195,6 +195,21 @@ def test_paged_equals_unpaged(page_size, mask, rotary, head_dim_v, seqlen_q):
         assert torch.equal(paged[table.flatten().long()].view_as(cache), cache)
 
 
+@pytest.mark.parametrize("page_size", [16, 48])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_pages_of_every_head_dim(page_size, head_dim, device, require_split):
+    require_split(device, torch.bfloat16, head_dim)
+    q, k_cache, v_cache, *_ = make(MANY, head_dims=(head_dim, head_dim))
+    blocks = CAPACITY // page_size
+    table = torch.randperm(BATCH * blocks).view(BATCH, blocks).int()
+    pages = [torch.empty(BATCH * blocks, page_size, HEADS_K, head_dim, dtype=q.dtype) for _ in range(2)]
+    for cache, paged in zip((k_cache, v_cache), pages, strict=True):
+        paged[table.flatten().long()] = cache.reshape(-1, *paged.shape[1:])
+    lengths, options = [5, 70, CAPACITY], Options(causal=True)
+    out, lse = run(q, *pages, options, cache_seqlens=int32(*lengths), block_table=table)
+    check(out, lse, q, [(k_cache[b, :n], v_cache[b, :n]) for b, n in enumerate(lengths)], options)
+
+
 @pytest.mark.parametrize("extra", [{"softcap": 5.0}, {"softmax_scale": 0.3}], ids=str)
 def test_softcap_and_scale(extra):
     q, k_cache, v_cache, *_ = make(4)

@@ -106,3 +106,12 @@ def test_rows_of_no_sequence_are_empty():
         q, *pages, starts, starts, 0, max(LENGTHS_K), 0.0, None, True, block_table=table
     )
     assert not out.any() and (lse == torch.inf).all()
+
+
+def test_not_a_single_query():
+    q, _, pages, table = make(16)
+    starts = torch.zeros(len(table) + 1, dtype=torch.int32)
+    out, lse, *_ = _flash_attn_varlen_forward(
+        q[:0], *pages, starts, bounds(LENGTHS_K), 200, max(LENGTHS_K), 0.0, None, True, block_table=table
+    )
+    assert out.shape == (0, HEADS, 64) and lse.shape == (HEADS, 0)

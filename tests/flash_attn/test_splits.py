@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 
 from flash_attn._abi import SPLIT_KEYS, SPLIT_ROWS
-from flash_attn._splits import MAX_SPLITS, choose_key_parts, choose_num_splits, heuristic, tile_rows
+from flash_attn._splits import (
+    MAX_SPLITS,
+    LongTiles,
+    choose_key_parts,
+    choose_num_splits,
+    heuristic,
+    long_tiles,
+    tile_rows,
+)
 
 H200 = 132
 FEW, SEVERAL, MANY = SPLIT_ROWS
@@ -56,12 +64,31 @@ def test_is_near_the_best_that_was_measured_on_an_h200(batch, num_heads_k, rows,
 
 
 def test_hopper_does_not_split_what_fills_it():
-    assert heuristic(1, 8, 4 * 512, 4096, H200, hopper=True) == 1 < heuristic(1, 8, 4 * 512, 4096, H200)
-    assert heuristic(1, 8, 4 * 128, 4096, H200, hopper=True) == heuristic(1, 8, 4 * 128, 4096, H200) > 1
-    assert heuristic(1, 1, MANY, 4096, H200, hopper=True) == heuristic(1, 1, MANY, 4096, H200) > 1
+    for queries, fills in ((512, True), (128, False)):
+        tiles, plain = long_tiles(queries, 32, 8, 128, packs=True), (1, 8, 4 * queries, 4096, H200)
+        assert (heuristic(*plain, tiles) == 1) == fills and heuristic(*plain) > 1
+    assert heuristic(1, 8, 4 * 128, 4096, H200, long_tiles(128, 32, 8, 128, True)) == heuristic(
+        1, 8, 4 * 128, 4096, H200
+    )
 
 
-def test_tiles_follow_the_tile_table():
+@pytest.mark.parametrize(
+    "seqlen_q, heads, head_dim, packs, expected",
+    [
+        (100, (32, 8), 128, True, LongTiles(8 * 3, 192)),  # 400 rows of a KV head, packed
+        (1920, (32, 8), 128, True, LongTiles(32 * 10, 192)),  # packing would fill tiles no better
+        (512, (32, 8), 128, False, LongTiles(32 * 3, 192)),
+        (512, (32, 8), 256, True, LongTiles(32 * 4, 128)),
+        (32, (32, 8), 128, True, None),  # 128 rows: one tile for split keys
+        (20, (28, 4), 128, True, None),  # 7 heads do not divide a tile, and 20 queries do not fill it
+        (48, (32, 8), 128, False, None),
+    ],
+)  # fmt: skip
+def test_tiles_of_the_forward_kernel(seqlen_q, heads, head_dim, packs, expected):
+    assert long_tiles(seqlen_q, *heads, head_dim, packs) == expected
+
+
+def test_rows_of_a_tile():
     assert [tile_rows(rows) for rows in (0, 1, FEW, FEW + 1, SEVERAL, SEVERAL + 1, MANY, 10 * MANY)] == [
         FEW, FEW, FEW, SEVERAL, SEVERAL, MANY, MANY, MANY,
     ]  # fmt: skip

@@ -22,17 +22,18 @@ def angles(rotary_dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Ten
 
 
 def contiguous(head_dim: int, dtype: torch.dtype) -> None:
-    """Queries for each tile, split keys and not, appending with and without rotation, lengths that do and do not fit."""
+    """Queries for each tile, split keys or not, new keys with and without rotation, that fit and do not."""
     cos, sin = angles(16, dtype)
-    for seqlen_q, interleaved in itertools.product((1, 10, 40), (False, True)):
+    for seqlen_q, interleaved in itertools.product((1, 10, 100), (False, True)):
         q = random(2, seqlen_q, 6, head_dim - 8, dtype=dtype)
         k, v = (random(2, seqlen_q, 2, head_dim - 8, dtype=dtype) for _ in range(2))
         k_cache, v_cache = (random(3, CAPACITY, 2, head_dim - 8, dtype=dtype) for _ in range(2))
-        for num_splits, rotary in ((1, {}), (3, {"rotary_cos": cos, "rotary_sin": sin})):
+        tables = {"rotary_cos": cos, "rotary_sin": sin}
+        for num_splits, softcap, rotary in ((1, 0.0, {}), (1, 20.0, tables), (3, 20.0, tables)):
             flash_attn_with_kvcache(
                 q, k_cache, v_cache, k, v, cache_seqlens=int32(130, CAPACITY - 1), causal=True,
                 cache_batch_idx=int32(2, 0), cache_leftpad=int32(0, 5), num_splits=num_splits,
-                rotary_interleaved=interleaved, softcap=20.0 * (num_splits - 1), **rotary,
+                rotary_interleaved=interleaved, softcap=softcap, **rotary,
             )  # fmt: skip
 
 

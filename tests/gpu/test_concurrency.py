@@ -31,8 +31,13 @@ def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor) 
     assert_within(out, attention(q, k, v, options)[0], attention(q, k, v, options, q.dtype)[0])
 
 
+def runs_on_hopper() -> bool:
+    forced = os.environ.get("FLASH_ATTN_FORCE_FAMILY", "sm90")
+    return torch.cuda.get_device_capability() == (9, 0) and forced == "sm90"
+
+
 def need_hopper() -> None:
-    if torch.cuda.get_device_capability() != (9, 0):
+    if not runs_on_hopper():
         pytest.skip("only Hopper's kernels count tiles")
 
 
@@ -121,9 +126,7 @@ def test_the_counter_of_a_stream_does_not_live_in_a_pool_of_the_caller(monkeypat
 
 def test_only_hopper_counts_tiles():
     flash_attn_func(*make(*WIDE))
-    forced = os.environ.get("FLASH_ATTN_FORCE_FAMILY", "sm90")
-    hopper = torch.cuda.get_device_capability() == (9, 0) and forced == "sm90"
-    assert _cuda._devices[torch.cuda.current_device()].hopper == hopper
+    assert _cuda._devices[torch.cuda.current_device()].hopper == runs_on_hopper()
 
 
 @pytest.mark.parametrize("head_dims", HEAD_DIM_PAIRS, ids=str)
