@@ -66,7 +66,7 @@ BACKWARD_TILES: Table = {
 }
 
 # "few" holds up to 16 rows: the queries of the heads that share keys; "several" up to 64. "long" is for
-# more than the default holds, where keys are not split: pages of 64 keys are boxes of one copy each.
+# more than the default holds, where keys are not split.
 SPLIT_TILES: Table = {
     "sm80": {
         32: {
@@ -124,25 +124,25 @@ SPLIT_TILES: Table = {
         96: {
             "few": SplitTile(16, 64, 1, 4, 4, 2),
             "several": SplitTile(64, 64, 4, 1, 3, 2),
-            "long": HopperTile(192, 64, 4, 1),
+            "long": FORWARD_TILES["sm90"][96]["default"],
             "default": SplitTile(128, 64, 4, 1, 2, 2),
         },
         128: {
             "few": SplitTile(16, 64, 1, 4, 3, 2),
             "several": SplitTile(64, 64, 4, 1, 2, 2),
-            "long": HopperTile(192, 64, 4, 2),
+            "long": FORWARD_TILES["sm90"][128]["default"],
             "default": SplitTile(128, 64, 4, 1, 2, 2),
         },
         192: {
             "few": SplitTile(16, 64, 1, 4, 2, 2),
             "several": SplitTile(64, 64, 4, 1, 2, 1),
-            "long": HopperTile(128, 64, 3, 1),
+            "long": FORWARD_TILES["sm90"][192]["default"],
             "default": SplitTile(128, 64, 8, 1, 2, 1),
         },
         256: {
             "few": SplitTile(16, 64, 1, 4, 3, 1),
             "several": SplitTile(64, 64, 4, 1, 2, 1),
-            "long": HopperTile(128, 64, 2, 1),
+            "long": FORWARD_TILES["sm90"][256]["default"],
             "default": SplitTile(128, 64, 8, 1, 2, 1),
         },
     },

@@ -16,7 +16,7 @@ static_assert(SplitSm90Bf16D192WindowedSeveral::kSharedBytes == 122880, "the til
 
 struct SplitSm90Bf16D192WindowedLong
     : sm90::ForwardConfig<Dtype::kBf16, /*head_dim*/ 192, Mask::kWindowed,
-                          sm90::ForwardTile</*block_m*/ 128, /*block_n*/ 64, /*stages*/ 3, /*query_stages*/ 1, /*head_dim_v*/ 0, /*max_keys*/ 0>> {};
+                          sm90::ForwardTile</*block_m*/ 128, /*block_n*/ 96, /*stages*/ 2, /*query_stages*/ 1, /*head_dim_v*/ 0, /*max_keys*/ 0>> {};
 static_assert(SplitSm90Bf16D192WindowedLong::kSharedBytes == 196864, "the tile table counts shared memory otherwise");
 
 struct SplitSm90Bf16D192Windowed

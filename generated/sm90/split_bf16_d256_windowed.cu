@@ -16,8 +16,8 @@ static_assert(SplitSm90Bf16D256WindowedSeveral::kSharedBytes == 163840, "the til
 
 struct SplitSm90Bf16D256WindowedLong
     : sm90::ForwardConfig<Dtype::kBf16, /*head_dim*/ 256, Mask::kWindowed,
-                          sm90::ForwardTile</*block_m*/ 128, /*block_n*/ 64, /*stages*/ 2, /*query_stages*/ 1, /*head_dim_v*/ 0, /*max_keys*/ 0>> {};
-static_assert(SplitSm90Bf16D256WindowedLong::kSharedBytes == 196864, "the tile table counts shared memory otherwise");
+                          sm90::ForwardTile</*block_m*/ 128, /*block_n*/ 80, /*stages*/ 2, /*query_stages*/ 1, /*head_dim_v*/ 0, /*max_keys*/ 0>> {};
+static_assert(SplitSm90Bf16D256WindowedLong::kSharedBytes == 229632, "the tile table counts shared memory otherwise");
 
 struct SplitSm90Bf16D256Windowed
     : sm80::SplitConfig<Dtype::kBf16, /*head_dim*/ 256, Mask::kWindowed,

@@ -16,8 +16,8 @@ static_assert(SplitSm90Bf16D96WindowedSeveral::kSharedBytes == 86016, "the tile 
 
 struct SplitSm90Bf16D96WindowedLong
     : sm90::ForwardConfig<Dtype::kBf16, /*head_dim*/ 96, Mask::kWindowed,
-                          sm90::ForwardTile</*block_m*/ 192, /*block_n*/ 64, /*stages*/ 4, /*query_stages*/ 1, /*head_dim_v*/ 0, /*max_keys*/ 0>> {};
-static_assert(SplitSm90Bf16D96WindowedLong::kSharedBytes == 180480, "the tile table counts shared memory otherwise");
+                          sm90::ForwardTile</*block_m*/ 192, /*block_n*/ 96, /*stages*/ 3, /*query_stages*/ 1, /*head_dim_v*/ 0, /*max_keys*/ 0>> {};
+static_assert(SplitSm90Bf16D96WindowedLong::kSharedBytes == 196864, "the tile table counts shared memory otherwise");
 
 struct SplitSm90Bf16D96Windowed
     : sm80::SplitConfig<Dtype::kBf16, /*head_dim*/ 96, Mask::kWindowed,

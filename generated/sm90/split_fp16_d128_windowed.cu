@@ -16,8 +16,8 @@ static_assert(SplitSm90Fp16D128WindowedSeveral::kSharedBytes == 81920, "the tile
 
 struct SplitSm90Fp16D128WindowedLong
     : sm90::ForwardConfig<Dtype::kFp16, /*head_dim*/ 128, Mask::kWindowed,
-                          sm90::ForwardTile</*block_m*/ 192, /*block_n*/ 64, /*stages*/ 4, /*query_stages*/ 2, /*head_dim_v*/ 0, /*max_keys*/ 0>> {};
-static_assert(SplitSm90Fp16D128WindowedLong::kSharedBytes == 229632, "the tile table counts shared memory otherwise");
+                          sm90::ForwardTile</*block_m*/ 192, /*block_n*/ 80, /*stages*/ 3, /*query_stages*/ 2, /*head_dim_v*/ 0, /*max_keys*/ 0>> {};
+static_assert(SplitSm90Fp16D128WindowedLong::kSharedBytes == 221440, "the tile table counts shared memory otherwise");
 
 struct SplitSm90Fp16D128Windowed
     : sm80::SplitConfig<Dtype::kFp16, /*head_dim*/ 128, Mask::kWindowed,

@@ -110,7 +110,9 @@ __global__ void __launch_bounds__(Config::kThreads, Config::Tile::kMinBlocks)
     if (tile.head % params.key_parts != 0) return;
     return zero_keys<Config>(params, tile.head / params.key_parts, block, arguments.schedule.tiles_m);
   }
-  const Sequence sequence(params.forward, tile.batch);
+  Sequence sequence(params.forward, tile.batch);
+  // Keys past the longest sequence that the call names have no thread block: nobody must wait for it.
+  sequence.seqlen_k = min(sequence.seqlen_k, params.forward.seqlen_k);
   if (block * Config::kBlockN >= sequence.seqlen_k) return;
   differentiate(KeyBlock<Config>(params, sequence, tile.batch, tile.head, block), shared_memory);
 }

@@ -74,12 +74,8 @@ struct KeyBlock {
     return {mask, row, min(row + Config::kBlockM, sequence.seqlen_q) - 1};
   }
 
-  // How many blocks of keys add to a step's dQ before this one, where they take turns: those behind it that
-  // run. Keys past the longest sequence that the call names have no thread block.
-  __device__ __forceinline__ int turn(QueryStep step) const {
-    const int blocks = (params.forward.seqlen_k + Config::kBlockN - 1) / Config::kBlockN;
-    return min(visible(step).end, blocks) - 1 - block;
-  }
+  // How many blocks of keys add to a step's dQ before this one, where they take turns: those behind it.
+  __device__ __forceinline__ int turn(QueryStep step) const { return visible(step).end - 1 - block; }
 
   // Row of the workspace at which a step's tile starts.
   __device__ __forceinline__ int64_t workspace(QueryStep step) const {
