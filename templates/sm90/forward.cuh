@@ -127,40 +127,35 @@ __device__ __forceinline__ void produce(const Arguments& arguments, const Shared
       continue;
     }
     const int key_head = work.queries.head * work.queries.group / (params.num_heads / params.num_heads_k);
-    const auto locate = [&](int block) { return arguments.template locate<Config>(sequence, block); };
-    const auto load_key = [&](const KeyLocation& at) {
+    const auto load_key = [&](int block) {
+      const KeyLocation at = arguments.template locate<Config>(sequence, block);
       const uint32_t full = shared.k_full(k_ring.stage);
       expect(shared.k_empty(k_ring.stage), k_ring.parity ^ 1, full, Config::kKeyBytes);
       arguments.template copy<Config, Config::kSlabs>(arguments.maps.k, shared.key(k_ring.stage), full, at,
                                                       key_head);
       k_ring.advance();
     };
-    const auto load_value = [&](const KeyLocation& at) {
+    const auto load_value = [&](int block) {
+      const KeyLocation at = arguments.template locate<Config>(sequence, block);
       const uint32_t full = shared.v_full(v_ring.stage);
       expect(shared.v_empty(v_ring.stage), v_ring.parity ^ 1, full, Config::kValueBytes);
       arguments.template copy<Config, Config::kSlabsV>(arguments.maps.v, shared.value(v_ring.stage), full, at,
                                                        key_head);
       v_ring.advance();
     };
-    // Places in a block table are asked for before they are needed: the answer takes a while.
-    const int begin = work.blocks.begin;
     int block = work.blocks.end - 1;
-    KeyLocation at = locate(block), next = locate(max(block - 1, begin));
-    load_key(at);
+    load_key(block);
     publish(tile, Config::kQueryBytes);
     if (leader) {
       copy_queries<Config>(shared.query(q_ring.stage), arguments.maps.q, shared.q_full(q_ring.stage),
                            work.queries);
     }
     q_ring.advance();
-    for (; block > begin; --block) {
-      load_key(next);
-      const KeyLocation ahead = locate(max(block - 2, begin));
-      load_value(at);
-      at = next;
-      next = ahead;
+    for (; block > work.blocks.begin; --block) {
+      load_key(block - 1);
+      load_value(block);
     }
-    load_value(at);
+    load_value(block);
   }
   publish({0, -1, 0}, 0);
 }
