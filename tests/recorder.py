@@ -12,6 +12,7 @@ STREAM = 4242
 MULTIPROCESSORS = 8
 FORWARD_FIELDS = [name for name, _ in _abi.ForwardParams._fields_]
 BACKWARD_FIELDS = [name for name, _ in _abi.BackwardParams._fields_]
+SPLIT_FIELDS = [name for name, _ in _abi.SplitParams._fields_]
 
 
 def unpack_forward(packed):
@@ -26,11 +27,18 @@ def unpack_backward(packed):
     return SimpleNamespace(**fields | {"forward": unpack_forward(fields["forward"])})
 
 
+def unpack_split(packed):
+    """The fields, and in `forward` those of the forward."""
+    assert len(packed) == _abi.SPLIT_PARAMS.size
+    fields = dict(zip(SPLIT_FIELDS, _abi.SPLIT_PARAMS.unpack(packed), strict=True))
+    return SimpleNamespace(**fields | {"forward": unpack_forward(fields["forward"])})
+
+
 class Recorder:
     """Stands in for the loaded library."""
 
     def __init__(self, status=0, family=0):
-        self.calls, self.probs_calls, self.backward_calls = [], [], []
+        self.calls, self.probs_calls, self.backward_calls, self.split_calls = [], [], [], []
         self.status, self.family = status, family
         self.last_error = lambda: b"kernel forward_sm90_bf16_d64_full is not built"
 
@@ -40,6 +48,10 @@ class Recorder:
 
     def dropout_probs(self, packed, stream):
         self.probs_calls.append((unpack_forward(packed), stream))
+        return self.status
+
+    def split(self, packed, stream):
+        self.split_calls.append((unpack_split(packed), stream))
         return self.status
 
     def backward(self, packed, stream):
