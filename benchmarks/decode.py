@@ -168,7 +168,7 @@ def run(args: argparse.Namespace) -> int:
         times = measure(problem, tensors, args.splits, not args.no_pages)
         print(report.aligned(_line(problem, times), 7), flush=True)
         records.append({**asdict(problem), "us": {name: round(time, 2) for name, time in times.items()}})
-    facts = {**report.environment(), "dtype": "bf16", "family": args.family or "chosen by the library"}
+    facts = report.circumstances(args.family, "bf16")
     report.write_json(args.output / "decode.json", facts, records)
     if args.readme:
         text = report.replace_between_markers(args.readme.read_text(), "decode", markdown(records, facts))

@@ -56,11 +56,7 @@ def _torch_fa2(q: Tensor, k: Tensor, v: Tensor) -> Call:
 
 def measure(chunk: Chunk, pages: bool) -> dict[str, float]:
     """Microseconds of every call."""
-    shapes = (
-        (chunk.queries, chunk.num_heads),
-        (chunk.keys, chunk.num_heads_k),
-        (chunk.keys, chunk.num_heads_k),
-    )
+    shapes = (chunk.queries, chunk.num_heads), *[(chunk.keys, chunk.num_heads_k)] * 2
     q, k, v = (torch.randn(1, *shape, HEAD_DIM, device="cuda", dtype=torch.bfloat16) for shape in shapes)
     calls = runnable({OURS: ours(q, k, v, causal=True), TORCH_FA2: _torch_fa2(q, k, v)})
     check_agreement(calls)
@@ -82,6 +78,6 @@ def run(args: argparse.Namespace) -> int:
         times = measure(chunk, not args.no_pages)
         print(report.aligned(_line(chunk, times), 7), flush=True)
         records.append({**asdict(chunk), "us": {name: round(time, 2) for name, time in times.items()}})
-    facts = {**report.environment(), "dtype": "bf16", "family": args.family or "chosen by the library"}
+    facts = report.circumstances(args.family, "bf16")
     report.write_json(args.output / "prefill.json", facts, records)
     return 0

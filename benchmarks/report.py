@@ -155,6 +155,11 @@ def environment() -> dict[str, str]:
     }
 
 
+def circumstances(family: str | None, dtype: str) -> dict[str, str]:
+    """The environment, the kernel family, forced or not, and the dtype of what was measured."""
+    return {**environment(), "dtype": dtype, "family": family or "chosen by the library"}
+
+
 def write_json(path: Path, facts: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> None:
     """One object with the circumstances and the rows; makes the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)

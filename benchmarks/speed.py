@@ -77,8 +77,7 @@ def run(args: argparse.Namespace) -> int:
         print(report.aligned(report.cells(rows[-1], names)), flush=True)
     for text in report.summary(rows, names):
         print(text)
-    family = args.family or "chosen by the library"
-    facts = {**report.environment(), "direction": direction, "dtype": args.dtype, "family": family}
+    facts = {**report.circumstances(args.family, args.dtype), "direction": direction}
     report.write_json(args.output / f"{name}.json", facts, [row.as_record() for row in rows])
     report.plot_speed(args.output / f"{name}.png", rows, names, facts)
     if args.readme:

@@ -19,6 +19,9 @@ SPLIT_ROWS = (16, 64, 128)
 LONG_ROWS = {32: 192, 64: 192, 96: 192, 128: 192, 192: 128, 256: 128}
 """Rows of the tiles of Hopper's forward kernel where it takes such a call, by the kernel's head dim."""
 
+LONG_COST = 0.55
+"""Time of a row in that kernel over that in the largest of the others' tiles."""
+
 SPLIT_KEYS = 64
 """Keys in a block of such a call."""
 

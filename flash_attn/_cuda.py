@@ -72,11 +72,6 @@ def prepared(device: int) -> _Device:
     return _devices.get(device) or _prepare(device)
 
 
-def library_on(device: int) -> _library.Library:
-    """Return the library, for a GPU that can run it."""
-    return prepared(device).library
-
-
 @cache
 def multiprocessors(device: int) -> int:
     """Return how many multiprocessors a GPU has."""

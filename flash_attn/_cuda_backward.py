@@ -65,7 +65,7 @@ def _launch(
     of_each = [ABSENT if x is None else batch_stride + x.stride() for x in tensors]
     strides = [step for x in of_each for step in x[:3]]
     device = q.get_device()
-    library = _cuda.library_on(device)
+    library = _cuda.prepared(device).library
     batch, _, seqlen_k, _, num_heads, num_heads_k = sizes
     batches = 1 if sequences[0] else batch
     rows = softmax_d.stride(-2)

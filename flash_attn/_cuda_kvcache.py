@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flash_attn import _abi, _cuda, _library
+from flash_attn import _abi, _cuda
 from flash_attn import _validation as check
 from flash_attn._cpu_kvcache import Cache, Rotary
 from flash_attn._layout import empty_out
@@ -45,7 +45,7 @@ def kvcache_num_splits(q: Tensor, k_cache: Tensor, block_table: Tensor | None = 
     rows, device = seqlen_q * (num_heads // num_heads_k), q.get_device()
     long = None
     if _cuda.prepared(device).hopper:
-        long = long_tiles(seqlen_q, num_heads, num_heads_k, _library.kernel_head_dim(head_dim), packs=True)
+        long = long_tiles(seqlen_q, num_heads, num_heads_k, head_dim, packs=True)
     return heuristic(batch, num_heads_k, rows, capacity, _cuda.multiprocessors(device), long)
 
 
@@ -113,8 +113,7 @@ def _attend(
     long: LongTiles | None = None
     if hopper and group_rows > LARGEST_TILE:
         packs = scoring.alibi_slopes is None and not scoring.softcap and scoring.softmax_scale > 0.0
-        kernel_dim = _library.kernel_head_dim(max(head_dim, head_dim_v))
-        long = long_tiles(seqlen_q, num_heads, num_heads_k, kernel_dim, packs)
+        long = long_tiles(seqlen_q, num_heads, num_heads_k, max(head_dim, head_dim_v), packs)
     if not num_splits:
         multiprocessors = _cuda.multiprocessors(device)
         num_splits = heuristic(batch, num_heads_k, group_rows, capacity, multiprocessors, long)

@@ -68,7 +68,7 @@ def rotate(
     batch, seqlen = lengths if bounds is None else (bounds.numel() - 1, 0)
     device = x.get_device()
     stream = _cuda.raw_stream(device)
-    library = _cuda.library_on(device)
+    library = _cuda.prepared(device).library
     packed = _pack(
         x.data_ptr(), out.data_ptr(), cos.data_ptr(), sin.data_ptr(),
         0 if starts is None else starts.data_ptr(), 0 if bounds is None else bounds.data_ptr(),

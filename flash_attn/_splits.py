@@ -10,7 +10,8 @@ from __future__ import annotations
 from functools import cache
 from typing import NamedTuple
 
-from flash_attn._abi import LONG_ROWS, SPLIT_KEYS, SPLIT_ROWS
+from flash_attn._abi import LONG_COST, LONG_ROWS, SPLIT_KEYS, SPLIT_ROWS
+from flash_attn._library import kernel_head_dim
 
 MAX_SPLITS = 128
 START_COST = 0.5
@@ -30,9 +31,6 @@ Tensor cores bound it, and it does not keep them busy; with few rows memory does
 
 TOLERANCE = 1.02
 """Fewer splits are taken where they cost at most this much more than the best number."""
-
-LONG_COST = 0.55
-"""Time of a row in Hopper's forward kernel over that in LARGEST_TILE, as its launcher counts."""
 
 FEW_ROWS, LARGEST_TILE = SPLIT_ROWS[0], SPLIT_ROWS[-1]
 
@@ -79,9 +77,9 @@ def long_tiles(
 ) -> LongTiles | None:
     """Return the tiles of Hopper's forward kernel, None where the launcher does not take it.
 
-    `head_dim` is the kernel's; `packs` says that no score modifiers keep it from packing heads into a tile.
+    `head_dim` is the larger one; `packs` says that no score modifiers keep it from packing heads into a tile.
     """
-    group, block_m = num_heads // num_heads_k, LONG_ROWS[head_dim]
+    group, block_m = num_heads // num_heads_k, LONG_ROWS[kernel_head_dim(head_dim)]
     rows = seqlen_q * group
     if rows <= LARGEST_TILE:
         return None

@@ -103,8 +103,8 @@ __device__ __forceinline__ void produce(const Arguments& arguments, const Shared
   // Hands a tile to the consumers, with Q or nothing to read; batch -1 ends their work.
   const auto publish = [&](const TileSchedule::Tile& tile, int bytes) {
     ptx::mbarrier_wait(shared.q_empty(q_ring.stage), q_ring.parity ^ 1);
-    if (Arguments::kProducers > 1)
-      __syncwarp();  // a lane that came late would find the barrier a phase too far
+    // A lane that came late would find the barrier a phase too far.
+    if (Arguments::kProducers > 1) __syncwarp();
     if (!leader) return;
     ptx::store_shared_16(shared.tile(q_ring.stage), make_uint4(tile.m_block, tile.batch, tile.head, 0));
     ptx::mbarrier_arrive_expect(shared.q_full(q_ring.stage), bytes);

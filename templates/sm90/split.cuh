@@ -14,9 +14,6 @@
 
 namespace flash_attn::sm90 {
 
-// Time of a row in the forward kernel over that in the largest tile for split keys, on an H200.
-constexpr double kLongCost = 0.55;
-
 // Lanes of the producer's warp copy boxes of `box_rows` keys that lie side by side, 64 columns each, so that
 // places in the block table are read at the same time.
 struct CacheArguments {

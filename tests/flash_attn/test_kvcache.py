@@ -171,6 +171,18 @@ def test_batch_idx_and_leftpad(appends, seqlen_q):
     check(out, lse, q, sequences, Options(causal=True))
 
 
+def in_pages(caches, page_size):
+    """Return each cache (b, s, hk, d) as pages in random order, three of them unused, and the block table."""
+    blocks = CAPACITY // page_size
+    table = torch.randperm(BATCH * blocks + 3)[: BATCH * blocks].view(BATCH, blocks).int()
+    pages = []
+    for cache in caches:
+        paged = torch.zeros(BATCH * blocks + 3, page_size, *cache.shape[2:], dtype=cache.dtype)
+        paged[table.flatten().long()] = cache.reshape(-1, *paged.shape[1:])
+        pages.append(paged)
+    return pages, table
+
+
 @pytest.mark.parametrize("page_size", [16, 32, 48])
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("rotary", [False, True])
@@ -178,12 +190,7 @@ def test_batch_idx_and_leftpad(appends, seqlen_q):
 @pytest.mark.parametrize("seqlen_q", [5, MANY])
 def test_paged_equals_unpaged(page_size, mask, rotary, head_dim_v, seqlen_q):
     q, k_cache, v_cache, k, v = make(seqlen_q, seqlen_new=5, head_dims=(HEAD_DIM, head_dim_v))
-    blocks = CAPACITY // page_size
-    table = torch.randperm(BATCH * blocks + 3)[: BATCH * blocks].view(BATCH, blocks).int()
-    shape = BATCH * blocks + 3, page_size, HEADS_K
-    pages = [torch.zeros(*shape, x.shape[-1], dtype=q.dtype) for x in (k_cache, v_cache)]
-    for cache, paged in zip((k_cache, v_cache), pages, strict=True):
-        paged[table.flatten().long()] = cache.reshape(-1, *paged.shape[1:])
+    pages, table = in_pages((k_cache, v_cache), page_size)
     arguments = {"k": k, "v": v, "cache_seqlens": int32(0, 14, 91)}
     if rotary:
         angles = torch.rand(CAPACITY + seqlen_q, 8)
@@ -200,11 +207,7 @@ def test_paged_equals_unpaged(page_size, mask, rotary, head_dim_v, seqlen_q):
 def test_pages_of_every_head_dim(page_size, head_dim, device, require_split):
     require_split(device, torch.bfloat16, head_dim)
     q, k_cache, v_cache, *_ = make(MANY, head_dims=(head_dim, head_dim))
-    blocks = CAPACITY // page_size
-    table = torch.randperm(BATCH * blocks).view(BATCH, blocks).int()
-    pages = [torch.empty(BATCH * blocks, page_size, HEADS_K, head_dim, dtype=q.dtype) for _ in range(2)]
-    for cache, paged in zip((k_cache, v_cache), pages, strict=True):
-        paged[table.flatten().long()] = cache.reshape(-1, *paged.shape[1:])
+    pages, table = in_pages((k_cache, v_cache), page_size)
     lengths, options = [5, 70, CAPACITY], Options(causal=True)
     out, lse = run(q, *pages, options, cache_seqlens=int32(*lengths), block_table=table)
     check(out, lse, q, [(k_cache[b, :n], v_cache[b, :n]) for b, n in enumerate(lengths)], options)

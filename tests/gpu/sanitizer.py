@@ -14,13 +14,10 @@ import torch
 
 from flash_attn import build_info, flash_attn_func, flash_attn_qkvpacked_func
 from flash_attn._abi import HEAD_DIMS
+from flash_attn._cuda import DTYPE_NAMES
 from flash_attn.flash_attn_interface import _flash_attn_varlen_forward, flash_attn_varlen_func
 
-DTYPES = [
-    dtype
-    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16))
-    if name in build_info()["dtypes"]
-]
+DTYPES = [dtype for dtype, name in DTYPE_NAMES.items() if name in build_info()["dtypes"]]
 WINDOWS = {"full": (False, (-1, -1)), "causal": (True, (-1, -1)), "windowed": (False, (40, 17))}
 
 
