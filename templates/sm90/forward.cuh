@@ -127,24 +127,27 @@ __device__ __forceinline__ void produce(const Arguments& arguments, const Shared
       continue;
     }
     const int key_head = work.queries.head * work.queries.group / (params.num_heads / params.num_heads_k);
-    const auto load_key = [&](int block) {
-      const KeyLocation at = arguments.template locate<Config>(sequence, block);
+    const auto locate = [&](int block) {
+      return arguments.template locate<Config>(sequence, max(block, work.blocks.begin));
+    };
+    const auto load_key = [&](const KeyLocation& at) {
       const uint32_t full = shared.k_full(k_ring.stage);
       expect(shared.k_empty(k_ring.stage), k_ring.parity ^ 1, full, Config::kKeyBytes);
       arguments.template copy<Config, Config::kSlabs>(arguments.maps.k, shared.key(k_ring.stage), full, at,
                                                       key_head);
       k_ring.advance();
     };
-    const auto load_value = [&](int block) {
-      const KeyLocation at = arguments.template locate<Config>(sequence, block);
+    const auto load_value = [&](const KeyLocation& at) {
       const uint32_t full = shared.v_full(v_ring.stage);
       expect(shared.v_empty(v_ring.stage), v_ring.parity ^ 1, full, Config::kValueBytes);
       arguments.template copy<Config, Config::kSlabsV>(arguments.maps.v, shared.value(v_ring.stage), full, at,
                                                        key_head);
       v_ring.advance();
     };
+    // Where a block lies is looked up while the one before it is waited for.
     int block = work.blocks.end - 1;
-    load_key(block);
+    KeyLocation at = locate(block), next = locate(block - 1);
+    load_key(at);
     publish(tile, Config::kQueryBytes);
     if (leader) {
       copy_queries<Config>(shared.query(q_ring.stage), arguments.maps.q, shared.q_full(q_ring.stage),
@@ -152,10 +155,13 @@ __device__ __forceinline__ void produce(const Arguments& arguments, const Shared
     }
     q_ring.advance();
     for (; block > work.blocks.begin; --block) {
-      load_key(block - 1);
-      load_value(block);
+      const KeyLocation ahead = locate(block - 2);
+      load_key(next);
+      load_value(at);
+      at = next;
+      next = ahead;
     }
-    load_value(block);
+    load_value(at);
   }
   publish({0, -1, 0}, 0);
 }

@@ -23,6 +23,7 @@ struct CacheArguments {
   TileSchedule schedule;
   int group;  // query heads that share keys, kPacked only
   int box_rows;
+  int boxes;  // of a block of keys
 
   __host__ __device__ const ForwardParams& forward() const { return params.forward; }
   __device__ CachedSequence sequence(int batch) const { return CachedSequence(params, batch); }
@@ -34,16 +35,16 @@ struct CacheArguments {
 
   template <class Config>
   __device__ __forceinline__ KeyLocation locate(const CachedSequence& sequence, int block) const {
-    const int box = threadIdx.x % (Config::kBlockN / box_rows);
+    const int box = threadIdx.x / Config::kSlabs;
     return locate_key(params, sequence, block * Config::kBlockN + box * box_rows);
   }
   // Entry -1, a row or page outside the cache, lies outside the tensor: it arrives as zeros.
   template <class Config, int kSlabs>
   __device__ __forceinline__ void copy(const CUtensorMap& map, uint32_t shared, uint32_t barrier,
                                        const KeyLocation& at, int key_head) const {
-    static_assert(Config::kBlockN / kKeyGroup * kSlabs <= 32, "a lane copies one box");
-    const int boxes = Config::kBlockN / box_rows, box = threadIdx.x % boxes, slab = threadIdx.x / boxes;
-    if (slab >= kSlabs) return;
+    static_assert(Config::kBlockN / kKeyGroup * Config::kSlabs <= 32, "a lane copies one box");
+    const int box = threadIdx.x / Config::kSlabs, slab = threadIdx.x % Config::kSlabs;
+    if (box >= boxes || slab >= kSlabs) return;
     ptx::copy_tensor(shared + slab * Config::kKeySlabBytes + box * box_rows * 128, map, barrier, slab * 64,
                      at.row, key_head, at.entry);
   }
@@ -69,6 +70,7 @@ Status launch_split(const SplitParams& params, const Device& device, cudaStream_
   }
   CacheArguments arguments{};
   arguments.box_rows = params.page_size > 0 ? std::gcd(params.page_size, Long::kBlockN) : Long::kBlockN;
+  arguments.boxes = Long::kBlockN / arguments.box_rows;
   const Status status = launch_append(params, device, stream, arguments.params);
   if (status != Status::kOk) return status;
   return launch_tiles<Long>(arguments, device, stream, name);
