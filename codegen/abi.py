@@ -273,6 +273,7 @@ SPLIT_PARAMS = Struct(
         Field("rotary_dim", "int32", "elements of each head that are rotated, a multiple of 16"),
         Field("rotary_interleaved", "int32", "pairs are (0, 1), (2, 3), ..; else the two halves"),
         Field("num_splits", "int32", "parts of the keys; the workspaces are used where more than 1"),
+        Field("long_tiles", "int32", "take the tiles for many queries, where the family has them (sm90)"),
     ),
 )
 ROTARY_PARAMS = Struct(

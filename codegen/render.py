@@ -42,7 +42,7 @@ def render_sources(selection: Selection) -> dict[str, str]:
     """Text of every generated source, by path relative to the folder of generated files."""
     units = list_units(selection)
     files = {unit.path: _render("unit.cu.j2", unit=unit) for unit in units}
-    files["abi.h"] = _render("abi.h.j2", long_cost=tiles.LONG_COST, **_abi_variables())
+    files["abi.h"] = _render("abi.h.j2", **_abi_variables())
     files["dispatch.cu"] = _render(
         "dispatch.cu.j2",
         units=units,

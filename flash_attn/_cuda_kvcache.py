@@ -14,7 +14,7 @@ from flash_attn import _abi, _cuda
 from flash_attn import _validation as check
 from flash_attn._cpu_kvcache import Cache, Rotary
 from flash_attn._layout import empty_out
-from flash_attn._splits import LARGEST_TILE, LongTiles, heuristic, long_tiles
+from flash_attn._splits import LONG_FROM, long_tiles, plan
 from flash_attn._tile_counter import tile_counter
 from flash_attn._validation import Scoring, Shapes
 
@@ -46,7 +46,7 @@ def kvcache_num_splits(q: Tensor, k_cache: Tensor, block_table: Tensor | None = 
     long = None
     if _cuda.prepared(device).hopper:
         long = long_tiles(seqlen_q, num_heads, num_heads_k, head_dim, packs=True)
-    return heuristic(batch, num_heads_k, rows, capacity, _cuda.multiprocessors(device), long)
+    return plan(batch, num_heads_k, rows, capacity, _cuda.multiprocessors(device), long).num_splits
 
 
 def _check_in_place(x: Tensor, name: str) -> None:
@@ -110,14 +110,18 @@ def _attend(
         table_at, table_stride = block_table.data_ptr(), block_table.shape[1]
         page_size, capacity = rows, rows * table_stride
     group_rows = seqlen_q * (num_heads // num_heads_k)
-    long: LongTiles | None = None
-    if hopper and group_rows > LARGEST_TILE:
+    long, is_long, counter_at = None, False, 0
+    if hopper and group_rows >= LONG_FROM:
         packs = scoring.alibi_slopes is None and not scoring.softcap and scoring.softmax_scale > 0.0
         long = long_tiles(seqlen_q, num_heads, num_heads_k, max(head_dim, head_dim_v), packs)
-    if not num_splits:
+    if long is not None or not num_splits:
         multiprocessors = _cuda.multiprocessors(device)
-        num_splits = heuristic(batch, num_heads_k, group_rows, capacity, multiprocessors, long)
-    counter = tile_counter(device, stream) if long is not None and num_splits == 1 else None
+        num_splits, is_long = plan(
+            batch, num_heads_k, group_rows, capacity, multiprocessors, long, num_splits
+        )  # fmt: skip
+    if is_long:
+        counter = tile_counter(device, stream)
+        counter_at = counter.data_ptr()
     partial_at = partial_rows = 0
     if num_splits > 1:
         partial_rows = total_q * num_heads * num_splits
@@ -148,14 +152,13 @@ def _attend(
         scoring = _cuda.with_contiguous_slopes(scoring)
     forward = _cuda.pack_forward(
         (q_at, k_at, v_at, o_at), 0 if lse is None else lse.data_ptr(), (*packed_at, 0, leftpad_at), 0,
-        0 if counter is None else counter.data_ptr(), strides, lse_strides,
-        (batch, seqlen_q, capacity, total_q, num_heads, num_heads_k), entries, (head_dim, head_dim_v),
-        scoring, q.dtype, device, library.family,
+        counter_at, strides, lse_strides, (batch, seqlen_q, capacity, total_q, num_heads, num_heads_k),
+        entries, (head_dim, head_dim_v), scoring, q.dtype, device, library.family,
     )  # fmt: skip
     packed = _pack(
         forward, seqlens_at, batch_idx_at, table_at, *new_at, *rotary_at, partial_at,
         partial_at + 4 * partial_rows * head_dim_v, *new_strides, table_stride, entries, page_size, seqlen,
-        seqlen_new, *rotary_sizes, num_splits,
+        seqlen_new, *rotary_sizes, num_splits, is_long,
     )  # fmt: skip
     status = library.split(packed, stream)
     if status:

@@ -34,6 +34,9 @@ TOLERANCE = 1.02
 
 FEW_ROWS, LARGEST_TILE = SPLIT_ROWS[0], SPLIT_ROWS[-1]
 
+LONG_FROM = SPLIT_ROWS[-2] + 1
+"""Rows of a head of keys from which on Hopper's forward kernel may take a call; memory bounds fewer."""
+
 
 def _cost(splits: int, tiles: int, rows: int, key_blocks: int, multiprocessors: int) -> float:
     """Model the time of a call, in blocks of keys that one multiprocessor works through.
@@ -47,14 +50,16 @@ def _cost(splits: int, tiles: int, rows: int, key_blocks: int, multiprocessors: 
     return cost + thread_blocks * (rows - FEW_ROWS) * PART_COST + MERGE_COST if splits > 1 else cost
 
 
-def choose_num_splits(tiles: int, rows: int, key_blocks: int, multiprocessors: int) -> int:
-    """Return the number of splits, 1 to 128, for `tiles` of `rows` rows that would each see `key_blocks`."""
-    if not tiles or key_blocks < 2:
-        return 1
-    costs = {
-        splits: _cost(splits, tiles, rows, key_blocks, multiprocessors)
-        for splits in range(1, min(MAX_SPLITS, key_blocks) + 1)
-    }
+def _long_cost(splits: int, tiles: int, rows: int, key_blocks: int, multiprocessors: int) -> float:
+    """The same for the tiles of Hopper's forward kernel, of which a multiprocessor works on one at a time."""
+    rounds = -(-tiles * splits // multiprocessors)
+    cost = rounds * (-(-key_blocks // splits) + START_COST) * LONG_COST * rows / LARGEST_TILE
+    parts = tiles * splits / multiprocessors
+    return cost + parts * rows * PART_COST + MERGE_COST if splits > 1 else cost
+
+
+def _cheapest(costs: dict[int, float]) -> int:
+    """Return the fewest splits that cost hardly more than the best number."""
     enough = TOLERANCE * min(costs.values())
     return next(splits for splits, cost in costs.items() if cost <= enough)
 
@@ -75,37 +80,48 @@ class LongTiles(NamedTuple):
 def long_tiles(
     seqlen_q: int, num_heads: int, num_heads_k: int, head_dim: int, packs: bool
 ) -> LongTiles | None:
-    """Return the tiles of Hopper's forward kernel, None where the launcher does not take it.
+    """Return the tiles of Hopper's forward kernel, None where there are too few rows for it.
 
     `head_dim` is the larger one; `packs` says that no score modifiers keep it from packing heads into a tile.
     """
     group, block_m = num_heads // num_heads_k, LONG_ROWS[kernel_head_dim(head_dim)]
     rows = seqlen_q * group
-    if rows <= LARGEST_TILE:
+    if rows < LONG_FROM:
         return None
     packed, unpacked = num_heads_k * -(-rows // block_m), num_heads * -(-seqlen_q // block_m)
     tiles = packed if packs and block_m % group == 0 and packed < 0.9 * unpacked else unpacked
-    padded = num_heads_k * -(-rows // LARGEST_TILE) * LARGEST_TILE
-    return LongTiles(tiles, block_m) if tiles * block_m * LONG_COST <= padded else None
+    return LongTiles(tiles, block_m)
+
+
+class Plan(NamedTuple):
+    """Into how many parts keys are split, and whether Hopper's forward kernel computes them."""
+
+    num_splits: int
+    long: bool
 
 
 @cache
-def heuristic(
+def plan(
     sequences: int, num_heads_k: int, rows: int, capacity: int, multiprocessors: int,
-    long: LongTiles | None = None,
-) -> int:  # fmt: skip
-    """Return the number of splits of a call with room for `capacity` keys in each sequence.
+    long: LongTiles | None = None, num_splits: int = 0,
+) -> Plan:  # fmt: skip
+    """Return how to compute a call with `rows` rows (queries x heads that share keys) for each head of keys,
+    and room for `capacity` keys, in each sequence.
 
-    `long` are the tiles of Hopper's forward kernel, if it takes the call where keys are not split.
+    `long` are the tiles of Hopper's forward kernel, if it may take the call; `num_splits` is 0 to choose.
     """
-    block_m, key_blocks = tile_rows(rows), -(-capacity // SPLIT_KEYS)
+    block_m, key_blocks = tile_rows(rows), max(-(-capacity // SPLIT_KEYS), 1)
     tiles = sequences * num_heads_k * -(-rows // block_m)
-    splits = choose_num_splits(tiles, block_m, key_blocks, multiprocessors)
-    if long is None or splits == 1:
-        return splits
-    rounds = -(-sequences * long.tiles // multiprocessors)
-    cost = rounds * key_blocks * LONG_COST * long.rows / LARGEST_TILE
-    return 1 if cost <= _cost(splits, tiles, block_m, key_blocks, multiprocessors) else splits
+    most = min(MAX_SPLITS, key_blocks) if tiles else 1
+    choices = (num_splits,) if num_splits else range(1, most + 1)
+    costs = {n: _cost(n, tiles, block_m, key_blocks, multiprocessors) for n in choices}
+    best = _cheapest(costs)
+    if long is None:
+        return Plan(best, False)
+    tiles = sequences * long.tiles
+    long_costs = {n: _long_cost(n, tiles, long.rows, key_blocks, multiprocessors) for n in choices}
+    long_best = _cheapest(long_costs)
+    return Plan(long_best, True) if long_costs[long_best] <= costs[best] else Plan(best, False)
 
 
 KEY_BLOCK = 128

@@ -191,15 +191,18 @@ auto choose_kernel(int head_dim) {
 
 Status launch_combine(const SplitParams& params, const Device& device, cudaStream_t stream) {
   const ForwardParams& forward = params.forward;
-  const int warps_per_row = params.num_splits > kBatch ? kWarps : 1;
-  const CombineArguments arguments{params, forward.total_q * forward.num_heads, warps_per_row};
+  const int64_t rows = forward.total_q * forward.num_heads;
+  // Few rows with many splits would leave most of the GPU idle.
+  const bool few = rows <= kWarps * device.multiprocessors;
+  const int warps_per_row = few && params.num_splits > kBatch ? kWarps : 1;
+  const CombineArguments arguments{params, rows, warps_per_row};
   const int rows_per_block = kWarps / warps_per_row;
   const auto kernel = static_cast<Dtype>(forward.dtype) == Dtype::kBf16
                           ? choose_kernel<Dtype::kBf16>(forward.head_dim_v)
                           : choose_kernel<Dtype::kFp16>(forward.head_dim_v);
   static std::atomic<uint64_t> prepared;
   return launch_kernel(kernel, "combine", device.index,
-                       (arguments.rows + rows_per_block - 1) / rows_per_block, 32 * kWarps, 0, stream,
+                       (rows + rows_per_block - 1) / rows_per_block, 32 * kWarps, 0, stream,
                        arguments, prepared, /*dependent*/ true);
 }
 

@@ -23,6 +23,7 @@ struct TileSchedule {
     int m_block;
     int batch;
     int head;
+    int split = 0;  // part of the keys, where they are split
   };
 
   // Every product below is at most num_tiles(), which a launch holds under 2^31.

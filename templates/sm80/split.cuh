@@ -27,6 +27,7 @@
 #include "common/scores.cuh"
 #include "common/shared_tile.cuh"
 #include "common/softmax.cuh"
+#include "common/split_work.cuh"
 #include "host/device.h"
 #include "host/launch.h"
 #include "ptx/async_copy.cuh"
@@ -44,32 +45,6 @@ struct SplitArguments {
   int tiles_m;
   int group;  // query heads for each head of keys
 };
-
-// What one thread block computes.
-struct SplitWork {
-  QueryBlock queries;
-  int split;
-  int num_splits;
-
-  // Where row i of a partial result goes: O in fp32, and its LSE.
-  __device__ __forceinline__ int64_t partial(int i) const { return queries.index(i) * num_splits + split; }
-};
-
-// Rows that see no key in this split: O = 0, and LSE = -inf unless it is the only split.
-template <class Config>
-__device__ __forceinline__ void store_no_keys(const SplitParams& params, const SplitWork& work) {
-  ptx::wait_for_dependency();  // what comes after this kernel counts on what came before it
-  if (work.num_splits == 1) {
-    return store_empty<typename Config::Element>(work.queries, threadIdx.x, Config::kThreads);
-  }
-  const int chunks = params.forward.head_dim_v / 4;
-#pragma unroll 1
-  for (int i = threadIdx.x; i < work.queries.rows * chunks; i += Config::kThreads) {
-    const int64_t at = work.partial(i / chunks);
-    reinterpret_cast<float4*>(params.out_partial)[at * chunks + i % chunks] = make_float4(0, 0, 0, 0);
-    if (i % chunks == 0) params.lse_partial[at] = -INFINITY;
-  }
-}
 
 template <class Config>
 __device__ __forceinline__ void load_queries(const QueryBlock& queries, uint32_t shared) {
@@ -366,7 +341,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::Tile::kMinBlocks)
     if (begin < end) {
       attend<Config>(params, sequence, work, mask, blocks, begin, end, shared_memory);
     } else {
-      store_no_keys<Config>(params, work);
+      ptx::wait_for_dependency();  // what comes after this kernel counts on what came before it
+      store_no_keys<typename Config::Element>(params, work, threadIdx.x, Config::kThreads);
     }
     if (step == 0) return;
   }

@@ -1,11 +1,13 @@
 // The epilogue: completes the sums, writes LSE and the normalised O straight from registers.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "common/accumulator.cuh"
 #include "common/query_block.cuh"
 #include "common/softmax.cuh"
+#include "common/split_work.cuh"
 #include "sm90/config.cuh"
 
 namespace flash_attn::sm90 {
@@ -72,6 +74,35 @@ __device__ __forceinline__ void finish(const QueryBlock& queries, OnlineSoftmax<
     if constexpr (kModifiers) factor[i] /= 1.0f - queries.params->dropout_p;
   }
   store_output<Config>(queries, first_row, output, factor);
+}
+
+// This split's part of a result.
+template <class Config>
+__device__ __forceinline__ void finish_part(const SplitParams& params, const SplitWork& work,
+                                            OnlineSoftmax<1>& softmax,
+                                            const Accumulator<1, Config::kTilesD>& output, float scale_log2) {
+  const int lane = threadIdx.x % 32, first_row = threadIdx.x % 128 / 32 * 16;
+  const int head_dim_v = params.forward.head_dim_v;
+  float factor[2];
+  softmax.finish(factor, [](float (&)[2]) {});
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int row = first_row + i * 8 + lane / 4;
+    if (row >= work.queries.rows) continue;
+    const int64_t at = work.partial(row);
+    if (lane % 4 == 0) {
+      params.lse_partial[at] = factor[i] == 0.0f ? -INFINITY : softmax.log_sum_exp(i, scale_log2);
+    }
+    float* out = params.out_partial + at * head_dim_v;
+#pragma unroll
+    for (int n = 0; n < Config::kTilesD; ++n) {
+      const float* o = output[0][n] + 2 * i;
+      const int column = n * 8 + lane % 4 * 2;
+      if (column < head_dim_v) {
+        *reinterpret_cast<float2*>(out + column) = make_float2(o[0] * factor[i], o[1] * factor[i]);
+      }
+    }
+  }
 }
 
 }  // namespace flash_attn::sm90

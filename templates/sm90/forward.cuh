@@ -33,8 +33,8 @@
 #include "ptx/barrier.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/shared_memory.cuh"
-#include "ptx/tensor_copy.cuh"
 #include "ptx/warpgroup.cuh"
+#include "sm90/arguments.cuh"
 #include "sm90/config.cuh"
 #include "sm90/epilogue.cuh"
 #include "sm90/pipeline.cuh"
@@ -46,41 +46,6 @@ namespace flash_attn::sm90 {
 
 // An H200 has 60 MB of L2.
 constexpr int64_t kSectionBytes = int64_t{32} << 20;
-
-// A call, and how its keys are found and copied.
-struct ForwardArguments {
-  static constexpr int kProducers = 1;  // threads
-  TensorMaps maps;
-  ForwardParams params;
-  TileSchedule schedule;
-  int group;  // query heads that share keys, kPacked only
-
-  __host__ __device__ const ForwardParams& forward() const { return params; }
-  __device__ Sequence sequence(int batch) const { return Sequence(params, batch); }
-  // Rows past the end of a sequence may be another's, or not initialised.
-  __device__ bool has_rows_behind() const {
-    return params.cu_seqlens_q != nullptr || params.seqused_k != nullptr;
-  }
-  KeyTensor keys(int block_n) const {
-    const bool varlen = params.cu_seqlens_q != nullptr;
-    return {varlen ? params.total_k : params.seqlen_k, varlen ? 1 : params.batch, block_n};
-  }
-
-  template <class Config>
-  __device__ __forceinline__ KeyLocation locate(const Sequence& sequence, int block) const {
-    return {sequence.k_batch, sequence.k_row + block * Config::kBlockN};
-  }
-  // K or V.
-  template <class Config, int kSlabs>
-  __device__ __forceinline__ void copy(const CUtensorMap& map, uint32_t shared, uint32_t barrier,
-                                       const KeyLocation& at, int key_head) const {
-#pragma unroll
-    for (int slab = 0; slab < kSlabs; ++slab) {
-      ptx::copy_tensor(shared + slab * Config::kKeySlabBytes, map, barrier, slab * 64, at.row, key_head,
-                       at.entry);
-    }
-  }
-};
 
 // The kernels of one configuration: softmax(scale Q K^T) V; with score modifiers; with a group of query heads
 // packed into the rows of a tile, for calls with few queries.
@@ -96,7 +61,7 @@ template <class Config, Variant kVariant, class Arguments>
 __device__ __forceinline__ void produce(const Arguments& arguments, const SharedLayout<Config>& shared) {
   const ForwardParams& params = arguments.forward();
   const TileQueue<Arguments::kProducers> queue{params.tile_counter,
-                                               static_cast<int>(arguments.schedule.num_tiles())};
+                                               static_cast<int>(arguments.num_tiles())};
   const bool leader = threadIdx.x == 0;
   RingPosition<Config::kStages> k_ring, v_ring;
   RingPosition<Config::kQueryStages> q_ring;
@@ -106,7 +71,8 @@ __device__ __forceinline__ void produce(const Arguments& arguments, const Shared
     // A lane that came late would find the barrier a phase too far.
     if (Arguments::kProducers > 1) __syncwarp();
     if (!leader) return;
-    ptx::store_shared_16(shared.tile(q_ring.stage), make_uint4(tile.m_block, tile.batch, tile.head, 0));
+    ptx::store_shared_16(shared.tile(q_ring.stage),
+                         make_uint4(tile.m_block, tile.batch, tile.head, tile.split));
     ptx::mbarrier_arrive_expect(shared.q_full(q_ring.stage), bytes);
   };
   // The buffer has been read: `bytes` will arrive in it.
@@ -116,11 +82,12 @@ __device__ __forceinline__ void produce(const Arguments& arguments, const Shared
     if (Arguments::kProducers > 1) __syncwarp();
   };
   for (int index = blockIdx.x; index < queue.num_tiles; index = queue.next(index)) {
-    const TileSchedule::Tile tile = arguments.schedule.tile(index);
+    const TileSchedule::Tile tile = arguments.tile(index);
     const auto sequence = arguments.sequence(tile.batch);
-    const Work<Config> work(params, sequence, tile, packed_group<kVariant>(arguments),
-                            tile.m_block * Config::kBlockM, Config::kBlockM);
+    Work<Config> work(params, sequence, tile, packed_group<kVariant>(arguments),
+                      tile.m_block * Config::kBlockM, Config::kBlockM);
     if (work.queries.rows <= 0) continue;
+    if (arguments.num_splits() > 1) work.keep_part(tile.split, arguments.num_splits());
     if (!work.has_keys()) {
       publish(tile, 0);
       q_ring.advance();
@@ -197,35 +164,40 @@ struct Consumer {
     while (true) {
       ptx::mbarrier_wait(shared.q_full(q_ring.stage), q_ring.parity);
       const uint4 fields = ptx::load_shared_16(shared.tile(q_ring.stage));
-      const TileSchedule::Tile tile{int(fields.x), int(fields.y), int(fields.z)};
+      const TileSchedule::Tile tile{int(fields.x), int(fields.y), int(fields.z), int(fields.w)};
       if (tile.batch < 0) return;
       const Sequence sequence = arguments.sequence(tile.batch);
       const int first_row = tile.m_block * Config::kBlockM;
       const int group = packed_group<kVariant>(arguments);
-      const Work<Config> all(params, sequence, tile, group, first_row, Config::kBlockM);
-      const Work<Config> mine(params, sequence, tile, group, first_row + warpgroup * 64, 64);
+      Work<Config> all(params, sequence, tile, group, first_row, Config::kBlockM);
+      Work<Config> mine(params, sequence, tile, group, first_row + warpgroup * 64, 64);
+      if (arguments.num_splits() > 1) {
+        all.keep_part(tile.split, arguments.num_splits());
+        mine.keep(all.blocks.begin, all.blocks.end);
+      }
       if (mine.has_keys()) {
         skip_blocks(all.blocks.end - mine.blocks.end);
-        attend(mine);
+        attend(mine, tile.split);
         skip_blocks(mine.blocks.begin - all.blocks.begin);
       } else {
         synchronize();
         release(shared.q_empty(q_ring.stage));
         skip_blocks(all.blocks.end - all.blocks.begin);
-        store_empty_rows(mine.queries);
+        store_empty_rows({mine.queries, tile.split, arguments.num_splits()});
       }
       q_ring.advance();
     }
   }
 
   // Rows that see no key. Those past the last varlen sequence may be more than the tiles of the longest one.
-  __device__ __forceinline__ void store_empty_rows(QueryBlock queries) const {
+  __device__ __forceinline__ void store_empty_rows(SplitWork work) const {
+    QueryBlock& queries = work.queries;
     const int64_t step = arguments.schedule.tiles_m * Config::kBlockM;
     const int64_t rows = int64_t{queries.sequence.seqlen_q} * queries.group;
     for (int64_t row = queries.first_row; row < rows; row += step) {
       queries.first_row = static_cast<int>(row);
       queries.rows = static_cast<int>(min(rows - row, int64_t{64}));
-      store_empty<typename Config::Element>(queries, threadIdx.x % 128, 128);
+      arguments.template store_no_keys<typename Config::Element>(work, threadIdx.x % 128);
     }
   }
 
@@ -268,7 +240,7 @@ struct Consumer {
     return lags;
   }
 
-  __device__ __forceinline__ void attend(const Work<Config>& work) {
+  __device__ __forceinline__ void attend(const Work<Config>& work, int split) {
     Accumulator<1, Config::kTilesN> scores;
     Accumulator<1, Config::kTilesD> output = {};
     RoundedProbs<1, Config::kTilesN> probs;
@@ -312,7 +284,8 @@ struct Consumer {
     ptx::settle(output);
     release(shared.v_empty(v_ring.stage));
     v_ring.advance();
-    finish<Config, kModifiers>(work.queries, softmax, output, scale_log2);
+    arguments.template finish<Config, kModifiers>({work.queries, split, arguments.num_splits()}, softmax,
+                                                  output, scale_log2);
   }
 
   // The scores have been waited for: releases K, and Q after the `last` of them.
@@ -389,15 +362,15 @@ Status launch_tiles(Arguments& arguments, const Device& device, cudaStream_t str
   const ForwardParams& params = arguments.forward();
   arguments.group = group_to_pack(params, Config::kBlockM);
   arguments.schedule = make_schedule(params, Config::kBlockM, Config::kMask, kSectionBytes, arguments.group);
-  if (arguments.schedule.num_tiles() == 0 || params.total_q == 0) return Status::kOk;
-  if (arguments.schedule.num_tiles() > std::numeric_limits<int32_t>::max() - device.multiprocessors) {
+  if (arguments.num_tiles() == 0 || params.total_q == 0) return Status::kOk;
+  if (arguments.num_tiles() > std::numeric_limits<int32_t>::max() - device.multiprocessors) {
     return fail(Status::kInvalidArgument, "%s would need %lld tiles; the limit is 2^31 - 1 less one per SM",
-                name, static_cast<long long>(arguments.schedule.num_tiles()));
+                name, static_cast<long long>(arguments.num_tiles()));
   }
   const Status status = make_tensor_maps<Config>(arguments.maps, params, arguments.keys(Config::kBlockN),
                                                  arguments.group, name);
   if (status != Status::kOk) return status;
-  const int64_t blocks = std::min<int64_t>(arguments.schedule.num_tiles(), device.multiprocessors);
+  const int64_t blocks = std::min<int64_t>(arguments.num_tiles(), device.multiprocessors);
   constexpr void (*kKernels[])(Arguments) = {forward_kernel<Config, Variant::kPlain, Arguments>,
                                              forward_kernel<Config, Variant::kModified, Arguments>,
                                              forward_kernel<Config, Variant::kPacked, Arguments>};

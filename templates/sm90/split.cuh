@@ -1,5 +1,5 @@
-// Attention over a KV cache for Hopper: few queries, or split keys, with the kernel of the sm80 family; many
-// with the forward kernel, whose producer finds the keys in a row of the cache or in pages.
+// Attention over a KV cache for Hopper: few queries with the kernel of the sm80 family, many with the forward
+// kernel, whose producer finds the keys in a row of the cache or in pages.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -8,7 +8,10 @@
 #include <numeric>
 
 #include "common/append.h"
+#include "common/combine.h"
 #include "common/kv_cache.cuh"
+#include "common/split_work.cuh"
+#include "ptx/grid_dependency.cuh"
 #include "sm80/split.cuh"
 #include "sm90/forward.cuh"
 
@@ -26,6 +29,13 @@ struct CacheArguments {
   int boxes;  // of a block of keys
 
   __host__ __device__ const ForwardParams& forward() const { return params.forward; }
+  __host__ __device__ int64_t num_tiles() const { return schedule.num_tiles() * params.num_splits; }
+  __device__ int num_splits() const { return params.num_splits; }
+  __device__ TileSchedule::Tile tile(int index) const {
+    TileSchedule::Tile tile = schedule.tile(index / params.num_splits);
+    tile.split = index % params.num_splits;
+    return tile;
+  }
   __device__ CachedSequence sequence(int batch) const { return CachedSequence(params, batch); }
   __device__ bool has_rows_behind() const { return true; }
   KeyTensor keys(int) const {
@@ -48,32 +58,31 @@ struct CacheArguments {
     ptx::copy_tensor(shared + slab * Config::kKeySlabBytes + box * box_rows * 128, map, barrier, slab * 64,
                      at.row, key_head, at.entry);
   }
-};
 
-// Whether the forward kernel takes the call: one split, more rows than the largest tile for split keys has,
-// and not so many more rows of tiles that its speed is lost: it packs only some groups of heads.
-template <class Long, class Many>
-bool is_long(const SplitParams& params) {
-  const ForwardParams& forward = params.forward;
-  const auto padded = [](int64_t rows, int block_m) { return (rows + block_m - 1) / block_m * block_m; };
-  const int64_t rows = int64_t{forward.seqlen_q} * (forward.num_heads / forward.num_heads_k);
-  if (params.num_splits > 1 || rows <= Many::kBlockM) return false;
-  const int group = group_to_pack(forward, Long::kBlockM);
-  return forward.num_heads / group * padded(int64_t{forward.seqlen_q} * group, Long::kBlockM) * kLongCost <=
-         forward.num_heads_k * padded(rows, Many::kBlockM);
-}
+  template <class Config, bool kModifiers>
+  __device__ __forceinline__ void finish(const SplitWork& work, OnlineSoftmax<1>& softmax,
+                                         const Accumulator<1, Config::kTilesD>& output,
+                                         float scale_log2) const {
+    ptx::launch_dependents();  // merging gets ready
+    if (work.num_splits > 1) return finish_part<Config>(params, work, softmax, output, scale_log2);
+    sm90::finish<Config, kModifiers>(work.queries, softmax, output, scale_log2);
+  }
+  template <class Element>
+  __device__ __forceinline__ void store_no_keys(const SplitWork& work, int thread) const {
+    flash_attn::store_no_keys<Element>(params, work, thread, 128);
+  }
+};
 
 template <class Few, class Several, class Long, class Many>
 Status launch_split(const SplitParams& params, const Device& device, cudaStream_t stream, const char* name) {
-  if (!is_long<Long, Many>(params)) {
-    return sm80::launch_split<Few, Several, Many>(params, device, stream, name);
-  }
+  if (!params.long_tiles) return sm80::launch_split<Few, Several, Many>(params, device, stream, name);
   CacheArguments arguments{};
   arguments.box_rows = params.page_size > 0 ? std::gcd(params.page_size, Long::kBlockN) : Long::kBlockN;
   arguments.boxes = Long::kBlockN / arguments.box_rows;
-  const Status status = launch_append(params, device, stream, arguments.params);
-  if (status != Status::kOk) return status;
-  return launch_tiles<Long>(arguments, device, stream, name);
+  Status status = launch_append(params, device, stream, arguments.params);
+  if (status == Status::kOk) status = launch_tiles<Long>(arguments, device, stream, name);
+  if (status != Status::kOk || params.num_splits == 1) return status;
+  return launch_combine(params, device, stream);
 }
 
 }  // namespace flash_attn::sm90

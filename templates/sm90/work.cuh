@@ -35,6 +35,17 @@ struct Work {
     if (queries.rows <= 0 || blocks.begin > blocks.end) blocks.end = blocks.begin;
   }
 
+  // Keeps one of several parts of the keys.
+  __device__ __forceinline__ void keep_part(int split, int num_splits) {
+    const int blocks_each = (blocks.end - blocks.begin + num_splits - 1) / num_splits;
+    const int begin = blocks.begin + split * blocks_each;
+    keep(begin, begin + blocks_each);
+  }
+  __device__ __forceinline__ void keep(int begin, int end) {
+    blocks.begin = max(blocks.begin, begin);
+    blocks.end = max(min(blocks.end, end), blocks.begin);
+  }
+
   __device__ __forceinline__ bool has_keys() const { return blocks.begin < blocks.end; }
 };
 
