@@ -141,7 +141,7 @@ SPLIT_TILES: Table = {
     },
 }
 
-# Where keys are not split, Hopper's forward kernel takes more rows than the default holds.
+# Hopper's forward kernel takes many rows: flash_attn/_splits.py decides.
 for _head_dim, _row in SPLIT_TILES["sm90"].items():
     _row["long"] = FORWARD_TILES["sm90"][_head_dim]["default"]
 

@@ -201,9 +201,8 @@ Status launch_combine(const SplitParams& params, const Device& device, cudaStrea
                           ? choose_kernel<Dtype::kBf16>(forward.head_dim_v)
                           : choose_kernel<Dtype::kFp16>(forward.head_dim_v);
   static std::atomic<uint64_t> prepared;
-  return launch_kernel(kernel, "combine", device.index,
-                       (rows + rows_per_block - 1) / rows_per_block, 32 * kWarps, 0, stream,
-                       arguments, prepared, /*dependent*/ true);
+  return launch_kernel(kernel, "combine", device.index, (rows + rows_per_block - 1) / rows_per_block,
+                       32 * kWarps, 0, stream, arguments, prepared, /*dependent*/ true);
 }
 
 }  // namespace flash_attn

@@ -36,6 +36,7 @@
 #include "sm80/key_copy.cuh"
 #include "sm80/products.cuh"
 #include "sm80/split_config.cuh"
+#include "sm80/warp_results.cuh"
 
 namespace flash_attn::sm80 {
 
@@ -43,20 +44,32 @@ struct SplitArguments {
   SplitParams params;
   int heads;  // of keys
   int tiles_m;
-  int group;  // query heads for each head of keys
+  int group;   // query heads for each head of keys
+  int blocks;  // thread blocks for each sequence
 };
 
 template <class Config>
 __device__ __forceinline__ void load_queries(const QueryBlock& queries, uint32_t shared) {
   using Element = typename Config::Element;
-  constexpr int kChunks = Config::kHeadDim / 8;
-  for (int i = threadIdx.x; i < Config::kBlockM * kChunks; i += Config::kThreads) {
-    const int row = i / kChunks, chunk = i % kChunks;
-    uint4 value = make_uint4(0, 0, 0, 0);
-    if (row < queries.rows && chunk * 8 < queries.params->head_dim) {
-      value = *reinterpret_cast<const uint4*>(queries.query<Element>(row) + chunk * 8);
+  constexpr int kChunks = Config::kHeadDim / 8, kTotal = Config::kBlockM * kChunks;
+  constexpr int kBatch = 2;  // loads of a thread on their way at a time
+#pragma unroll 1
+  for (int first = threadIdx.x; first < kTotal; first += kBatch * Config::kThreads) {
+    uint4 values[kBatch] = {};
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int at = first + i * Config::kThreads, row = at / kChunks, chunk = at % kChunks;
+      if (row < queries.rows && chunk * 8 < queries.params->head_dim) {
+        values[i] = *reinterpret_cast<const uint4*>(queries.query<Element>(row) + chunk * 8);
+      }
     }
-    ptx::store_shared_16(shared + SharedTile<Config::kHeadDim>::offset(row, chunk), value);
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int at = first + i * Config::kThreads;
+      if (at >= kTotal) break;
+      ptx::store_shared_16(shared + SharedTile<Config::kHeadDim>::offset(at / kChunks, at % kChunks),
+                           values[i]);
+    }
   }
 }
 
@@ -111,98 +124,6 @@ __device__ __forceinline__ void apply_packed_modifiers(Accumulator<Config::kTile
       for (int c = 0; c < 2; ++c) {
         float& score = scores[i / 2][n][2 * (i % 2) + c];
         score = modifiers.apply(score, distance - n * 8 - c);
-      }
-    }
-  }
-}
-
-// The maximum, the sum and O of every row and every warp that has keys of it, in shared memory.
-template <class Config>
-class WarpResults {
- public:
-  __device__ __forceinline__ explicit WarpResults(uint8_t* shared)
-      : output_(reinterpret_cast<float*>(shared)),
-        max_(output_ + Config::kWarpsN * Config::kBlockM * Config::kOutputStride),
-        sum_(max_ + Config::kWarpsN * Config::kBlockM) {}
-
-  __device__ __forceinline__ void write(const Accumulator<Config::kTilesM, Config::kTilesD>& output,
-                                        const OnlineSoftmax<Config::kTilesM>& softmax, int warp_n,
-                                        int first_row) {
-    const int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int i = 0; i < 2 * Config::kTilesM; ++i) {
-      const int row = warp_n * Config::kBlockM + first_row + i / 2 * 16 + i % 2 * 8 + lane / 4;
-      if (lane % 4 == 0) max_[row] = softmax.max[i], sum_[row] = softmax.sum[i];
-#pragma unroll
-      for (int n = 0; n < Config::kTilesD; ++n) {
-        const float* o = output[i / 2][n] + 2 * (i % 2);
-        *reinterpret_cast<float2*>(output_ + row * Config::kOutputStride + n * 8 + lane % 4 * 2) =
-            make_float2(o[0], o[1]);
-      }
-    }
-  }
-
-  // Adds up eight columns of O of a row, normalised; returns the row's LSE, -inf if it saw no key.
-  __device__ __forceinline__ float merge(float (&o)[8], int row, int column, float scale_log2) const {
-    float max = -INFINITY, sum = 0.0f;
-#pragma unroll
-    for (int w = 0; w < Config::kWarpsN; ++w) max = fmaxf(max, max_[w * Config::kBlockM + row]);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) o[i] = 0.0f;
-    if (max == -INFINITY) return max;
-#pragma unroll
-    for (int w = 0; w < Config::kWarpsN; ++w) {
-      const int at = w * Config::kBlockM + row;
-      const float factor = ptx::exp2_approx((max_[at] - max) * scale_log2);
-      sum += factor * sum_[at];
-      const float4* part = reinterpret_cast<const float4*>(output_ + at * Config::kOutputStride + column);
-      const float4 low = part[0], high = part[1];
-      const float p[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-#pragma unroll
-      for (int i = 0; i < 8; ++i) o[i] += factor * p[i];
-    }
-    const float inverse = 1.0f / sum;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) o[i] *= inverse;
-    return max * scale_log2 * kLn2 + logf(sum);
-  }
-
- private:
-  float* output_;
-  float* max_;
-  float* sum_;
-};
-
-// Writes the merged rows: the result, or this split's part of it.
-template <class Config>
-__device__ __forceinline__ void store_merged(const SplitParams& params, const SplitWork& work,
-                                             const WarpResults<Config>& results, float scale_log2) {
-  constexpr int kChunks = Config::kHeadDim / 8;
-  const QueryBlock& queries = work.queries;
-  const int head_dim_v = params.forward.head_dim_v;
-#pragma unroll 1
-  for (int i = threadIdx.x; i < queries.rows * kChunks; i += Config::kThreads) {
-    const int row = i / kChunks, column = i % kChunks * 8;
-    if (column >= head_dim_v) continue;
-    float o[8];
-    float lse = results.merge(o, row, column, scale_log2);
-    if (work.num_splits > 1) {
-      const int64_t at = work.partial(row);
-      float4* out = reinterpret_cast<float4*>(params.out_partial + at * head_dim_v + column);
-      out[0] = make_float4(o[0], o[1], o[2], o[3]);
-      out[1] = make_float4(o[4], o[5], o[6], o[7]);
-      if (column == 0) params.lse_partial[at] = lse;
-    } else {
-      if (params.forward.sinks != nullptr) {
-        const float factor = add_sink(lse, params.forward.sinks[queries.head_of(row)]);
-#pragma unroll
-        for (int j = 0; j < 8; ++j) o[j] *= factor;
-      }
-      uint4 packed = {pack<Config::kDtype>(o[0], o[1]), pack<Config::kDtype>(o[2], o[3]),
-                      pack<Config::kDtype>(o[4], o[5]), pack<Config::kDtype>(o[6], o[7])};
-      *reinterpret_cast<uint4*>(queries.out<typename Config::Element>(row) + column) = packed;
-      if (column == 0 && params.forward.softmax_lse != nullptr) {
-        *queries.lse(row) = lse == -INFINITY ? INFINITY : lse;
       }
     }
   }
@@ -318,11 +239,13 @@ __global__ void __launch_bounds__(Config::kThreads, Config::Tile::kMinBlocks)
   extern __shared__ __align__(128) uint8_t shared_memory[];
   ptx::launch_dependents();
   const SplitParams& params = arguments.params;
-  const int head = blockIdx.x % arguments.heads, rest = blockIdx.x / arguments.heads;
-  const int m_block = rest % arguments.tiles_m, split = rest / arguments.tiles_m % params.num_splits;
-  const int batch = rest / arguments.tiles_m / params.num_splits;
+  // What leads to the length comes first: reading it takes longest.
+  const int batch = blockIdx.x / arguments.blocks;
   prefetch_block_table(params, batch);
   const CachedSequence sequence(params, batch);
+  const int index = blockIdx.x - batch * arguments.blocks;
+  const int head = index % arguments.heads, rest = index / arguments.heads;
+  const int split = rest / arguments.tiles_m, m_block = rest - split * arguments.tiles_m;
   const int64_t total_rows = int64_t{sequence.seqlen_q} * arguments.group;
   const int step = sequence.batch == params.forward.batch ? arguments.tiles_m * Config::kBlockM : 0;
 
@@ -362,13 +285,14 @@ Status launch_attention(const SplitParams& params, const Device& device, cudaStr
   // At least one, for the rows past the last sequence.
   const int64_t tiles_m = std::max<int64_t>((rows + Config::kBlockM - 1) / Config::kBlockM, 1);
   const int64_t batches = int64_t{forward.batch} + (forward.cu_seqlens_q != nullptr ? 1 : 0);
-  const SplitArguments arguments{params, forward.num_heads_k, static_cast<int>(tiles_m), group};
+  const int64_t blocks = forward.num_heads_k * tiles_m * params.num_splits;
+  const SplitArguments arguments{params, forward.num_heads_k, static_cast<int>(tiles_m), group,
+                                 static_cast<int>(blocks)};
   const bool modifiers = needs_modifiers(forward);
   static std::atomic<uint64_t> prepared[2];
   return launch_kernel(modifiers ? split_kernel<ModifiedSplit<Config>> : split_kernel<Config>, name,
-                       device.index, batches * forward.num_heads_k * tiles_m * params.num_splits,
-                       Config::kThreads, Config::kSharedBytes, stream, arguments, prepared[modifiers],
-                       /*dependent*/ appends(params));
+                       device.index, batches * blocks, Config::kThreads, Config::kSharedBytes, stream,
+                       arguments, prepared[modifiers], /*dependent*/ appends(params));
 }
 
 template <class... Configs>

@@ -60,8 +60,7 @@ __device__ __forceinline__ int packed_group(const Arguments& arguments) {
 template <class Config, Variant kVariant, class Arguments>
 __device__ __forceinline__ void produce(const Arguments& arguments, const SharedLayout<Config>& shared) {
   const ForwardParams& params = arguments.forward();
-  const TileQueue<Arguments::kProducers> queue{params.tile_counter,
-                                               static_cast<int>(arguments.num_tiles())};
+  const TileQueue<Arguments::kProducers> queue{params.tile_counter, static_cast<int>(arguments.num_tiles())};
   const bool leader = threadIdx.x == 0;
   RingPosition<Config::kStages> k_ring, v_ring;
   RingPosition<Config::kQueryStages> q_ring;
