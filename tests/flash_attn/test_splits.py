@@ -8,10 +8,10 @@ from flash_attn._abi import SPLIT_KEYS, SPLIT_ROWS
 from flash_attn._splits import (
     MAX_SPLITS,
     LongTiles,
+    Plan,
     choose_key_parts,
-    choose_num_splits,
-    heuristic,
     long_tiles,
+    plan,
     tile_rows,
 )
 
@@ -19,35 +19,41 @@ H200 = 132
 FEW, SEVERAL, MANY = SPLIT_ROWS
 
 
+def splits_of(tiles, rows, key_blocks, multiprocessors=H200):
+    """Into how many parts the keys of so many tiles are split, one of each sequence."""
+    return plan(tiles, 1, rows, key_blocks * SPLIT_KEYS, multiprocessors).num_splits
+
+
 @pytest.mark.parametrize("multiprocessors", [1, 20, 108, 132])
 @pytest.mark.parametrize("tiles", [0, 1, 7, 132, 5000])
 @pytest.mark.parametrize("key_blocks", [0, 1, 2, 63, 4096])
+@pytest.mark.parametrize("long", [None, LongTiles(3, 192)])
 @pytest.mark.parametrize("rows", SPLIT_ROWS)
-def test_is_between_one_and_what_there_is_to_split(tiles, rows, key_blocks, multiprocessors):
-    splits = choose_num_splits(tiles, rows, key_blocks, multiprocessors)
+def test_is_between_one_and_what_there_is_to_split(tiles, rows, long, key_blocks, multiprocessors):
+    splits, _ = plan(tiles, 1, rows, key_blocks * SPLIT_KEYS, multiprocessors, long)
     assert 1 <= splits <= max(1, min(MAX_SPLITS, key_blocks))
 
 
 def test_many_tiles_are_not_split_and_few_fill_the_gpu():
-    assert all(choose_num_splits(10 * H200, rows, 1000, H200) == 1 for rows in SPLIT_ROWS)
-    assert choose_num_splits(H200, FEW, 1000, H200) == 1
+    assert all(splits_of(10 * H200, rows, 1000) == 1 for rows in SPLIT_ROWS)
+    assert splits_of(H200, FEW, 1000) == 1
     for tiles in (1, 2, 8, 32):
-        assert 0.9 * H200 <= tiles * choose_num_splits(tiles, FEW, 1000, H200) <= H200
+        assert 0.9 * H200 <= tiles * splits_of(tiles, FEW, 1000) <= H200
 
 
 @pytest.mark.parametrize("rows", [SEVERAL, MANY])
 def test_tiles_that_tensor_cores_bound_share_a_multiprocessor(rows):
-    assert choose_num_splits(H200, rows, 1000, H200) == 2
+    assert splits_of(H200, rows, 1000) == 2
     for tiles in (2, 8, 32):
-        assert 1.8 * H200 <= tiles * choose_num_splits(tiles, rows, 1000, H200) <= 2 * H200
+        assert 1.8 * H200 <= tiles * splits_of(tiles, rows, 1000) <= 2 * H200
 
 
 def test_more_rows_make_splitting_dearer():
-    assert choose_num_splits(8, MANY, 40, H200) < choose_num_splits(8, SEVERAL, 40, H200)
+    assert splits_of(8, MANY, 40) < splits_of(8, SEVERAL, 40)
 
 
 def test_few_keys_are_not_split():
-    assert all(choose_num_splits(1, rows, 2, H200) == 1 for rows in SPLIT_ROWS)
+    assert all(splits_of(1, rows, 2) == 1 for rows in SPLIT_ROWS)
 
 
 @pytest.mark.parametrize(
@@ -60,16 +66,36 @@ def test_few_keys_are_not_split():
     ],
 )  # fmt: skip
 def test_is_near_the_best_that_was_measured_on_an_h200(batch, num_heads_k, rows, keys, best):
-    assert heuristic(batch, num_heads_k, rows, keys, H200) in best
+    num_splits, long = plan(batch, num_heads_k, rows, keys, H200)
+    assert not long and num_splits in best
 
 
-def test_hopper_does_not_split_what_fills_it():
-    for queries, fills in ((512, True), (128, False)):
-        tiles, plain = long_tiles(queries, 32, 8, 128, packs=True), (1, 8, 4 * queries, 4096, H200)
-        assert (heuristic(*plain, tiles) == 1) == fills and heuristic(*plain) > 1
-    assert heuristic(1, 8, 4 * 128, 4096, H200, long_tiles(128, 32, 8, 128, True)) == heuristic(
-        1, 8, 4 * 128, 4096, H200
-    )
+@pytest.mark.parametrize(
+    "queries, heads, keys, best",
+    [
+        (128, (32, 8), 4096, {5}), (512, (32, 8), 4096, {1}), (512, (32, 8), 32768, {4, 8}),
+        (2048, (32, 8), 32768, {1, 3}), (128, (32, 32), 4096, {3, 4}), (128, (16, 1), 4096, {8, 11, 12}),
+        (512, (16, 1), 4096, {3}), (512, (16, 1), 32768, {3}), (2048, (16, 1), 32768, {3}),
+    ],
+)  # fmt: skip
+def test_hoppers_forward_kernel_takes_many_queries_as_was_measured_on_an_h200(queries, heads, keys, best):
+    num_heads, num_heads_k = heads
+    tiles = long_tiles(queries, num_heads, num_heads_k, 128, packs=True)
+    num_splits, long = plan(1, num_heads_k, queries * num_heads // num_heads_k, keys, H200, tiles)
+    assert long and num_splits in best
+
+
+def test_a_number_of_splits_that_is_given_stays():
+    tiles = long_tiles(512, 32, 8, 128, packs=True)
+    for num_splits in (1, 7, 128):
+        assert plan(1, 8, 2048, 4096, H200, tiles, num_splits).num_splits == num_splits
+        assert plan(1, 8, 4, 4096, H200, None, num_splits) == Plan(num_splits, False)
+
+
+def test_tiles_that_stay_empty_are_left_to_the_other_kernel():
+    """20 queries of 28 heads that do not fill a tile, beside 3 tiles of 64 rows for each head of keys."""
+    tiles = long_tiles(20, 28, 4, 128, packs=True)
+    assert tiles == LongTiles(28, 192) and not plan(50, 4, 140, 4096, H200, tiles).long
 
 
 @pytest.mark.parametrize(
@@ -79,9 +105,10 @@ def test_hopper_does_not_split_what_fills_it():
         (1920, (32, 8), 128, True, LongTiles(32 * 10, 192)),  # packing would fill tiles no better
         (512, (32, 8), 128, False, LongTiles(32 * 3, 192)),
         (512, (32, 8), 256, True, LongTiles(32 * 4, 128)),
-        (32, (32, 8), 128, True, None),  # 128 rows: one tile for split keys
-        (20, (28, 4), 128, True, None),  # 7 heads do not divide a tile, and 20 queries do not fill it
-        (48, (32, 8), 128, False, None),
+        (20, (28, 4), 128, True, LongTiles(28, 192)),  # 7 heads do not divide a tile
+        (48, (32, 8), 128, False, LongTiles(32, 192)),
+        (17, (32, 8), 128, True, LongTiles(8, 192)),
+        (16, (32, 8), 128, True, None),  # 64 rows: memory is the bound
     ],
 )  # fmt: skip
 def test_tiles_of_the_forward_kernel(seqlen_q, heads, head_dim, packs, expected):

@@ -4,7 +4,7 @@ import ctypes
 import struct
 from enum import IntEnum
 
-LAYOUT_HASH = 0x83D0E05AC9142BFF
+LAYOUT_HASH = 0x09B89C513C6A4A19
 """Must equal flash_attn_layout_hash() of the library."""
 
 HEAD_DIMS = (32, 64, 96, 128, 192, 256)
@@ -19,7 +19,7 @@ SPLIT_ROWS = (16, 64, 128)
 LONG_ROWS = {32: 192, 64: 192, 96: 192, 128: 192, 192: 128, 256: 128}
 """Rows of the tiles of Hopper's forward kernel where it takes such a call, by the kernel's head dim."""
 
-LONG_COST = 0.55
+LONG_COST = 0.5
 """Time of a row in that kernel over that in the largest of the others' tiles."""
 
 SPLIT_KEYS = 64
@@ -203,11 +203,12 @@ class SplitParams(ctypes.Structure):
         ("rotary_dim", ctypes.c_int32),  # elements of each head that are rotated, a multiple of 16
         ("rotary_interleaved", ctypes.c_int32),  # pairs are (0, 1), (2, 3), ..; else the two halves
         ("num_splits", ctypes.c_int32),  # parts of the keys; the workspaces are used where more than 1
+        ("long_tiles", ctypes.c_int32),  # take the tiles for many queries, where the family has them (sm90)
     )
 
 
-SPLIT_PARAMS = struct.Struct("<312s10Q7q8i")
-"""Packs the fields of SplitParams, in order, into 480 bytes; a pointer is an int, null is 0."""
+SPLIT_PARAMS = struct.Struct("<312s10Q7q9i4x")
+"""Packs the fields of SplitParams, in order, into 488 bytes; a pointer is an int, null is 0."""
 
 
 class RotaryParams(ctypes.Structure):

@@ -7,10 +7,7 @@
 
 namespace flash_attn {
 
-constexpr uint64_t kLayoutHash = 0x83D0E05AC9142BFFu;
-
-// Time of a row in Hopper's forward kernel over that in the largest tile for split keys.
-constexpr double kLongCost = 0.55;
+constexpr uint64_t kLayoutHash = 0x09B89C513C6A4A19u;
 
 // Element type of q, k, v and out.
 enum class Dtype : int32_t {
@@ -237,8 +234,9 @@ struct SplitParams {
   int32_t rotary_dim;  // elements of each head that are rotated, a multiple of 16
   int32_t rotary_interleaved;  // pairs are (0, 1), (2, 3), ..; else the two halves
   int32_t num_splits;  // parts of the keys; the workspaces are used where more than 1
+  int32_t long_tiles;  // take the tiles for many queries, where the family has them (sm90)
 };
-static_assert(sizeof(SplitParams) == 480);
+static_assert(sizeof(SplitParams) == 488);
 static_assert(offsetof(SplitParams, forward) == 0);
 static_assert(offsetof(SplitParams, cache_seqlens) == 312);
 static_assert(offsetof(SplitParams, cache_batch_idx) == 320);
@@ -265,6 +263,7 @@ static_assert(offsetof(SplitParams, rotary_rows) == 464);
 static_assert(offsetof(SplitParams, rotary_dim) == 468);
 static_assert(offsetof(SplitParams, rotary_interleaved) == 472);
 static_assert(offsetof(SplitParams, num_splits) == 476);
+static_assert(offsetof(SplitParams, long_tiles) == 480);
 
 // Arguments of one rotation of heads by their position. Sequences are packed iff cu_seqlens is not null:
 // then batch strides are ignored, and rows past the last sequence stay as they are. Strides are in
