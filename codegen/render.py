@@ -69,7 +69,7 @@ def render_abi_module() -> str:
         capabilities=capabilities,
         split_rows=split_rows,
         split_keys=split_keys,
-        long_rows=tiles.long_rows(),
+        long_tiles=tiles.long_tiles(),
         long_cost=tiles.LONG_COST,
         **_abi_variables(),
     )

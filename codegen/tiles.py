@@ -201,9 +201,10 @@ def split_shape() -> tuple[tuple[int, ...], int]:
     return tuple(sorted({tile.block_m for tile in split})), keys.pop()
 
 
-def long_rows() -> dict[int, int]:
-    """The rows of Hopper's tiles for many queries over a KV cache, by head dim."""
-    return {d: row["long"].block_m for d, row in SPLIT_TILES["sm90"].items()}
+def long_tiles() -> dict[int, tuple[int, int]]:
+    """The rows and keys of Hopper's tiles for many queries over a KV cache, by head dim."""
+    tiles = {d: row["long"] for d, row in SPLIT_TILES["sm90"].items()}
+    return {d: (tile.block_m, tile.block_n) for d, tile in tiles.items() if isinstance(tile, HopperTile)}
 
 
 def wgmma_columns() -> list[int]:

@@ -16,8 +16,8 @@ CAPABILITIES = (80, 86, 89, 90, 100, 110, 120)
 SPLIT_ROWS = (16, 64, 128)
 """Rows, queries x heads that share keys, of tiles of calls over a KV cache; a family may lack the last."""
 
-LONG_ROWS = {32: 192, 64: 192, 96: 192, 128: 192, 192: 128, 256: 128}
-"""Rows of the tiles of Hopper's forward kernel where it takes such a call, by the kernel's head dim."""
+LONG_TILES = {32: (192, 128), 64: (192, 128), 96: (192, 96), 128: (192, 80), 192: (128, 96), 256: (128, 80)}
+"""Rows and keys of the tiles of Hopper's forward kernel for such a call, by the kernel's head dim."""
 
 LONG_COST = 0.5
 """Time of a row in that kernel over that in the largest of the others' tiles."""

@@ -24,8 +24,8 @@ _pack = _abi.SPLIT_PARAMS.pack
 def kvcache_num_splits(q: Tensor, k_cache: Tensor, block_table: Tensor | None = None) -> int:
     """Return into how many parts `flash_attn_with_kvcache` splits the keys with num_splits 0.
 
-    Only their shapes count, not what they hold; on CPU keys are not split. Score modifiers are left out: on
-    Hopper they may change the number of calls with many queries.
+    Only their shapes count, not what they hold; on CPU keys are not split. Score modifiers and a larger head
+    dim of v are left out: on Hopper they may change the number of calls with many queries.
     """
     if not q.is_cuda:
         return 1

@@ -7,10 +7,10 @@ splitting the query heads that share them makes more. The price is a second kern
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
-from flash_attn._abi import LONG_COST, LONG_ROWS, SPLIT_KEYS, SPLIT_ROWS
+from flash_attn._abi import LONG_COST, LONG_TILES, SPLIT_KEYS, SPLIT_ROWS
 from flash_attn._library import kernel_head_dim
 
 MAX_SPLITS = 128
@@ -34,6 +34,9 @@ TOLERANCE = 1.02
 
 FEW_ROWS, LARGEST_TILE = SPLIT_ROWS[0], SPLIT_ROWS[-1]
 
+ENOUGH_TILES = 2
+"""Tiles of Hopper's forward kernel for each multiprocessor from which on their keys are not split."""
+
 LONG_FROM = SPLIT_ROWS[-2] + 1
 """Rows of a head of keys from which on Hopper's forward kernel may take a call; memory bounds fewer."""
 
@@ -50,12 +53,24 @@ def _cost(splits: int, tiles: int, rows: int, key_blocks: int, multiprocessors: 
     return cost + thread_blocks * (rows - FEW_ROWS) * PART_COST + MERGE_COST if splits > 1 else cost
 
 
-def _long_cost(splits: int, tiles: int, rows: int, key_blocks: int, multiprocessors: int) -> float:
-    """The same for the tiles of Hopper's forward kernel, of which a multiprocessor works on one at a time."""
-    rounds = -(-tiles * splits // multiprocessors)
-    cost = rounds * (-(-key_blocks // splits) + START_COST) * LONG_COST * rows / LARGEST_TILE
-    parts = tiles * splits / multiprocessors
-    return cost + parts * rows * PART_COST + MERGE_COST if splits > 1 else cost
+def _long_cost(splits: int, sequences: int, long: LongTiles, capacity: int, multiprocessors: int) -> float:
+    """The same for the tiles of Hopper's forward kernel, of which a multiprocessor works on one at a time.
+
+    The memory that parts are written to and merged from is shared evenly.
+    """
+    tiles = sequences * long.tiles * splits
+    blocks = -(-_blocks(capacity, long.keys) // splits) * long.keys / SPLIT_KEYS
+    cost = -(-tiles // multiprocessors) * (blocks + START_COST) * LONG_COST * long.rows / LARGEST_TILE
+    return cost + tiles / multiprocessors * long.rows * PART_COST + MERGE_COST if splits > 1 else cost
+
+
+def _blocks(keys: int, block_n: int) -> int:
+    return max(-(-keys // block_n), 1)
+
+
+def _choices(blocks: int) -> list[int]:
+    """Return the numbers of splits worth a look: the least of those with equally many blocks in each."""
+    return list({-(-blocks // n): n for n in range(min(MAX_SPLITS, blocks), 0, -1)}.values())[::-1]
 
 
 def _cheapest(costs: dict[int, float]) -> int:
@@ -70,10 +85,11 @@ def tile_rows(rows: int) -> int:
 
 
 class LongTiles(NamedTuple):
-    """How many tiles of how many rows a sequence has in Hopper's forward kernel."""
+    """How many tiles of how many rows and keys a sequence has in Hopper's forward kernel."""
 
     tiles: int
     rows: int
+    keys: int
 
 
 @cache
@@ -84,13 +100,13 @@ def long_tiles(
 
     `head_dim` is the larger one; `packs` says that no score modifiers keep it from packing heads into a tile.
     """
-    group, block_m = num_heads // num_heads_k, LONG_ROWS[kernel_head_dim(head_dim)]
+    group, (block_m, block_n) = num_heads // num_heads_k, LONG_TILES[kernel_head_dim(head_dim)]
     rows = seqlen_q * group
     if rows < LONG_FROM:
         return None
     packed, unpacked = num_heads_k * -(-rows // block_m), num_heads * -(-seqlen_q // block_m)
     tiles = packed if packs and block_m % group == 0 and packed < 0.9 * unpacked else unpacked
-    return LongTiles(tiles, block_m)
+    return LongTiles(tiles, block_m, block_n)
 
 
 class Plan(NamedTuple):
@@ -100,7 +116,7 @@ class Plan(NamedTuple):
     long: bool
 
 
-@cache
+@lru_cache(maxsize=4096)
 def plan(
     sequences: int, num_heads_k: int, rows: int, capacity: int, multiprocessors: int,
     long: LongTiles | None = None, num_splits: int = 0,
@@ -110,16 +126,18 @@ def plan(
 
     `long` are the tiles of Hopper's forward kernel, if it may take the call; `num_splits` is 0 to choose.
     """
-    block_m, key_blocks = tile_rows(rows), max(-(-capacity // SPLIT_KEYS), 1)
+    block_m, key_blocks = tile_rows(rows), _blocks(capacity, SPLIT_KEYS)
     tiles = sequences * num_heads_k * -(-rows // block_m)
-    most = min(MAX_SPLITS, key_blocks) if tiles else 1
-    choices = (num_splits,) if num_splits else range(1, most + 1)
+    choices = [num_splits] if num_splits else _choices(key_blocks) if tiles else [1]
     costs = {n: _cost(n, tiles, block_m, key_blocks, multiprocessors) for n in choices}
     best = _cheapest(costs)
     if long is None:
         return Plan(best, False)
-    tiles = sequences * long.tiles
-    long_costs = {n: _long_cost(n, tiles, long.rows, key_blocks, multiprocessors) for n in choices}
+    if not num_splits:
+        # Many tiles share out evenly enough, also where capacity says little about lengths.
+        many = sequences * long.tiles >= ENOUGH_TILES * multiprocessors
+        choices = [1] if many else _choices(_blocks(capacity, long.keys))
+    long_costs = {n: _long_cost(n, sequences, long, capacity, multiprocessors) for n in choices}
     long_best = _cheapest(long_costs)
     return Plan(long_best, True) if long_costs[long_best] <= costs[best] else Plan(best, False)
 

@@ -45,13 +45,24 @@ struct KeyLocation {
   int row;
 };
 
-__device__ __forceinline__ KeyLocation locate_key(const SplitParams& params, const CachedSequence& sequence,
-                                                  int key) {
+__device__ __forceinline__ int existing_entry(const SplitParams& params, int entry) {
+  return entry >= 0 && entry < params.cache_entries ? entry : -1;
+}
+
+// As the block table says: the page may not exist.
+__device__ __forceinline__ KeyLocation look_up_key(const SplitParams& params, const CachedSequence& sequence,
+                                                   int key) {
   if (key >= params.forward.seqlen_k - sequence.k_row) return {-1, 0};
   if (params.page_size == 0) return {sequence.entry, sequence.k_row + key};
   const int page = key / params.page_size;
-  const int entry = params.block_table[sequence.batch * params.block_table_stride + page];
-  return {entry >= 0 && entry < params.cache_entries ? entry : -1, key - page * params.page_size};
+  return {params.block_table[sequence.batch * params.block_table_stride + page],
+          key - page * params.page_size};
+}
+
+__device__ __forceinline__ KeyLocation locate_key(const SplitParams& params, const CachedSequence& sequence,
+                                                  int key) {
+  const KeyLocation at = look_up_key(params, sequence, key);
+  return {existing_entry(params, at.entry), at.row};
 }
 
 // Brings a sequence's row of the block table into L2 while its length is not known yet: 32 pages a thread.

@@ -55,13 +55,14 @@ struct ForwardArguments {
     }
   }
 
-  // The results of a consumer warpgroup, or of `thread` among its threads.
+  // The results of a consumer warpgroup.
   template <class Config, bool kModifiers>
   __device__ __forceinline__ void finish(const SplitWork& work, OnlineSoftmax<1>& softmax,
                                          const Accumulator<1, Config::kTilesD>& output,
                                          float scale_log2) const {
     sm90::finish<Config, kModifiers>(work.queries, softmax, output, scale_log2);
   }
+  // Those of rows that see no key; `thread` is one of the warpgroup.
   template <class Element>
   __device__ __forceinline__ void store_no_keys(const SplitWork& work, int thread) const {
     store_empty<Element>(work.queries, thread, 128);

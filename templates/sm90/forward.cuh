@@ -1,13 +1,13 @@
 // Forward attention for Hopper: TMA copies, wgmma products, warp specialisation (FlashAttention-3, algorithm
 // 2).
 //
-// One thread block per multiprocessor works through tiles of kBlockM queries of one head. A producer, one
-// thread or warp, copies Q, K and V into shared memory; each consumer warpgroup computes 64 rows of O. Inside
-// a warpgroup the softmax of a block of keys runs during the product P V of the block before.
+// One thread block per multiprocessor works through tiles of kBlockM queries of one head. A producer (a
+// thread, or two warps) copies Q, K and V into shared memory; each consumer warpgroup computes 64 rows of O.
+// Inside a warpgroup the softmax of a block of keys runs during the product P V of the block before.
 //
 //   barrier    arrivals             says
 //   q_full     producer + bytes     the next tile is named and its Q has arrived (as often as Q has buffers)
-//   q_empty    1 per warpgroup      every product with Q is done
+//   q_empty    1 per warpgroup      every product with Q is done (1 more where another warp copies V)
 //   k_full     producer + bytes     a block of K has arrived (one barrier per stage, as for the next three)
 //   k_empty    1 per warpgroup      every product with it is done
 //   v_full, v_empty                 the same for V
@@ -28,6 +28,7 @@
 #include "common/scores.cuh"
 #include "common/sequence.cuh"
 #include "common/softmax.cuh"
+#include "common/split_work.cuh"
 #include "host/device.h"
 #include "host/launch.h"
 #include "ptx/barrier.cuh"
@@ -36,8 +37,8 @@
 #include "ptx/warpgroup.cuh"
 #include "sm90/arguments.cuh"
 #include "sm90/config.cuh"
-#include "sm90/epilogue.cuh"
 #include "sm90/pipeline.cuh"
+#include "sm90/producer.cuh"
 #include "sm90/products.cuh"
 #include "sm90/tensors.cuh"
 #include "sm90/work.cuh"
@@ -46,91 +47,6 @@ namespace flash_attn::sm90 {
 
 // An H200 has 60 MB of L2.
 constexpr int64_t kSectionBytes = int64_t{32} << 20;
-
-// The kernels of one configuration: softmax(scale Q K^T) V; with score modifiers; with a group of query heads
-// packed into the rows of a tile, for calls with few queries.
-enum class Variant { kPlain, kModified, kPacked };
-
-template <Variant kVariant, class Arguments>
-__device__ __forceinline__ int packed_group(const Arguments& arguments) {
-  return kVariant == Variant::kPacked ? arguments.group : 1;
-}
-
-// The producer: one thread, or the lanes of a warp, each with a part of every block of keys.
-template <class Config, Variant kVariant, class Arguments>
-__device__ __forceinline__ void produce(const Arguments& arguments, const SharedLayout<Config>& shared) {
-  const ForwardParams& params = arguments.forward();
-  const TileQueue<Arguments::kProducers> queue{params.tile_counter, static_cast<int>(arguments.num_tiles())};
-  const bool leader = threadIdx.x == 0;
-  RingPosition<Config::kStages> k_ring, v_ring;
-  RingPosition<Config::kQueryStages> q_ring;
-  // Hands a tile to the consumers, with Q or nothing to read; batch -1 ends their work.
-  const auto publish = [&](const TileSchedule::Tile& tile, int bytes) {
-    ptx::mbarrier_wait(shared.q_empty(q_ring.stage), q_ring.parity ^ 1);
-    // A lane that came late would find the barrier a phase too far.
-    if (Arguments::kProducers > 1) __syncwarp();
-    if (!leader) return;
-    ptx::store_shared_16(shared.tile(q_ring.stage),
-                         make_uint4(tile.m_block, tile.batch, tile.head, tile.split));
-    ptx::mbarrier_arrive_expect(shared.q_full(q_ring.stage), bytes);
-  };
-  // The buffer has been read: `bytes` will arrive in it.
-  const auto expect = [&](uint32_t empty, uint32_t parity, uint32_t full, int bytes) {
-    ptx::mbarrier_wait(empty, parity);
-    if (leader) ptx::mbarrier_arrive_expect(full, bytes);
-    if (Arguments::kProducers > 1) __syncwarp();
-  };
-  for (int index = blockIdx.x; index < queue.num_tiles; index = queue.next(index)) {
-    const TileSchedule::Tile tile = arguments.tile(index);
-    const auto sequence = arguments.sequence(tile.batch);
-    Work<Config> work(params, sequence, tile, packed_group<kVariant>(arguments),
-                      tile.m_block * Config::kBlockM, Config::kBlockM);
-    if (work.queries.rows <= 0) continue;
-    if (arguments.num_splits() > 1) work.keep_part(tile.split, arguments.num_splits());
-    if (!work.has_keys()) {
-      publish(tile, 0);
-      q_ring.advance();
-      continue;
-    }
-    const int key_head = work.queries.head * work.queries.group / (params.num_heads / params.num_heads_k);
-    const auto locate = [&](int block) {
-      return arguments.template locate<Config>(sequence, max(block, work.blocks.begin));
-    };
-    const auto load_key = [&](const KeyLocation& at) {
-      const uint32_t full = shared.k_full(k_ring.stage);
-      expect(shared.k_empty(k_ring.stage), k_ring.parity ^ 1, full, Config::kKeyBytes);
-      arguments.template copy<Config, Config::kSlabs>(arguments.maps.k, shared.key(k_ring.stage), full, at,
-                                                      key_head);
-      k_ring.advance();
-    };
-    const auto load_value = [&](const KeyLocation& at) {
-      const uint32_t full = shared.v_full(v_ring.stage);
-      expect(shared.v_empty(v_ring.stage), v_ring.parity ^ 1, full, Config::kValueBytes);
-      arguments.template copy<Config, Config::kSlabsV>(arguments.maps.v, shared.value(v_ring.stage), full, at,
-                                                       key_head);
-      v_ring.advance();
-    };
-    // Where a block lies is looked up while the one before it is waited for.
-    int block = work.blocks.end - 1;
-    KeyLocation at = locate(block), next = locate(block - 1);
-    load_key(at);
-    publish(tile, Config::kQueryBytes);
-    if (leader) {
-      copy_queries<Config>(shared.query(q_ring.stage), arguments.maps.q, shared.q_full(q_ring.stage),
-                           work.queries);
-    }
-    q_ring.advance();
-    for (; block > work.blocks.begin; --block) {
-      const KeyLocation ahead = locate(block - 2);
-      load_key(next);
-      load_value(at);
-      at = next;
-      next = ahead;
-    }
-    load_value(at);
-  }
-  publish({0, -1, 0}, 0);
-}
 
 // One consumer warpgroup.
 template <class Config, Variant kVariant, class Arguments>
@@ -162,8 +78,7 @@ struct Consumer {
   __device__ __forceinline__ void run() {
     while (true) {
       ptx::mbarrier_wait(shared.q_full(q_ring.stage), q_ring.parity);
-      const uint4 fields = ptx::load_shared_16(shared.tile(q_ring.stage));
-      const TileSchedule::Tile tile{int(fields.x), int(fields.y), int(fields.z), int(fields.w)};
+      const TileSchedule::Tile tile = read_tile(shared.tile(q_ring.stage));
       if (tile.batch < 0) return;
       const Sequence sequence = arguments.sequence(tile.batch);
       const int first_row = tile.m_block * Config::kBlockM;
@@ -322,13 +237,19 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     forward_kernel(const __grid_constant__ Arguments arguments) {
   extern __shared__ __align__(1024) uint8_t shared_memory[];
   const SharedLayout<Config> shared(shared_memory);
-  if (threadIdx.x == 0) shared.init_barriers();
+  if (threadIdx.x == 0) shared.init_barriers(Config::kConsumers + (Arguments::kProducers > 32));
   __syncthreads();
   // The warpgroup's number as the compiler can tell that it is the same for a whole warp.
   const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);
   if (warpgroup == 0) {
     ptx::give_registers<Config::kProducerRegisters>();
-    if (threadIdx.x < Arguments::kProducers) produce<Config, kVariant>(arguments, shared);
+    if (threadIdx.x >= Arguments::kProducers) return;
+    Producer<Config, kVariant, Arguments> producer(arguments, shared);
+    if (Arguments::kProducers == 1 || threadIdx.x < 32) {
+      producer.run();
+    } else {
+      producer.run_values();
+    }
   } else {
     ptx::take_registers<Config::kConsumerRegisters>();
     Consumer<Config, kVariant, Arguments>(arguments, shared, warpgroup - 1).run();

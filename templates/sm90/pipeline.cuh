@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "common/schedule.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/shared_memory.cuh"
 #include "sm90/config.cuh"
@@ -34,10 +35,11 @@ struct SharedLayout {
   __device__ __forceinline__ uint32_t v_full(int stage) const { return k_full(stage) + 16; }
   __device__ __forceinline__ uint32_t v_empty(int stage) const { return k_full(stage) + 24; }
 
-  __device__ __forceinline__ void init_barriers() const {
+  // `tile_readers` wait for a tile's name.
+  __device__ __forceinline__ void init_barriers(int tile_readers) const {
     for (int stage = 0; stage < Config::kQueryStages; ++stage) {
       ptx::mbarrier_init(q_full(stage), 1);
-      ptx::mbarrier_init(q_empty(stage), Config::kConsumers);
+      ptx::mbarrier_init(q_empty(stage), tile_readers);
     }
     for (int stage = 0; stage < Config::kStages; ++stage) {
       ptx::mbarrier_init(k_full(stage), 1);
@@ -48,6 +50,11 @@ struct SharedLayout {
     ptx::mbarrier_init_fence();
   }
 };
+
+__device__ __forceinline__ TileSchedule::Tile read_tile(uint32_t shared) {
+  const uint4 fields = ptx::load_shared_16(shared);
+  return {int(fields.x), int(fields.y), int(fields.z), int(fields.w)};
+}
 
 // Position in a ring of buffers: the stage, and the parity of its full barrier's phase.
 template <int kStages>

@@ -13,14 +13,15 @@
 #include "common/split_work.cuh"
 #include "ptx/grid_dependency.cuh"
 #include "sm80/split.cuh"
+#include "sm90/epilogue.cuh"
 #include "sm90/forward.cuh"
 
 namespace flash_attn::sm90 {
 
-// Lanes of the producer's warp copy boxes of `box_rows` keys that lie side by side, 64 columns each, so that
+// Lanes of the producer's warps copy boxes of `box_rows` keys that lie side by side, 64 columns each, so that
 // places in the block table are read at the same time.
 struct CacheArguments {
-  static constexpr int kProducers = 32;
+  static constexpr int kProducers = 64;  // threads: a warp for Q and K, and one for V
   TensorMaps maps;
   SplitParams params;
   TileSchedule schedule;
@@ -45,27 +46,30 @@ struct CacheArguments {
 
   template <class Config>
   __device__ __forceinline__ KeyLocation locate(const CachedSequence& sequence, int block) const {
-    const int box = threadIdx.x / Config::kSlabs;
-    return locate_key(params, sequence, block * Config::kBlockN + box * box_rows);
+    const int box = min(static_cast<int>(threadIdx.x % 32) / Config::kSlabs, boxes - 1);
+    return look_up_key(params, sequence, block * Config::kBlockN + box * box_rows);
   }
-  // Entry -1, a row or page outside the cache, lies outside the tensor: it arrives as zeros.
+  // Entry -1, a row or page outside the cache, lies outside the tensor: it arrives as zeros. Which it is is
+  // asked here, so that nobody waits for the block table before.
   template <class Config, int kSlabs>
   __device__ __forceinline__ void copy(const CUtensorMap& map, uint32_t shared, uint32_t barrier,
                                        const KeyLocation& at, int key_head) const {
     static_assert(Config::kBlockN / kKeyGroup * Config::kSlabs <= 32, "a lane copies one box");
-    const int box = threadIdx.x / Config::kSlabs, slab = threadIdx.x % Config::kSlabs;
+    const int lane = threadIdx.x % 32, box = lane / Config::kSlabs, slab = lane % Config::kSlabs;
     if (box >= boxes || slab >= kSlabs) return;
     ptx::copy_tensor(shared + slab * Config::kKeySlabBytes + box * box_rows * 128, map, barrier, slab * 64,
-                     at.row, key_head, at.entry);
+                     at.row, key_head, existing_entry(params, at.entry));
   }
 
   template <class Config, bool kModifiers>
   __device__ __forceinline__ void finish(const SplitWork& work, OnlineSoftmax<1>& softmax,
                                          const Accumulator<1, Config::kTilesD>& output,
                                          float scale_log2) const {
+    if (work.num_splits == 1) {
+      return sm90::finish<Config, kModifiers>(work.queries, softmax, output, scale_log2);
+    }
     ptx::launch_dependents();  // merging gets ready
-    if (work.num_splits > 1) return finish_part<Config>(params, work, softmax, output, scale_log2);
-    sm90::finish<Config, kModifiers>(work.queries, softmax, output, scale_log2);
+    finish_part<Config>(params, work, softmax, output, scale_log2);
   }
   template <class Element>
   __device__ __forceinline__ void store_no_keys(const SplitWork& work, int thread) const {

@@ -13,6 +13,15 @@
 
 namespace flash_attn::sm90 {
 
+// The kernels of one configuration: softmax(scale Q K^T) V; with score modifiers; with a group of query heads
+// packed into the rows of a tile, for calls with few queries.
+enum class Variant { kPlain, kModified, kPacked };
+
+template <Variant kVariant, class Arguments>
+__device__ __forceinline__ int packed_group(const Arguments& arguments) {
+  return kVariant == Variant::kPacked ? arguments.group : 1;
+}
+
 // The rows of a tile, or one warpgroup's 64 of them, and the blocks of keys that they see. `group` query
 // heads are packed.
 template <class Config>

@@ -37,17 +37,24 @@ def int32(*values):
     return torch.tensor(values, dtype=torch.int32)
 
 
-def make(seqlen_q, dtype=torch.bfloat16, entries=BATCH, seqlen_new=0, head_dims=(HEAD_DIM, HEAD_DIM)):
+def make(
+    seqlen_q,
+    dtype=torch.bfloat16,
+    entries=BATCH,
+    seqlen_new=0,
+    head_dims=(HEAD_DIM, HEAD_DIM),
+    capacity=CAPACITY,
+):
     q = torch.randn(BATCH, seqlen_q, HEADS, head_dims[0]).to(dtype)
-    cache = [torch.randn(entries, CAPACITY, HEADS_K, dim).to(dtype) for dim in head_dims]
+    cache = [torch.randn(entries, capacity, HEADS_K, dim).to(dtype) for dim in head_dims]
     new = [torch.randn(BATCH, seqlen_new, HEADS_K, dim).to(dtype) for dim in head_dims]
     return q, *cache, *new
 
 
-def check(out, lse, q, sequences, options):
+def check(out, lse, q, sequences, options, capacity=CAPACITY):
     """Compare with the oracle, given each sequence's keys and values (n, hk, d)."""
     for b, (k, v) in enumerate(sequences):
-        mine = replace(options, longest_k=CAPACITY)
+        mine = replace(options, longest_k=capacity)
         if options.alibi_slopes is not None and options.alibi_slopes.dim() == 2:
             mine = replace(mine, alibi_slopes=options.alibi_slopes[b])
         truth, truth_lse = attention(q[b : b + 1], k[None], v[None], mine)
@@ -174,7 +181,7 @@ def test_batch_idx_and_leftpad(appends, seqlen_q):
 
 def in_pages(caches, page_size):
     """Return each cache (b, s, hk, d) as pages in random order, three of them unused, and the block table."""
-    blocks = CAPACITY // page_size
+    blocks = caches[0].shape[1] // page_size
     table = torch.randperm(BATCH * blocks + 3)[: BATCH * blocks].view(BATCH, blocks).int()
     pages = []
     for cache in caches:
@@ -258,6 +265,26 @@ def test_every_tile(seqlen_q, long, num_splits, scoring, head_dim, device, requi
     lengths = [5, 70, CAPACITY]
     out, lse = run(q, k_cache, v_cache, options, cache_seqlens=int32(*lengths), num_splits=num_splits)
     check(out, lse, q, [(k_cache[b, :n], v_cache[b, :n]) for b, n in enumerate(lengths)], options)
+
+
+@pytest.mark.parametrize("num_splits", [1, 3, 40])
+@pytest.mark.parametrize(
+    "mask", [Options(causal=True), Options(window_size=(700, 100))], ids=["causal", "window"]
+)
+@pytest.mark.parametrize("page_size", [None, 16, 96])
+@pytest.mark.parametrize("head_dims", [(128, 128), (64, 40), (256, 256)], ids=str)
+def test_long_tiles_over_many_blocks(
+    num_splits, mask, page_size, head_dims, device, require_split, monkeypatch
+):  # fmt: skip
+    """Parts of several blocks of keys, and more of them than there are multiprocessors."""
+    require_split(device, torch.bfloat16, max(head_dims))
+    monkeypatch.setattr(_cuda_kvcache, "plan", lambda *call: Plan(num_splits, True))
+    capacity, lengths = 1440, [5, 700, 1440]
+    q, *caches = make(MANY, head_dims=head_dims, capacity=capacity)[:3]
+    where, table = (caches, None) if page_size is None else in_pages(caches, page_size)
+    out, lse = run(q, *where, mask, cache_seqlens=int32(*lengths), block_table=table, num_splits=num_splits)
+    sequences = [tuple(cache[b, :n] for cache in caches) for b, n in enumerate(lengths)]
+    check(out, lse, q, sequences, mask, capacity)
 
 
 def test_the_number_of_splits_can_be_asked_for(device):

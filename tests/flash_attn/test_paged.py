@@ -6,7 +6,8 @@ import pytest
 import torch
 from oracle import Options, assert_lse, assert_within, varlen_attention
 
-from flash_attn import flash_attn_varlen_func
+from flash_attn import _cuda_kvcache, flash_attn_varlen_func
+from flash_attn._splits import Plan
 from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
 
 HEADS, HEADS_K = 4, 2
@@ -76,6 +77,19 @@ def test_head_dim_of_v_differs():
         return_attn_probs=True, causal=True,
     )  # fmt: skip
     check(out, lse, q, packed, Options(causal=True))
+
+
+@pytest.mark.parametrize("head_dim_v", [64, 40])
+def test_split_keys(head_dim_v, monkeypatch):
+    """In the tiles for many queries, the kernel of which on Hopper is another."""
+    monkeypatch.setattr(_cuda_kvcache, "plan", lambda *call: Plan(3, True))
+    lengths_k = [700, 9, 37, 0, 1, 960]
+    q, packed, pages, table = make(48, lengths_k, head_dim_v=head_dim_v)
+    out, lse, _ = flash_attn_varlen_func(
+        q, *pages, bounds(LENGTHS_Q), bounds(lengths_k), max(LENGTHS_Q), max(lengths_k), block_table=table,
+        return_attn_probs=True, causal=True,
+    )  # fmt: skip
+    check(out, lse, q, packed, Options(causal=True), lengths_k)
 
 
 def test_alibi_slopes_of_each_sequence():
