@@ -21,7 +21,10 @@ PART_COST = 1 / 32
 """What a row of a part of the result costs beyond FEW_ROWS of them, to write and merge, in blocks of keys."""
 
 MERGE_COST = 2.0
-"""What merging costs besides, in blocks of keys of one multiprocessor."""
+"""What merging costs besides, in blocks of keys of one multiprocessor, each time that parts are read."""
+
+MERGED_AT_ONCE, MERGING_WARPS = 8, 8
+"""Parts of a row that a warp reads at once, and the warps that share a row of a call with few rows."""
 
 ALONE = 0.6
 """Speed of a thread block of more than FEW_ROWS rows that has a multiprocessor to itself, of that of two.
@@ -53,15 +56,20 @@ def _cost(splits: int, tiles: int, rows: int, key_blocks: int, multiprocessors: 
     return cost + thread_blocks * (rows - FEW_ROWS) * PART_COST + MERGE_COST if splits > 1 else cost
 
 
-def _long_cost(splits: int, sequences: int, long: LongTiles, capacity: int, multiprocessors: int) -> float:
+def _long_cost(
+    splits: int, sequences: int, long: LongTiles, capacity: int, multiprocessors: int, at_once: int
+) -> float:
     """The same for the tiles of Hopper's forward kernel, of which a multiprocessor works on one at a time.
 
-    The memory that parts are written to and merged from is shared evenly.
+    The memory that parts are written to and merged from, `at_once` of them, is shared evenly.
     """
     tiles = sequences * long.tiles * splits
     blocks = -(-_blocks(capacity, long.keys) // splits) * long.keys / SPLIT_KEYS
     cost = -(-tiles // multiprocessors) * (blocks + START_COST) * LONG_COST * long.rows / LARGEST_TILE
-    return cost + tiles / multiprocessors * long.rows * PART_COST + MERGE_COST if splits > 1 else cost
+    if splits == 1:
+        return cost
+    merges = -(-splits // at_once)
+    return cost + tiles / multiprocessors * long.rows * PART_COST + merges * MERGE_COST
 
 
 def _blocks(keys: int, block_n: int) -> int:
@@ -137,7 +145,9 @@ def plan(
         # Many tiles share out evenly enough, also where capacity says little about lengths.
         many = sequences * long.tiles >= ENOUGH_TILES * multiprocessors
         choices = [1] if many else _choices(_blocks(capacity, long.keys))
-    long_costs = {n: _long_cost(n, sequences, long, capacity, multiprocessors) for n in choices}
+    few = sequences * num_heads_k * rows <= MERGING_WARPS * multiprocessors
+    at_once = MERGED_AT_ONCE * MERGING_WARPS if few else MERGED_AT_ONCE
+    long_costs = {n: _long_cost(n, sequences, long, capacity, multiprocessors, at_once) for n in choices}
     long_best = _cheapest(long_costs)
     return Plan(long_best, True) if long_costs[long_best] <= costs[best] else Plan(best, False)
 
