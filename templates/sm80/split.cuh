@@ -24,6 +24,7 @@
 #include "common/kv_cache.cuh"
 #include "common/mask.cuh"
 #include "common/query_block.cuh"
+#include "common/row_bounds.cuh"
 #include "common/scores.cuh"
 #include "common/shared_tile.cuh"
 #include "common/softmax.cuh"
@@ -72,40 +73,6 @@ __device__ __forceinline__ void load_queries(const QueryBlock& queries, uint32_t
     }
   }
 }
-
-// The keys [first, end) that each of this lane's rows sees.
-template <class Config>
-struct RowBounds {
-  int first[2 * Config::kTilesM];
-  int end[2 * Config::kTilesM];
-
-  __device__ __forceinline__ RowBounds(const AttentionMask<Config::kMask>& mask, const QueryBlock& queries,
-                                       int warp_row) {
-    const int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int i = 0; i < 2 * Config::kTilesM; ++i) {
-      const int query = (queries.first_row + warp_row + i / 2 * 16 + i % 2 * 8 + lane / 4) / queries.group;
-      first[i] = mask.first_key(query);
-      end[i] = mask.end_key(query);
-    }
-  }
-
-  __device__ __forceinline__ void apply(Accumulator<Config::kTilesM, Config::kTilesN>& scores,
-                                        int key) const {
-    const int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int i = 0; i < 2 * Config::kTilesM; ++i) {
-#pragma unroll
-      for (int n = 0; n < Config::kTilesN; ++n) {
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          const int column = key + n * 8 + 2 * (lane % 4) + c;
-          if (column < first[i] || column >= end[i]) scores[i / 2][n][2 * (i % 2) + c] = -INFINITY;
-        }
-      }
-    }
-  }
-};
 
 // Scale, softcap and ALiBi: the heads of packed rows differ.
 template <class Config>
@@ -176,7 +143,7 @@ __device__ __forceinline__ void attend(const SplitParams& params, const CachedSe
   const uint32_t query_address = shared + Shared::offset(warp_row + a.row, a.chunk);
   const uint32_t key_address = ring + Shared::offset(warp_key + b.row, b.chunk);
   const uint32_t value_address = ring + Config::kKeyBytes + Shared::offset(warp_key + a.row, a.chunk);
-  const RowBounds<Config> bounds(mask, queries, warp_row);
+  const RowBounds<Config::kTilesM> bounds(mask, queries.first_row + warp_row, queries.group);
   const float scale_log2 = Config::kModifiers ? 1.0f : forward.softmax_scale * kLog2E;
   Accumulator<Config::kTilesM, Config::kTilesD> output = {};
   OnlineSoftmax<Config::kTilesM> softmax;

@@ -24,6 +24,7 @@
 #include "common/dropout.cuh"
 #include "common/kv_cache.cuh"
 #include "common/query_block.cuh"
+#include "common/row_bounds.cuh"
 #include "common/schedule.cuh"
 #include "common/scores.cuh"
 #include "common/sequence.cuh"
@@ -139,7 +140,15 @@ struct Consumer {
       apply_modifiers(scores, ScoreModifiers(params, work.queries.batch, work.queries.head),
                       work.mask.diagonal, row, key);
     }
-    if (work.blocks.needs_mask(block)) apply_mask(scores, work.mask, row, key);
+    if (work.blocks.needs_mask(block)) {
+      if constexpr (kVariant == Variant::kPacked) {
+        AttentionMask<Config::kMask> by_query = work.mask;
+        by_query.group = 1;
+        RowBounds<1>(by_query, row, work.mask.group).apply(scores, key);
+      } else {
+        apply_mask(scores, work.mask, row, key);
+      }
+    }
     float block_max[2];
     softmax.block_max(block_max, scores);
     const bool lags = __any_sync(0xffffffff, softmax.lags(block_max, scale_log2));
