@@ -57,19 +57,20 @@ def _cost(splits: int, tiles: int, rows: int, key_blocks: int, multiprocessors: 
 
 
 def _long_cost(
-    splits: int, sequences: int, long: LongTiles, capacity: int, multiprocessors: int, at_once: int
+    splits: int, tiles: int, long: LongTiles, rows: int, capacity: int, multiprocessors: int
 ) -> float:
     """The same for the tiles of Hopper's forward kernel, of which a multiprocessor works on one at a time.
 
-    The memory that parts are written to and merged from, `at_once` of them, is shared evenly.
+    The memory that parts of all `rows` are written to and merged from is shared evenly.
     """
-    tiles = sequences * long.tiles * splits
+    tiles *= splits
     blocks = -(-_blocks(capacity, long.keys) // splits) * long.keys / SPLIT_KEYS
     cost = -(-tiles // multiprocessors) * (blocks + START_COST) * LONG_COST * long.rows / LARGEST_TILE
     if splits == 1:
         return cost
-    merges = -(-splits // at_once)
-    return cost + tiles / multiprocessors * long.rows * PART_COST + merges * MERGE_COST
+    warps = MERGING_WARPS if rows <= MERGING_WARPS * multiprocessors else 1
+    merges = -(-splits // (MERGED_AT_ONCE * warps))
+    return cost + rows * splits / multiprocessors * PART_COST + merges * MERGE_COST
 
 
 def _blocks(keys: int, block_n: int) -> int:
@@ -141,13 +142,12 @@ def plan(
     best = _cheapest(costs)
     if long is None:
         return Plan(best, False)
+    tiles, total_rows = sequences * long.tiles, sequences * num_heads_k * rows
     if not num_splits:
         # Many tiles share out evenly enough, also where capacity says little about lengths.
-        many = sequences * long.tiles >= ENOUGH_TILES * multiprocessors
+        many = tiles >= ENOUGH_TILES * multiprocessors
         choices = [1] if many else _choices(_blocks(capacity, long.keys))
-    few = sequences * num_heads_k * rows <= MERGING_WARPS * multiprocessors
-    at_once = MERGED_AT_ONCE * MERGING_WARPS if few else MERGED_AT_ONCE
-    long_costs = {n: _long_cost(n, sequences, long, capacity, multiprocessors, at_once) for n in choices}
+    long_costs = {n: _long_cost(n, tiles, long, total_rows, capacity, multiprocessors) for n in choices}
     long_best = _cheapest(long_costs)
     return Plan(long_best, True) if long_costs[long_best] <= costs[best] else Plan(best, False)
 
