@@ -18,13 +18,17 @@ START_COST = 0.5
 """What a thread block costs besides its blocks of keys, in blocks of keys."""
 
 PART_COST = 1 / 32
-"""What a row of a part of the result costs beyond FEW_ROWS of them, to write and merge, in blocks of keys."""
+"""What a row of a part of the result costs to write and merge, in blocks of keys; the first FEW_ROWS of a
+thread block are free, except in Hopper's forward kernel.
+"""
 
 MERGE_COST = 2.0
 """What merging costs besides, in blocks of keys of one multiprocessor, each time that parts are read."""
 
 MERGED_AT_ONCE, MERGING_WARPS = 8, 8
-"""Parts of a row that a warp reads at once, and the warps that share a row of a call with few rows."""
+"""Parts of a row that a warp reads at once, and the warps that share a row of a call with few rows: kBatch
+and kWarps of common/combine.cu.
+"""
 
 ALONE = 0.6
 """Speed of a thread block of more than FEW_ROWS rows that has a multiprocessor to itself, of that of two.

@@ -22,7 +22,6 @@
 
 #include "common/accumulator.cuh"
 #include "common/dropout.cuh"
-#include "common/kv_cache.cuh"
 #include "common/query_block.cuh"
 #include "common/row_bounds.cuh"
 #include "common/schedule.cuh"

@@ -81,8 +81,7 @@ struct Producer {
   }
 
   __device__ __forceinline__ void run() {
-    const TileQueue<Arguments::kProducers> queue{params.tile_counter,
-                                                 static_cast<int>(arguments.num_tiles())};
+    const TileQueue<kWarps ? 32 : 1> queue{params.tile_counter, static_cast<int>(arguments.num_tiles())};
     for (int index = blockIdx.x; index < queue.num_tiles; index = queue.next(index)) {
       const TileSchedule::Tile tile = arguments.tile(index);
       const auto sequence = arguments.sequence(tile.batch);
