@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 
 from flash_attn import _custom_ops as ops
+from flash_attn._dispatch import needs_dispatcher
+from flash_attn._forward_only import differentiable_once
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -66,9 +67,9 @@ def _buffers(inputs: Sequence[Tensor], needed: Sequence[bool]) -> tuple[list[Ten
     return gradients, split(gradients)
 
 
-def _function(name: str, q: Tensor) -> Any:
+def _function(name: str, *tensors: Any) -> Any:
     """Return the plain function of that name, or its custom op where the dispatcher must see the call."""
-    return getattr(ops, f"_wrapped{name}" if ops.needs_dispatcher(q) else name)
+    return getattr(ops, f"_wrapped{name}" if needs_dispatcher(*tensors) else name)
 
 
 def _row_sums(dout: Tensor, out: Tensor, dtype: torch.dtype) -> Tensor:
@@ -95,7 +96,7 @@ class FlashAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, sinks: Tensor | None, slopes: Tensor | None, scoring: tuple, deterministic: bool,
                 return_softmax: bool, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        run = _function("_flash_attn_forward", inputs[0])
+        run = _function("_flash_attn_forward", *inputs, slopes, sinks)
         out, lse, probs, rng_state = run(*split(inputs), *scoring, slopes, return_softmax, s_aux=sinks)
         ctx.save_for_backward(out, lse, rng_state, slopes, sinks, *inputs)
         ctx.scoring, ctx.deterministic = scoring, deterministic
@@ -104,13 +105,13 @@ class FlashAttention(torch.autograd.Function):
         return out, lse, probs
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("flash_attn")
     def backward(ctx: Any, dout: Tensor | None, *unused: Tensor | None) -> Gradients:
         if dout is None:
             return (None,) * len(ctx.needs_input_grad)
         out, lse, rng_state, slopes, sinks, *inputs = ctx.saved_tensors
         gradients, parts = _buffers(inputs, ctx.needs_input_grad[-len(inputs) :])
-        run = _function("_flash_attn_backward", inputs[0])
+        run = _function("_flash_attn_backward", *inputs, dout, out, lse, slopes)
         softmax_d = run(
             dout, *split(inputs), out, lse, *parts, *ctx.scoring, slopes, ctx.deterministic, rng_state
         )  # fmt: skip
@@ -127,7 +128,9 @@ class VarlenFlashAttention(torch.autograd.Function):
     def forward(ctx: Any, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
                 sinks: Tensor | None, slopes: Tensor | None, scoring: tuple, deterministic: bool,
                 return_softmax: bool, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        run = _function("_flash_attn_varlen_forward", inputs[0])
+        run = _function(
+            "_flash_attn_varlen_forward", *inputs, cu_seqlens_q, cu_seqlens_k, slopes, sinks
+        )  # fmt: skip
         out, lse, probs, rng_state = run(
             *split(inputs), cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *scoring, slopes,
             return_softmax, s_aux=sinks,
@@ -139,13 +142,15 @@ class VarlenFlashAttention(torch.autograd.Function):
         return out, lse, probs
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("flash_attn")
     def backward(ctx: Any, dout: Tensor | None, *unused: Tensor | None) -> Gradients:
         if dout is None:
             return (None,) * len(ctx.needs_input_grad)
         out, lse, rng_state, slopes, sinks, cu_seqlens_q, cu_seqlens_k, *inputs = ctx.saved_tensors
         gradients, parts = _buffers(inputs, ctx.needs_input_grad[-len(inputs) :])
-        run = _function("_flash_attn_varlen_backward", inputs[0])
+        run = _function(
+            "_flash_attn_varlen_backward", *inputs, dout, out, lse, cu_seqlens_q, cu_seqlens_k, slopes
+        )  # fmt: skip
         run(
             dout, *split(inputs), out, lse, *parts, cu_seqlens_q, cu_seqlens_k, *ctx.max_seqlens,
             *ctx.scoring, slopes, ctx.deterministic, rng_state,

@@ -7,75 +7,29 @@ library's dispatch table.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Sequence
 from math import inf
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from flash_attn import _abi, _library
+from flash_attn import _abi, _gpu, _library
 from flash_attn._layout import empty_out, probs_shape, round_multiple
 from flash_attn._philox import new_rng_state
-from flash_attn._tile_counter import tile_counter
-from flash_attn._validation import Scoring, Shapes
+from flash_attn._validation import Scoring, Shapes, check_memory
 
 Outputs = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 Sizes = tuple[int, int, int, int, int, int]
 
 DTYPES = {torch.float16: int(_abi.Dtype.FP16), torch.bfloat16: int(_abi.Dtype.BF16)}
 DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
-OLDEST_CAPABILITY = (7, 5)
-HOPPER = (9, 0)
 PROBS_AT = _abi.ForwardParams.probs.offset
 FIXED_LENGTH = (0, 0, 0, 0)
 PACKED: tuple[int, ...] = (0,)
 NOT_PACKED: tuple[int, ...] = ()
 
 _pack = _abi.FORWARD_PARAMS.pack
-
-
-class _Device(NamedTuple):
-    """A GPU that was found able to run the library, and whether it may run kernels made for Hopper."""
-
-    library: _library.Library
-    hopper: bool
-
-
-_devices: dict[int, _Device] = {}
-
-
-def _public_raw_stream(device: int) -> int:
-    return torch.cuda.current_stream(device).cuda_stream
-
-
-raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", _public_raw_stream)
-
-
-def _prepare(device: int) -> _Device:
-    """Check a GPU and load the library, at the first call on it."""
-    capability = torch.cuda.get_device_capability(device)
-    if capability < OLDEST_CAPABILITY:
-        name, found = torch.cuda.get_device_name(device), ".".join(map(str, capability))
-        raise RuntimeError(
-            f"q must be on a GPU of compute capability 7.5 (Turing) or newer, got {name}, which has {found}"
-        )
-    library = _library.load()
-    hopper = capability == HOPPER and library.family in (_abi.Family.AUTO, _abi.Family.SM90)
-    return _devices.setdefault(device, _Device(library, hopper))
-
-
-def prepared(device: int) -> _Device:
-    """Return the library, for a GPU that can run it, and what is known of the GPU."""
-    return _devices.get(device) or _prepare(device)
-
-
-@cache
-def multiprocessors(device: int) -> int:
-    """Return how many multiprocessors a GPU has."""
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def fail(
@@ -85,7 +39,7 @@ def fail(
     """Raise what a nonzero status means; a kernel that is missing comes with the command that builds it."""
     text = (library.last_error() or b"").decode() or f"status {status}"
     if status in (_abi.Status.NOT_BUILT, _abi.Status.UNSUPPORTED_DEVICE):
-        major, minor = torch.cuda.get_device_capability(q.get_device())
+        major, minor = _gpu.capability(q.get_device())
         arch = _library.arch_of(10 * major + minor, library.family)
         command = _library.build_command(arch, head_dim, DTYPE_NAMES[q.dtype], direction)
         text = f"{text}; build it with `{command}`"
@@ -95,35 +49,63 @@ def fail(
 def readable(x: Tensor) -> bool:
     """Return whether kernels can read x (.., h, d), or write it, where it is.
 
-    They need a contiguous last dimension, rows that are a multiple of 8 elements, a base aligned to 16 bytes
-    and strides that are multiples of 8 elements.
+    They need a contiguous last dimension, rows that are a multiple of 8 elements, a base aligned to 16 bytes,
+    strides that are multiples of 8 elements, and the signs that memory holds. `_attend` asks the same of its
+    tensors at one glance.
     """
     *strides, last = x.stride()
     elements = x.shape[-1]
     for stride in strides:
         elements |= stride
-    return last == 1 and not elements & 7 and not x.data_ptr() & 15
+    return last == 1 and not elements & 7 and not x.data_ptr() & 15 and not x.is_neg()
 
 
-def aligned(x: Tensor) -> Tensor:
-    """Return x (.., h, d) as kernels read it, copied only where it must be; short rows get zeros appended."""
+def writable(x: Tensor) -> Tensor:
+    """Allocate what kernels can write in place of x (.., h, d): contiguous, rows a multiple of 8 elements."""
+    shape = (*x.shape[:-1], round_multiple(x.shape[-1], 8))
+    return torch.empty(shape, dtype=x.dtype, device=x.device)
+
+
+def aligned(x: Tensor, name: str) -> Tensor:
+    """Return x (.., h, d) as kernels read it, copied only where it must be; short rows get zeros appended.
+
+    Raises:
+        TypeError: x has no memory of its own.
+    """
+    check_memory(x, name)
     if readable(x):
         return x
-    padding = -x.shape[-1] % 8
-    return pad(x, (0, padding)) if padding else x.clone(memory_format=torch.contiguous_format)
+    copy, head_dim = writable(x), x.shape[-1]
+    copy[..., :head_dim].copy_(x)
+    if copy.shape[-1] != head_dim:
+        copy[..., head_dim:].zero_()
+    return copy
 
 
-def as_table(x: Tensor) -> Tensor:
-    """Return a table of cosines or sines as kernels read it: contiguous, at a multiple of 16 bytes."""
-    return (
-        x if x.is_contiguous() and not x.data_ptr() & 15 else x.clone(memory_format=torch.contiguous_format)
-    )
+def contiguous(x: Tensor, name: str, alignment: int = 4) -> Tensor:
+    """Return what is no (.., h, d) as kernels read it: contiguous, at a multiple of `alignment` bytes.
+
+    Raises:
+        TypeError: x has no memory of its own.
+    """
+    check_memory(x, name)
+    if x.is_contiguous() and not x.data_ptr() & alignment - 1 and not x.is_neg():
+        return x
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x)
 
 
-def with_contiguous_slopes(scoring: Scoring) -> Scoring:
-    """Return `scoring` with ALiBi slopes, if any, as kernels read them."""
-    slopes = scoring.alibi_slopes
-    return scoring if slopes is None else scoring._replace(alibi_slopes=slopes.contiguous())
+def addresses_of(**indices: Tensor | None) -> tuple[list[Tensor | None], list[int]]:
+    """Return tensors, given by name, as `contiguous` does, and where they lie, 0 for None."""
+    found = [None if x is None else contiguous(x, name) for name, x in indices.items()]
+    return found, [0 if x is None else x.data_ptr() for x in found]
+
+
+def readable_scoring(scoring: Scoring) -> Scoring:
+    """Return `scoring` with ALiBi slopes and sinks, if any, as kernels read them."""
+    slopes, sinks = scoring.alibi_slopes, scoring.sinks
+    if slopes is not None:
+        scoring = scoring._replace(alibi_slopes=contiguous(slopes, "alibi_slopes"))
+    return scoring if sinks is None else scoring._replace(sinks=contiguous(sinks, "s_aux"))
 
 
 def pack_forward(
@@ -133,7 +115,7 @@ def pack_forward(
 ) -> bytes:  # fmt: skip
     """Pack ForwardParams of q, k, v and out, given as addresses and as strides of batch, row and head.
 
-    The rest is as in `_attend`; ALiBi slopes are contiguous.
+    The rest is as in `_attend`; ALiBi slopes and sinks are as `readable_scoring` returns them.
     """
     batch, seqlen_q, seqlen_k, total_q, num_heads, num_heads_k = sizes
     softmax_scale, softcap, window_left, window_right, dropout_p, slopes, sinks = scoring
@@ -168,6 +150,12 @@ def _attend(
     out. `sizes` is (batch, seqlen_q, seqlen_k, total_q, num_heads, num_heads_k), `sequences` the addresses of
     cu_seqlens_q, cu_seqlens_k, seqused_k and leftpad_k, 0 for none.
     """
+    batch, seqlen_q, seqlen_k, total_q, num_heads, _ = sizes
+    if not (batch and total_q and seqlen_q and seqlen_k and num_heads and k.shape[0]):
+        out.zero_()
+        if lse is not None:
+            lse.fill_(inf)
+        return _dropout_buffers(q, sizes, return_softmax, generator) if scoring.dropout_p else (None, None)
     batch_stride = PACKED if sequences[0] else NOT_PACKED
     q_batch, q_row, q_head, q_last = batch_stride + q.stride()
     k_batch, k_row, k_head, k_last = batch_stride + k.stride()
@@ -177,27 +165,24 @@ def _attend(
     k_v_strides = k_batch | k_row | k_head | v_batch | v_row | v_head
     head_dim, head_dim_v = head_dims
     elements = head_dim | head_dim_v | q_batch | q_row | q_head | k_v_strides | o_batch | o_row | o_head
-    addresses = q_at | k_at | v_at | o_at
-    if elements & 7 or addresses & 15 or not q_last == k_last == v_last == o_last == 1:
+    if (
+        elements & 7 or (q_at | k_at | v_at | o_at) & 15 or not q_last == k_last == v_last == o_last == 1
+        or not (q_at and k_at and v_at and o_at)
+        or q.is_neg() or k.is_neg() or v.is_neg() or out.is_neg()
+    ):  # fmt: skip
         return _attend_copies(
             q, k, v, out, lse, scoring, sizes, head_dims, lse_strides, sequences, return_softmax, generator
         )  # fmt: skip
-    scoring = with_contiguous_slopes(scoring)
+    scoring = readable_scoring(scoring)
     rng_at = 0
     probs = rng_state = None
     if scoring.dropout_p:
         probs, rng_state = _dropout_buffers(q, sizes, return_softmax, generator)
         rng_at = rng_state.data_ptr()
-    batch, seqlen_q, seqlen_k, total_q, num_heads, _ = sizes
-    if not (batch and total_q and seqlen_q and seqlen_k and num_heads):
-        out.zero_()
-        if lse is not None:
-            lse.fill_(inf)
-        return probs, rng_state
     device = q.get_device()
-    stream = raw_stream(device)
-    library, hopper = prepared(device)
-    counter = tile_counter(device, stream) if hopper else None
+    stream = _gpu.raw_stream(device)
+    library, hopper = _gpu.prepared(device)
+    counter = _gpu.tile_counter(device, stream) if hopper else None
     strides = (
         q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, o_batch, o_row, o_head
     )  # fmt: skip
@@ -220,13 +205,13 @@ def _attend_copies(
     head_dims: tuple[int, int], *arguments: Any,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """`_attend` with copies of those tensors that the kernels cannot read, or write, where they are."""
-    target, head_dim_v = out, head_dims[1]
-    padded = round_multiple(head_dims[0], 8), round_multiple(head_dim_v, 8)
-    if not readable(out):
-        target = torch.empty(*out.shape[:-1], padded[1], dtype=out.dtype, device=out.device)
-    result = _attend(aligned(q), aligned(k), aligned(v), target, lse, scoring, sizes, padded, *arguments)
+    check_memory(out, "out")
+    target = out if readable(out) else writable(out)
+    padded = round_multiple(head_dims[0], 8), round_multiple(head_dims[1], 8)
+    q, k, v = aligned(q, "q"), aligned(k, "k"), aligned(v, "v")
+    result = _attend(q, k, v, target, lse, scoring, sizes, padded, *arguments)
     if target is not out:
-        out.copy_(target[..., :head_dim_v])
+        out.copy_(target[..., : head_dims[1]])
     return result
 
 
@@ -272,9 +257,9 @@ def varlen_forward(
     if out is None:
         out = empty_out(q, head_dim_v)
     lse = empty_lse((num_heads, total_q), (total_q, 1), q) if need_lse else None
-    given = cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k
-    indices = [None if x is None else x.contiguous() for x in given]
-    at = [0 if x is None else x.data_ptr() for x in indices]
+    _indices, at = addresses_of(
+        cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k, leftpad_k=leftpad_k
+    )  # fmt: skip
     sizes = cu_seqlens_q.numel() - 1, max_seqlen_q, max_seqlen_k, total_q, num_heads, num_heads_k
     probs, rng_state = _attend(
         q, k, v, out, lse, scoring, sizes, (head_dim, head_dim_v), (0, total_q), at, return_softmax, generator

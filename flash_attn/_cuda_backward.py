@@ -11,10 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flash_attn import _abi, _cuda, _library
+from flash_attn import _abi, _cuda, _gpu, _library
 from flash_attn._layout import PROBS_BLOCK, empty_softmax_d, padded_rows, round_multiple
 from flash_attn._splits import choose_key_parts
-from flash_attn._validation import Gradients, Scoring
+from flash_attn._validation import GRADIENTS, Gradients, Scoring, check_memory
 
 ABSENT = (0, 0, 0, 0)
 
@@ -65,7 +65,7 @@ def _launch(
     of_each = [ABSENT if x is None else batch_stride + x.stride() for x in tensors]
     strides = [step for x in of_each for step in x[:3]]
     device = q.get_device()
-    library = _cuda.prepared(device).library
+    library = _gpu.prepared(device).library
     batch, _, seqlen_k, _, num_heads, num_heads_k = sizes
     batches = 1 if sequences[0] else batch
     rows = softmax_d.stride(-2)
@@ -73,14 +73,14 @@ def _launch(
     parts = 1
     if gradients[1] is not None and num_heads > num_heads_k:
         masked = scoring.window_left >= 0 or scoring.window_right >= 0
-        multiprocessors = _cuda.multiprocessors(device)
+        multiprocessors = _gpu.multiprocessors(device)
         parts = choose_key_parts(batch, num_heads, num_heads_k, seqlen_k, masked, multiprocessors)
     head_dim = _library.kernel_head_dim(max(head_dims))
     workspace = _workspace(
         q, rows * num_heads * batches, 0 if gradients[0] is None else head_dim, deterministic,
         2 * parts * num_heads_k * batches * key_rows * head_dim if parts > 1 else 0,
     )  # fmt: skip
-    scoring = _cuda.with_contiguous_slopes(scoring)
+    scoring = _cuda.readable_scoring(scoring)
     forward = _cuda.pack_forward(
         addresses[:4], lse.data_ptr(), sequences, 0 if rng_state is None else rng_state.data_ptr(), 0,
         strides[:12], (batch_stride + lse.stride())[:2], sizes, k.shape[0], head_dims, scoring, q.dtype,
@@ -89,16 +89,10 @@ def _launch(
     packed = _pack(
         forward, *addresses[4:], softmax_d.data_ptr(), *workspace[1:], *strides[12:], rows, key_rows, parts
     )
-    status = library.backward(packed, _cuda.raw_stream(device))
+    status = library.backward(packed, _gpu.raw_stream(device))
     del workspace  # no sooner: the next allocation on this stream may be given it
     if status:
         _cuda.fail(status, q, max(head_dims), library, _abi.Direction.BACKWARD)
-
-
-def _writable(x: Tensor) -> Tensor:
-    """Allocate what kernels can write in place of x (.., h, d): contiguous, rows a multiple of 8 elements."""
-    shape = (*x.shape[:-1], round_multiple(x.shape[-1], 8))
-    return torch.empty(shape, dtype=x.dtype, device=x.device)
 
 
 def _differentiate(
@@ -108,19 +102,25 @@ def _differentiate(
 ) -> None:  # fmt: skip
     """Write the gradients, by way of copies where kernels cannot read or write tensors where they are."""
     batch, seqlen_q, seqlen_k, total_q, num_heads, _ = sizes
-    if not (batch and total_q and seqlen_q and seqlen_k and num_heads):
+    if not (batch and total_q and seqlen_q and seqlen_k and num_heads and k.shape[0]):
         for x in (*gradients, softmax_d):
             if x is not None:
                 x.zero_()
         return
-    targets = [x if x is None or _cuda.readable(x) else _writable(x) for x in gradients]
+    for x, name in zip(gradients, GRADIENTS, strict=True):
+        check_memory(x, name)
+    targets = [x if x is None or _cuda.readable(x) else _cuda.writable(x) for x in gradients]
     if (targets[1] is None) != (targets[2] is None):  # one kernel computes both
-        targets[1:] = [_writable(x) if y is None else y for x, y in zip((k, v), targets[1:], strict=True)]
+        pairs = zip((k, v), targets[1:], strict=True)
+        targets[1:] = [_cuda.writable(x) if target is None else target for x, target in pairs]
+    named = zip((q, k, v, out, dout), ("q", "k", "v", "out", "dout"), strict=True)
+    check_memory(lse, "softmax_lse")
     _launch(
-        [_cuda.aligned(x) for x in (q, k, v, out, dout)], lse if lse.stride(-1) == 1 else lse.contiguous(),
+        [_cuda.aligned(x, name) for x, name in named],
+        lse if lse.stride(-1) == 1 and not lse.is_neg() else _cuda.contiguous(lse, "softmax_lse"),
         targets, softmax_d, scoring, sizes,
         (round_multiple(q.shape[-1], 8), round_multiple(v.shape[-1], 8)), sequences, deterministic,
-        None if rng_state is None else rng_state.contiguous(),
+        None if rng_state is None else _cuda.contiguous(rng_state, "rng_state"),
     )  # fmt: skip
     for x, target in zip(gradients, targets, strict=True):
         if x is not None and target is not None and target is not x:
@@ -161,8 +161,8 @@ def varlen_backward(
     batch = cu_seqlens_q.numel() - 1
     (total_q, num_heads, _), (_, num_heads_k, _) = q.shape, k.shape
     softmax_d = empty_softmax_d(q, batch)
-    bounds = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
-    sequences = bounds[0].data_ptr(), bounds[1].data_ptr(), 0, 0
+    _bounds, at = _cuda.addresses_of(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    sequences = *at, 0, 0
     sizes = batch, max_seqlen_q, max_seqlen_k, total_q, num_heads, num_heads_k
     _differentiate(
         dout, q, k, v, out, lse, gradients, softmax_d, scoring, sizes, sequences, deterministic, rng_state

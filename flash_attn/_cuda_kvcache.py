@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flash_attn import _abi, _cuda
+from flash_attn import _abi, _cuda, _gpu
 from flash_attn import _validation as check
 from flash_attn._cpu_kvcache import Cache, Rotary
 from flash_attn._layout import empty_out
 from flash_attn._splits import LONG_FROM, long_tiles, plan
-from flash_attn._tile_counter import tile_counter
 from flash_attn._validation import Scoring, Shapes
 
 _pack = _abi.SPLIT_PARAMS.pack
@@ -27,16 +26,20 @@ def kvcache_num_splits(q: Tensor, k_cache: Tensor, block_table: Tensor | None = 
     Only their shapes count, not what they hold; on CPU keys are not split. Score modifiers and a larger head
     dim of v are left out: on Hopper they may change the number of calls with many queries.
     """
-    if not q.is_cuda:
+    check.check_qkv(q, k_cache, k_cache, 4, 4, ("q", "k_cache", "k_cache"))
+    if block_table is not None:
+        check.check_index(block_table, "block_table", q, (q.shape[0], -1))
+        check.check_page_size(k_cache, "k_cache")
+    if not _gpu.serves(q):
         return 1
     batch, seqlen_q, num_heads, head_dim = q.shape
     capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
     num_heads_k = k_cache.shape[2]
     rows, device = seqlen_q * (num_heads // num_heads_k), q.get_device()
     long = None
-    if _cuda.prepared(device).hopper:
+    if _gpu.prepared(device).hopper:
         long = long_tiles(seqlen_q, num_heads, num_heads_k, head_dim, packs=True)
-    return plan(batch, num_heads_k, rows, capacity, _cuda.multiprocessors(device), long).num_splits
+    return plan(batch, num_heads_k, rows, capacity, _gpu.multiprocessors(device), long).num_splits
 
 
 def _check_in_place(x: Tensor, name: str) -> None:
@@ -48,10 +51,6 @@ def _check_in_place(x: Tensor, name: str) -> None:
         )
         got = f"shape {tuple(x.shape)}, strides {x.stride()}, address % 16 = {x.data_ptr() % 16}"
         check.fail(ValueError, name, allowed, got)
-
-
-def _contiguous(x: Tensor) -> Tensor:
-    return x if x.is_contiguous() else x.contiguous()
 
 
 def _attend(
@@ -95,11 +94,11 @@ def _attend(
             q, cache, k, v, rotary, scoring, out, lse, lse_strides, shapes, sizes, num_splits, cu_seqlens
         )  # fmt: skip
     device = q.get_device()
-    stream = _cuda.raw_stream(device)
-    library, hopper = _cuda.prepared(device)
+    stream = _gpu.raw_stream(device)
+    library, hopper = _gpu.prepared(device)
     page_size, table_at, table_stride, capacity = 0, 0, 0, rows
     if block_table is not None:
-        block_table = _contiguous(block_table)
+        block_table = _cuda.contiguous(block_table, "block_table")
         table_at, table_stride = block_table.data_ptr(), block_table.shape[1]
         page_size, capacity = rows, rows * table_stride
     group_rows = seqlen_q * (num_heads // num_heads_k)
@@ -108,12 +107,12 @@ def _attend(
         packs = scoring.alibi_slopes is None and not scoring.softcap and scoring.softmax_scale > 0.0
         long = long_tiles(seqlen_q, num_heads, num_heads_k, max(head_dim, head_dim_v), packs)
     if long is not None or not num_splits:
-        multiprocessors = _cuda.multiprocessors(device)
+        multiprocessors = _gpu.multiprocessors(device)
         num_splits, is_long = plan(
             batch, num_heads_k, group_rows, capacity, multiprocessors, long, num_splits
         )  # fmt: skip
     if is_long:
-        counter = tile_counter(device, stream)
+        counter = _gpu.tile_counter(device, stream)
         counter_at = counter.data_ptr()
     partial_at = partial_rows = 0
     if num_splits > 1:
@@ -122,27 +121,20 @@ def _attend(
         partial_at = partial.data_ptr()
     rotary_at, rotary_sizes = (0, 0, 0), (0, 0, 0)
     if rotary is not None:
-        cos, sin = _cuda.as_table(rotary.cos), _cuda.as_table(rotary.sin)
+        cos = _cuda.contiguous(rotary.cos, "rotary_cos", 16)
+        sin = _cuda.contiguous(rotary.sin, "rotary_sin", 16)
         rotated = torch.empty(q_shape, dtype=q.dtype, device=q.device)
         rotary_at = cos.data_ptr(), sin.data_ptr(), rotated.data_ptr()
         rotary_sizes = cos.shape[0], 2 * cos.shape[1], rotary.interleaved
-    seqlen, seqlens_at, batch_idx_at, leftpad_at, packed_at = 0, 0, 0, 0, (0, 0)
-    if isinstance(seqlens, Tensor):
-        seqlens = _contiguous(seqlens)
-        seqlens_at = seqlens.data_ptr()
-    else:
-        seqlen = capacity if seqlens is None else seqlens
-    if batch_idx is not None:
-        batch_idx = _contiguous(batch_idx)
-        batch_idx_at = batch_idx.data_ptr()
-    if leftpad is not None:
-        leftpad = _contiguous(leftpad)
-        leftpad_at = leftpad.data_ptr()
-    if cu_seqlens is not None:
-        cu_seqlens_q, cu_seqlens_k = map(_contiguous, cu_seqlens)
-        packed_at = cu_seqlens_q.data_ptr(), cu_seqlens_k.data_ptr()
-    if scoring.alibi_slopes is not None:
-        scoring = _cuda.with_contiguous_slopes(scoring)
+    seqlen = 0
+    if not isinstance(seqlens, Tensor):
+        seqlen, seqlens = capacity if seqlens is None else seqlens, None
+    cu_seqlens_q, cu_seqlens_k = (None, None) if cu_seqlens is None else cu_seqlens
+    _indices, (seqlens_at, batch_idx_at, leftpad_at, *packed_at) = _cuda.addresses_of(
+        cache_seqlens=seqlens, cache_batch_idx=batch_idx, cache_leftpad=leftpad, cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+    )  # fmt: skip
+    scoring = _cuda.readable_scoring(scoring)
     forward = _cuda.pack_forward(
         (q_at, k_at, v_at, o_at), 0 if lse is None else lse.data_ptr(), (*packed_at, 0, leftpad_at), 0,
         counter_at, strides, lse_strides, (batch, seqlen_q, capacity, total_q, num_heads, num_heads_k),
@@ -165,9 +157,9 @@ def _attend_copies(
     """`_attend` with copies of what kernels cannot read, or write, where it is; a cache is refused then."""
     _check_in_place(cache.k, "k_cache")
     _check_in_place(cache.v, "v_cache")
-    target = out if _cuda.readable(out) else torch.empty(out.shape, dtype=out.dtype, device=out.device)
-    k, v = (None if x is None else _cuda.aligned(x) for x in (k, v))
-    _attend(_cuda.aligned(q), cache, k, v, rotary, scoring, target, *arguments)
+    target = out if _cuda.readable(out) else _cuda.writable(out)
+    k, v = (None if x is None else _cuda.aligned(x, name) for x, name in ((k, "k"), (v, "v")))
+    _attend(_cuda.aligned(q, "q"), cache, k, v, rotary, scoring, target, *arguments)
     if target is not out:
         out.copy_(target)
 
@@ -195,6 +187,7 @@ def forward_kvcache(
 def varlen_forward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, scoring: Scoring, cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor, max_seqlen_q: int, seqused_k: Tensor | None, block_table: Tensor, need_lse: bool,
+    num_splits: int = 0,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Return (out, lse (h, total_q) or None) of q (total_q, h, d) over pages k (num_blocks, page, hk, d).
 
@@ -208,5 +201,7 @@ def varlen_forward(
     lse = _cuda.empty_lse((num_heads, total_q), (total_q, 1), q) if need_lse else None
     sizes, cu_seqlens = (cu_seqlens_q.numel() - 1, max_seqlen_q, total_q), (cu_seqlens_q, cu_seqlens_k)
     cache = Cache(k, v, seqused_k, None, None, block_table)
-    _attend(q, cache, None, None, None, scoring, out, lse, (0, total_q), shapes, sizes, 0, cu_seqlens)
+    _attend(
+        q, cache, None, None, None, scoring, out, lse, (0, total_q), shapes, sizes, num_splits, cu_seqlens
+    )  # fmt: skip
     return out, lse

@@ -2,42 +2,30 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
-from flash_attn import _abi, _cuda, _library
-from flash_attn._custom_ops import needs_dispatcher
+from flash_attn import _abi, _cuda, _gpu
+from flash_attn._dispatch import needs_dispatcher
 
 _pack = _abi.ROTARY_PARAMS.pack
 INT32_MAX = 2**31 - 1
-
-
-@cache
-def _has_library() -> bool:
-    """Return whether the library can be loaded; torch operations serve where it cannot."""
-    try:
-        _library.load()
-    except RuntimeError:
-        return False
-    return True
 
 
 def can_rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> bool:
     """Return whether the kernel takes these tensors as they are; else torch operations do."""
     rotary_dim = 2 * cos.shape[1]
     return (
-        x.is_cuda
+        _gpu.serves(x)
         and x.dtype in _cuda.DTYPES
         and cos.dtype == sin.dtype
         and cos.dtype in (x.dtype, torch.float32)
         and cos.device == sin.device == x.device
         and rotary_dim % (8 if interleaved else 16) == 0
         and x.numel() > 0 < rotary_dim
-        and not needs_dispatcher(x)
+        and not needs_dispatcher(x, cos, sin)
         and _cuda.readable(x)
-        and _has_library()
+        and _gpu.has_library()
     )
 
 
@@ -60,15 +48,15 @@ def rotate(
     out = x if inplace else torch.empty_like(x)
     if not _cuda.readable(out):
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    cos, sin = _cuda.as_table(cos), _cuda.as_table(sin)
+    cos, sin = _cuda.contiguous(cos, "cos", 16), _cuda.contiguous(sin, "sin", 16)
     starts = None if isinstance(offsets, int) else _as_int32(offsets)
     bounds = None if cu_seqlens is None else cu_seqlens.to(torch.int32).contiguous()
     batch_stride = _cuda.NOT_PACKED if bounds is None else _cuda.PACKED
     *lengths, num_heads, head_dim = x.shape
     batch, seqlen = lengths if bounds is None else (bounds.numel() - 1, 0)
     device = x.get_device()
-    stream = _cuda.raw_stream(device)
-    library = _cuda.prepared(device).library
+    stream = _gpu.raw_stream(device)
+    library = _gpu.prepared(device).library
     packed = _pack(
         x.data_ptr(), out.data_ptr(), cos.data_ptr(), sin.data_ptr(),
         0 if starts is None else starts.data_ptr(), 0 if bounds is None else bounds.data_ptr(),

@@ -7,6 +7,7 @@ operation.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 
 from flash_attn import _operations
+from flash_attn import _validation as check
+from flash_attn._forward_only import forward_only as _forward_only
 from flash_attn._layout import empty_out, empty_softmax_d, lse_dtype, probs_shape
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -40,7 +43,7 @@ _SCHEMAS = {
         "(Tensor q, Tensor k, Tensor v, " + _LENGTHS + _SCORING.format("=-1", "=-1")
         + _FORWARD_TAIL.format("=0.0", "=None", "=False")
         + ", Tensor? block_table=None, Tensor? leftpad_k=None, Tensor? seqused_k=None, "
-        + "bool zero_tensors=False, Tensor? s_aux=None)" + _OUTPUTS
+        + "bool zero_tensors=False, SymInt num_splits=0, Tensor? s_aux=None)" + _OUTPUTS
     ),
     "_flash_attn_backward": "(" + _GRADIENTS + _SCORING.format("", "") + _BACKWARD_TAIL + ") -> Tensor",
     "_flash_attn_varlen_backward": (
@@ -65,10 +68,10 @@ def _flash_attn_forward(
     return_softmax: bool, s_aux: Tensor | None = None,
 ) -> Outputs:  # fmt: skip
     """Return (out, softmax_lse, S_dmask, rng_state); shapes as in `flash_attn_func`, no gradients."""
-    return _filled(*_operations.forward(
+    return _forward_only("_flash_attn_forward", lambda: _filled(*_operations.forward(
         q, k, v, dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes,
         return_softmax, s_aux=s_aux,
-    ))  # fmt: skip
+    )), q, k, v, alibi_slopes, s_aux)  # fmt: skip
 
 
 def _flash_attn_varlen_forward(
@@ -77,18 +80,19 @@ def _flash_attn_varlen_forward(
     window_size_left: int = -1, window_size_right: int = -1, softcap: float = 0.0,
     alibi_slopes: Tensor | None = None, return_softmax: bool = False, block_table: Tensor | None = None,
     leftpad_k: Tensor | None = None, seqused_k: Tensor | None = None, zero_tensors: bool = False,
-    s_aux: Tensor | None = None,
+    num_splits: int = 0, s_aux: Tensor | None = None,
 ) -> Outputs:  # fmt: skip
     """Return (out, softmax_lse, S_dmask, rng_state); shapes as in `flash_attn_varlen_func`, no gradients.
 
     `seqused_k` int32 (b,) limits the keys used per sequence, `leftpad_k` int32 (b,) skips leading ones,
-    counted in it. Rows outside the sequences are zero whatever `zero_tensors` says.
+    counted in it. Rows outside the sequences are zero whatever `zero_tensors` says. `num_splits` is as in
+    `flash_attn_with_kvcache` and counts where there is a `block_table`.
     """
-    return _filled(*_operations.varlen_forward(
+    return _forward_only("_flash_attn_varlen_forward", lambda: _filled(*_operations.varlen_forward(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
         window_size_left, window_size_right, softcap, alibi_slopes, return_softmax, block_table, leftpad_k,
-        seqused_k, s_aux=s_aux,
-    ))  # fmt: skip
+        seqused_k, s_aux=s_aux, num_splits=num_splits,
+    )), q, k, v, alibi_slopes, s_aux)  # fmt: skip
 
 
 def _flash_attn_backward(
@@ -133,51 +137,90 @@ def _fake_outputs(
     return out, lse, q.new_empty(probs if has_probs else (0,)), q.new_empty((2,), dtype=torch.int64)
 
 
+def _check_bias(q: Tensor, batch: int, alibi_slopes: Tensor | None, s_aux: Tensor | None = None) -> None:
+    if alibi_slopes is not None:
+        check.check_alibi(alibi_slopes, q, batch)
+    if s_aux is not None:
+        check.check_sinks(s_aux, q)
+
+
 def _fake_forward(
     q, k, v, dropout_p, softmax_scale, causal, left, right, softcap, alibi_slopes, return_softmax, s_aux=None
 ):  # fmt: skip
-    batch, seqlen_q, num_heads, _ = q.shape
-    probs = probs_shape(batch, num_heads, seqlen_q, k.shape[1])
+    (batch, seqlen_q, num_heads, _), k_shape, _ = check.check_qkv(q, k, v, 4, 4)
+    check.check_batch(k, batch)
+    _check_bias(q, batch, alibi_slopes, s_aux)
+    probs = probs_shape(batch, num_heads, seqlen_q, k_shape[1])
     return _fake_outputs(q, v, (batch, num_heads, seqlen_q), probs, return_softmax and dropout_p > 0.0)
 
 
 def _fake_varlen_forward(
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
-    left=-1, right=-1, softcap=0.0, alibi_slopes=None, return_softmax=False, *unused, **unused_named,
+    left=-1, right=-1, softcap=0.0, alibi_slopes=None, return_softmax=False, block_table=None, leftpad_k=None,
+    seqused_k=None, zero_tensors=False, num_splits=0, s_aux=None,
 ):  # fmt: skip
+    check.check_qkv(q, k, v, 3, 3 if block_table is None else 4)
+    batch = _operations.check_sequences(q, cu_seqlens_q, cu_seqlens_k)
+    _operations.check_key_bounds(q, k, batch, block_table, leftpad_k, seqused_k)
+    _check_bias(q, batch, alibi_slopes, s_aux)
     total_q, num_heads, _ = q.shape
-    probs = probs_shape(cu_seqlens_q.shape[0] - 1, num_heads, max_seqlen_q, max_seqlen_k)
+    probs = probs_shape(batch, num_heads, max_seqlen_q, max_seqlen_k)
     return _fake_outputs(q, v, (num_heads, total_q), probs, return_softmax and dropout_p > 0.0)
 
 
-def _fake_backward(dout, q, *unused, **unused_named):
+def _fake_backward(
+    dout, q, k, v, out, lse, dq, dk, dv, dropout_p, softmax_scale, causal, left, right, softcap, alibi_slopes,
+    *unused, **unused_named,
+):  # fmt: skip
+    (batch, seqlen_q, num_heads, _), _, _ = check.check_qkv(q, k, v, 4, 4)
+    check.check_batch(k, batch)
+    _check_bias(q, batch, alibi_slopes)
+    _operations.check_differentiated(dout, q, k, v, out, lse, (batch, num_heads, seqlen_q))
     return empty_softmax_d(q)
 
 
-def _fake_varlen_backward(dout, q, k, v, out, lse, dq, dk, dv, cu_seqlens_q, *unused, **unused_named):
-    return empty_softmax_d(q, cu_seqlens_q.shape[0] - 1)
+def _fake_varlen_backward(
+    dout, q, k, v, out, lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
+    softmax_scale, causal, left, right, softcap, alibi_slopes, *unused, **unused_named,
+):  # fmt: skip
+    (total_q, num_heads, _), _, _ = check.check_qkv(q, k, v, 3, 3)
+    batch = _operations.check_sequences(q, cu_seqlens_q, cu_seqlens_k)
+    _check_bias(q, batch, alibi_slopes)
+    _operations.check_differentiated(dout, q, k, v, out, lse, (num_heads, total_q))
+    return empty_softmax_d(q, batch)
 
 
-def _register(function: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Define the custom op of a function, and return it."""
-    name = function.__name__
-    torch.library.define(f"flash_attn::{name}", _SCHEMAS[name])
-    torch.library.impl(f"flash_attn::{name}", "default", function)
-    torch.library.register_fake(f"flash_attn::{name}", fake)
+def _latest(name: str) -> Callable[..., Any]:
+    """Return a function that calls the one of that name in this module, as `sys.modules` has it then.
+
+    An operator is registered once in a process, whereas the package may be imported again. Autograd is the
+    dispatcher's business.
+    """
+
+    def call(*arguments: Any, **named: Any) -> Any:
+        with torch.no_grad():
+            return getattr(sys.modules[__name__], name)(*arguments, **named)
+
+    return call
+
+
+def _no_gradient(ctx: Any, *unused: Any) -> Any:
+    raise NotImplementedError("an operator of flash_attn has no gradient: call the public function")
+
+
+def _register(name: str) -> Any:
+    """Define the custom op of the function of that name, unless it is there already, and return it."""
+    if not hasattr(torch.ops.flash_attn, name):
+        qualified = f"flash_attn::{name}"
+        torch.library.define(qualified, _SCHEMAS[name])
+        torch.library.impl(qualified, "default", _latest(name))
+        torch.library.register_fake(qualified, _latest(name.replace("_flash_attn", "_fake")))
+        if name.endswith("forward"):
+            torch.library.register_autograd(qualified, _no_gradient)
     return getattr(torch.ops.flash_attn, name)
 
 
-_wrapped_flash_attn_forward = _register(_flash_attn_forward, _fake_forward)
-_wrapped_flash_attn_varlen_forward = _register(_flash_attn_varlen_forward, _fake_varlen_forward)
-_wrapped_flash_attn_backward = _register(_flash_attn_backward, _fake_backward)
-_wrapped_flash_attn_varlen_backward = _register(_flash_attn_varlen_backward, _fake_varlen_backward)
-
-_PLAIN = frozenset({Tensor, torch.nn.Parameter})
-_dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
-
-
-def needs_dispatcher(q: Tensor) -> bool:
-    """Return whether a call needs its custom op: for a compiler, a tensor subclass or a dispatch mode."""
-    if torch.compiler.is_compiling() or _dispatch_modes() > 0:
-        return True
-    return q.is_meta if type(q) in _PLAIN else isinstance(q, Tensor)
+_wrapped_flash_attn_forward = _register("_flash_attn_forward")
+_wrapped_flash_attn_varlen_forward = _register("_flash_attn_varlen_forward")
+_wrapped_flash_attn_backward = _register("_flash_attn_backward")
+_wrapped_flash_attn_varlen_backward = _register("_flash_attn_varlen_backward")

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flash_attn import _cuda_kvcache
+from flash_attn import _cuda_kvcache, _gpu
 from flash_attn import _validation as check
 from flash_attn._cpu_kvcache import Cache, Rotary
 from flash_attn._cpu_kvcache import forward_kvcache as forward_on_cpu
-from flash_attn._splits import MAX_SPLITS
+from flash_attn._dispatch import PLAIN, is_tracing
+from flash_attn._layout import overlap
 
 ROTARY_MULTIPLE = 16
 
@@ -60,6 +61,22 @@ def _check_new(q: Tensor, cache: Cache, k: Tensor | None, v: Tensor | None) -> i
     return k.shape[1]
 
 
+def _check_written(cache: Cache) -> None:
+    """Check the cache that keys are appended to: no element may be there twice, nor be in the other one."""
+    for x, name in ((cache.k, "k_cache"), (cache.v, "v_cache")):
+        check.refuse_gradients(**{name: x})
+        check.check_apart(x, name)
+    if overlap(cache.k, cache.v):
+        check.fail(ValueError, "v_cache", "apart from k_cache, to be appended to", "memory that they share")
+
+
+def _refuse_without_memory(**given: Any) -> None:
+    """Refuse tensors, given by name, without memory to read or to append to: there is no custom op."""
+    for name, x in given.items():
+        if type(x) not in PLAIN:
+            check.check_memory(x, name)
+
+
 def _check_on_cpu(cache: Cache, s_new: int) -> None:
     """Check on CPU that the cache can be written in place, and that lengths, rows and pages lie inside of it.
 
@@ -74,7 +91,7 @@ def _check_on_cpu(cache: Cache, s_new: int) -> None:
         check.check_range(cache.batch_idx, "cache_batch_idx", 0, cache.k.shape[0] - 1)
     if cache.block_table is not None:
         filled = cache.capacity if cache.seqlens is None else cache.seqlens
-        lengths = torch.as_tensor(filled).expand(cache.block_table.shape[0]) + s_new
+        lengths = torch.as_tensor(filled, device="cpu").expand(cache.block_table.shape[0]) + s_new
         check.check_pages(cache.block_table, lengths, cache.k.shape[1], cache.k.shape[0])
     if cache.leftpad is not None:
         filled = cache.capacity if cache.seqlens is None else cache.seqlens
@@ -87,12 +104,10 @@ def _check_rotary(
 ) -> Rotary:
     """Check the rotary tables; `last` is the largest position that they must hold, where it is known."""
     if cos is None or sin is None:
-        check.fail(
-            ValueError, "rotary_cos" if cos is None else "rotary_sin", "given together with its pair", None
-        )
+        missing, given = ("rotary_cos", "rotary_sin") if cos is None else ("rotary_sin", "rotary_cos")
+        check.fail(ValueError, given, f"None where {missing} is", "a tensor")
     for x, name in ((cos, "rotary_cos"), (sin, "rotary_sin")):
-        if not isinstance(x, Tensor):
-            check.fail(TypeError, name, "a torch.Tensor", type(x).__name__)
+        check.check_tensor(x, name)
         if x.dtype != q.dtype:
             check.fail(TypeError, name, f"of q's dtype ({q.dtype})", x.dtype)
         if x.device != q.device:
@@ -108,7 +123,7 @@ def _check_rotary(
         check.fail(ValueError, "rotary_cos", allowed, rotary_dim)
     if last is not None and last >= cos.shape[0]:
         check.fail(ValueError, "rotary_cos", f"of more than {last} rows", cos.shape[0])
-    return Rotary(cos, sin, interleaved)
+    return Rotary(cos, sin, check.as_flag(interleaved, "rotary_interleaved"))
 
 
 def forward_kvcache(
@@ -124,7 +139,16 @@ def forward_kvcache(
     Without `need_lse`, CUDA does not compute the LSE: it is None.
     """
     q_shape, k_shape, v_shape = check.check_qkv(q, k_cache, v_cache, 4, 4, ("q", "k_cache", "v_cache"))
-    on_cuda = q.is_cuda
+    on_cuda = _gpu.serves(q)
+    if is_tracing():
+        raise NotImplementedError("flash_attn_with_kvcache is not implemented for torch.jit.trace")
+    if not on_cuda:  # whose backend asks for itself
+        _refuse_without_memory(
+            q=q, k_cache=k_cache, v_cache=v_cache, k=k, v=v, cache_seqlens=cache_seqlens,
+            rotary_cos=rotary_cos, rotary_sin=rotary_sin, cache_batch_idx=cache_batch_idx,
+            cache_leftpad=cache_leftpad, block_table=block_table, alibi_slopes=alibi_slopes, out=out,
+            s_aux=s_aux,
+        )  # fmt: skip
     if not on_cuda and q.is_meta:
         raise NotImplementedError("flash_attn_with_kvcache is not implemented for meta tensors")
     batch, seqlen_q, _, head_dim = q_shape
@@ -134,16 +158,13 @@ def forward_kvcache(
     cache = tuple.__new__(Cache, fields)  # as in check_scoring
     _check_cache(q, cache, batch, k_shape[0])
     s_new = _check_new(q, cache, k, v)
-    if type(num_splits) is not int:
-        num_splits = check.as_int(num_splits, "num_splits")
-    if not 0 <= num_splits <= MAX_SPLITS:
-        check.fail(ValueError, "num_splits", f"in [0, {MAX_SPLITS}]", num_splits)
+    num_splits = check.check_num_splits(num_splits)
     capacity = k_shape[1] if block_table is None else cache.capacity
     if capacity > check.MAX_SEQLEN:
         check.fail(ValueError, "k_cache", f"of room for at most {check.MAX_SEQLEN} keys a sequence", capacity)
     scoring = check.check_scoring(
         q, head_dim, batch, seqlen_q, capacity, 0.0, softmax_scale, causal, window_left, window_right,
-        softcap, alibi_slopes, s_aux,
+        softcap, alibi_slopes, s_aux, keeps_window=rotary_cos is not None,
     )  # fmt: skip
     last = None
     if isinstance(cache_seqlens, int) and not 0 <= cache_seqlens <= capacity - s_new:
@@ -158,7 +179,10 @@ def forward_kvcache(
     if rotary_cos is not None or rotary_sin is not None:
         rotary = _check_rotary(q, rotary_cos, rotary_sin, rotary_interleaved, k is not None, last)
     if out is not None:
-        check.check_output(out, "out", q, v_shape)
+        read = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "k": k, "v": v}
+        check.check_out(out, q, v_shape, read)
+    if s_new:
+        _check_written(cache)
     if on_cuda:
         shapes = q_shape, k_shape, v_shape
         return _cuda_kvcache.forward_kvcache(

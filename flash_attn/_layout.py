@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -48,13 +51,38 @@ def overlap(x: Tensor, y: Tensor) -> bool:
     """
     if x.untyped_storage().data_ptr() != y.untyped_storage().data_ptr() or not (x.numel() and y.numel()):
         return False
+    distance = int(y.storage_offset() - x.storage_offset())
+    return _meet(distance, tuple(x.shape), x.stride(), tuple(y.shape), y.stride())
+
+
+@lru_cache(maxsize=1024)
+def _meet(
+    distance: int, x_shape: Sequence[int], x_strides: Sequence[int], y_shape: Sequence[int],
+    y_strides: Sequence[int],
+) -> bool:  # fmt: skip
     ranges: dict[int, tuple[int, int]] = {}
-    for tensor, sign in ((x, 1), (y, -1)):
-        for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+    for shape, strides, sign in ((x_shape, x_strides, 1), (y_shape, y_strides, -1)):
+        for size, stride in zip(shape, strides, strict=True):
             low, high = ranges.get(stride, (0, 0))
             ranges[stride] = low + min(0, sign * (size - 1)), high + max(0, sign * (size - 1))
-    steps = [(stride, *ranges[stride]) for stride in sorted(ranges, reverse=True)]
-    return _reaches(int(y.storage_offset() - x.storage_offset()), steps)
+    return _reaches(distance, [(stride, *ranges[stride]) for stride in sorted(ranges, reverse=True)])
+
+
+def overlaps_itself(x: Tensor) -> bool:
+    """Return whether an element of memory is more than one element of `x`, as where it is expanded."""
+    return bool(x.numel()) and _repeats(tuple(x.shape), x.stride())
+
+
+@lru_cache(maxsize=1024)
+def _repeats(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    steps = sorted(((step, n) for n, step in zip(shape, strides, strict=True) if n > 1), reverse=True)
+    for i, (stride, size) in enumerate(steps):
+        finer = [(step, 1 - n, n - 1) for step, n in steps[i + 1 :]]
+        if stride > sum(step * high for step, _, high in finer):
+            continue  # strides nest
+        if any(_reaches(n * stride, finer) for n in range(1, size)):
+            return True
+    return False
 
 
 def _reaches(distance: int, steps: list[tuple[int, int, int]]) -> bool:

@@ -7,13 +7,13 @@ splitting the query heads that share them makes more. The price is a second kern
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import NamedTuple
 
 from flash_attn._abi import LONG_COST, LONG_TILES, SPLIT_KEYS, SPLIT_ROWS
 from flash_attn._library import kernel_head_dim
+from flash_attn._validation import MAX_SPLITS
 
-MAX_SPLITS = 128
 START_COST = 0.5
 """What a thread block costs besides its blocks of keys, in blocks of keys."""
 
@@ -105,7 +105,7 @@ class LongTiles(NamedTuple):
     keys: int
 
 
-@cache
+@lru_cache(maxsize=4096)
 def long_tiles(
     seqlen_q: int, num_heads: int, num_heads_k: int, head_dim: int, packs: bool
 ) -> LongTiles | None:
@@ -166,7 +166,7 @@ Under a mask (True) thread blocks differ in length, and many short ones share ou
 """
 
 
-@cache
+@lru_cache(maxsize=4096)
 def choose_key_parts(
     sequences: int, num_heads: int, num_heads_k: int, seqlen_k: int, masked: bool, multiprocessors: int
 ) -> int:

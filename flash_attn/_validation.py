@@ -8,19 +8,25 @@ device tensors are checked on CPU only, where reading them costs no synchronisat
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable, Mapping, Sequence, Set
 from itertools import combinations, pairwise
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
 
-from flash_attn._layout import lse_dtype, overlap
+from flash_attn import _gpu
+from flash_attn._layout import lse_dtype, overlap, overlaps_itself
 
+Number = TypeVar("Number")
+INT32_MAX = 2**31 - 1
 MAX_HEAD_DIM = 256
 MAX_SEQLEN = 2**31 - 128  # int32, also when rounded up to 128
 PAGE_MULTIPLE = 16
+MAX_SPLITS = 128
 FP32_MAX = (2.0 - 2.0**-23) * 2.0**127
 FP32_TINY = 2.0**-126
+MAX_SCALE = 2.0**100  # scores up to 2^27 before scaling stay finite in fp32
 MAX_DROPOUT_P = 1.0 - 2.0**-24  # the last fp32 number below 1
 CUDA_DTYPES = frozenset({torch.float16, torch.bfloat16})
 CPU_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
@@ -52,9 +58,25 @@ def _dtype_names(dtypes: frozenset[torch.dtype]) -> str:
     return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
 
 
-def _check_tensor(x: Any, name: str) -> None:
+def check_tensor(x: Any, name: str) -> None:
+    """Check that `x` is a tensor, and a dense one."""
     if not isinstance(x, Tensor):
         fail(TypeError, name, "a torch.Tensor", type(x).__name__)
+    if x.layout != torch.strided or x.is_nested or x.is_quantized:
+        kind = "nested" if x.is_nested else "quantized" if x.is_quantized else x.layout
+        fail(TypeError, name, "a dense tensor", kind)
+
+
+def check_memory(x: Any, name: str) -> None:
+    """Refuse a tensor without memory of its own (fake, distributed, functional), which no kernel can read."""
+    if not isinstance(x, Tensor):
+        return
+    try:
+        at = x.data_ptr()
+    except RuntimeError:
+        at = 0
+    if at == 0 and x.numel():
+        fail(TypeError, name, "a tensor with memory of its own", type(x).__name__)
 
 
 def _check_same_device(x: Tensor, name: str, q: Tensor, q_name: str = "q") -> None:
@@ -66,7 +88,7 @@ def _check_dtype(q: Tensor, name: str) -> None:
     device = q.device.type
     if device not in ("cpu", "cuda", "meta"):
         fail(ValueError, name, "on a cpu or cuda device", q.device)
-    allowed = CUDA_DTYPES if device == "cuda" else CPU_DTYPES
+    allowed = CUDA_DTYPES if _gpu.serves(q) else CPU_DTYPES
     if q.dtype not in allowed:
         fail(TypeError, name, f"one of {_dtype_names(allowed)} on {device}", q.dtype)
 
@@ -81,7 +103,7 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, rank_q: int, rank_k: int, labels:
         dtype, device, q_shape, k_shape, v_shape = q.dtype, q.device, q.shape, k.shape, v.shape
         if (
             dtype in CUDA_DTYPES and k.dtype is dtype and v.dtype is dtype
-            and (q.is_cuda or q.is_cpu) and k.device == device and v.device == device
+            and device.type in ("cuda", "cpu") and k.device == device and v.device == device
             and len(q_shape) == rank_q and len(k_shape) == rank_k
             and (v_shape == k_shape or _differ_in_head_dim(v_shape, k_shape))
             and 0 < q_shape[-1] <= MAX_HEAD_DIM and q_shape[-1] == k_shape[-1]
@@ -100,7 +122,7 @@ def _differ_in_head_dim(v_shape: torch.Size, k_shape: torch.Size) -> bool:
 
 def _check_kind(q: Tensor, k: Tensor, v: Tensor, labels: Labels) -> None:
     for x, name in zip((q, k, v), labels, strict=True):
-        _check_tensor(x, name)
+        check_tensor(x, name)
     _check_dtype(q, labels[0])
     for x, name in ((k, labels[1]), (v, labels[2])):
         if x.dtype != q.dtype:
@@ -137,7 +159,7 @@ def check_batch(k: Tensor, batch: int, name: str = "k", q_name: str = "q") -> No
 
 def check_packed(x: Tensor, name: str, rank: int, count: int) -> None:
     """Check that x of that rank packs `count` tensors (..., heads, d) as (..., count, heads, d)."""
-    _check_tensor(x, name)
+    check_tensor(x, name)
     if x.dim() != rank or x.shape[-3] != count:
         fail(ValueError, name, f"{rank}-dimensional with {count} in the last but two", tuple(x.shape))
 
@@ -152,58 +174,84 @@ def check_parts(x: Tensor, name: str, q: Tensor | None = None) -> None:
         check_batch(part, q.shape[0], name)
 
 
-def as_int(x: Any, name: str) -> int:
-    """Return `x` (int, numpy integer or 0-d integer tensor) as int."""
+def _convert(x: Any, name: str, kind: Callable[[Any], Number], allowed: str) -> Number:
+    """Return `kind(x)`: the one way of an argument that is a number (numpy's, or a tensor of one, too)."""
+    if isinstance(x, (str, bytes, bytearray, memoryview, Set, Mapping)):
+        fail(TypeError, name, allowed, f"{type(x).__name__} {x!r}")
+    refuse_gradients(**{name: x})
     try:
-        return operator.index(x)
-    except (TypeError, RuntimeError):
-        fail(TypeError, name, "an integer", f"{type(x).__name__} {x!r}")
+        return kind(x)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        fail(TypeError, name, allowed, f"{type(x).__name__} {x!r}")
+
+
+def as_int(x: Any, name: str) -> int:
+    """Return `x` (int, numpy integer or integer tensor of one element) as int."""
+    return _convert(x, name, operator.index, "an integer")
 
 
 def as_float(x: Any, name: str) -> float:
-    """Return `x` (any real number, or 0-d tensor) as a float that is finite in fp32."""
-    if isinstance(x, (str, bytes)):
-        fail(TypeError, name, "a number", repr(x))
-    try:
-        value = float(x)
-    except (TypeError, ValueError, RuntimeError):
-        fail(TypeError, name, "a number", f"{type(x).__name__} {x!r}")
+    """Return `x` (any real number, or tensor of one) as a float that is finite in fp32."""
+    value = _convert(x, name, float, "a number")
     if not abs(value) <= FP32_MAX:
         fail(ValueError, name, "finite in fp32", value)
     return value
 
 
-def split_window(window_size: Any) -> tuple[Any, Any]:
-    """Return the two entries of `window_size`."""
+def as_flag(x: Any, name: str) -> bool:
+    """Return `x` (a bool, None for False, a number, or a tensor of one) as bool."""
+    if isinstance(x, Sequence):
+        fail(TypeError, name, "a bool", f"{type(x).__name__} {x!r}")
+    return x is not None and bool(_convert(x, name, float, "a bool"))
+
+
+def refuse_gradients(**given: Any) -> None:
+    """Refuse tensors, given by name, to which no gradient is computed where autograd would record one."""
+    for name, x in given.items():
+        if x is not None and isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled():
+            raise NotImplementedError(f"{name} must not require grad: it gets no gradient, so detach it")
+
+
+def as_window(window_size: Any) -> tuple[int, int]:
+    """Return `window_size` as two integers from -1 to the largest of int32, which is more than any length."""
     try:
+        if isinstance(window_size, (str, bytes, bytearray, Set, Mapping)):
+            raise TypeError
         left, right = window_size
     except (TypeError, ValueError):
         fail(TypeError, "window_size", "a pair of integers", repr(window_size))
-    return left, right
+    left, right = as_int(left, "window_size[0]"), as_int(right, "window_size[1]")
+    return max(-1, min(left, INT32_MAX)), max(-1, min(right, INT32_MAX))
 
 
 def normalise_window(causal: bool, left: int, right: int, seqlen_q: int, seqlen_k: int) -> tuple[int, int]:
-    """Return the window with causal folded in: -1 where unlimited, right = 0 if causal.
+    """Return the window with causal folded in: -1 where it hides no key, right = 0 if causal.
 
-    A window as long as the keys is unlimited. A single query is aligned with the last key, so that any right
-    window shows it everything.
+    `seqlen_q` and `seqlen_k` are the lengths, or bounds of them. The first query stands at key seqlen_k -
+    seqlen_q and must see the last one, the last query at the last key and must see the first one.
     """
-    if left < 0 or left >= seqlen_k:
+    if left < 0 or left >= seqlen_k - 1:
         left = -1
     if causal:
         right = 0
-    elif right >= seqlen_k:
-        right = -1
-    return left, (-1 if right < 0 or seqlen_q == 1 else right)
+    return left, (-1 if right < 0 or right >= seqlen_q - 1 else right)
 
 
 def check_scoring(
     q: Tensor, head_dim: int, batch: int, seqlen_q: int, seqlen_k: int, dropout_p: float,
     softmax_scale: float | None, causal: bool, window_left: int, window_right: int, softcap: float,
-    alibi_slopes: Tensor | None, s_aux: Tensor | None = None,
+    alibi_slopes: Tensor | None, s_aux: Tensor | None = None, keeps_window: bool = False,
 ) -> Scoring:  # fmt: skip
-    """Check and normalise what turns q (.., h, head_dim) and k into probabilities."""
-    scale = head_dim**-0.5 if softmax_scale is None else as_float(softmax_scale, "softmax_scale")
+    """Check and normalise what turns q (.., h, head_dim) and k into probabilities.
+
+    With `keeps_window`, a window that hides no key stays one.
+    """
+    if softmax_scale is None:
+        scale = head_dim**-0.5
+    else:
+        scale = softmax_scale if type(softmax_scale) is float else as_float(softmax_scale, "softmax_scale")
+        if not -MAX_SCALE <= scale <= MAX_SCALE:
+            fail(ValueError, "softmax_scale", f"in [-{MAX_SCALE:.4g}, {MAX_SCALE:.4g}]", scale)
     if type(dropout_p) is not float:
         dropout_p = as_float(dropout_p, "dropout_p")
     if not 0.0 <= dropout_p <= MAX_DROPOUT_P:
@@ -214,14 +262,16 @@ def check_scoring(
         if softcap > 0.0 and dropout_p > 0.0:
             fail(ValueError, "softcap", "0 where dropout_p > 0", f"{softcap} with dropout_p {dropout_p}")
         fail(ValueError, "softcap", f"0, or from {FP32_TINY:g} to {FP32_MAX:g} (normal in fp32)", softcap)
-    if type(window_left) is not int:
-        window_left = as_int(window_left, "window_size[0]")
-    if type(window_right) is not int:
-        window_right = as_int(window_right, "window_size[1]")
-    if causal or window_left >= 0 or window_right >= 0:
-        window_left, window_right = normalise_window(causal, window_left, window_right, seqlen_q, seqlen_k)
-    else:
+    if type(causal) is not bool:
+        causal = as_flag(causal, "causal")
+    if type(window_left) is not int or type(window_right) is not int:
+        window_left, window_right = as_window((window_left, window_right))
+    if not (causal or window_left >= 0 or window_right >= 0):
         window_left = window_right = -1
+    elif keeps_window:
+        window_left, window_right = min(window_left, seqlen_k), 0 if causal else min(window_right, seqlen_q)
+    else:
+        window_left, window_right = normalise_window(causal, window_left, window_right, seqlen_q, seqlen_k)
     if alibi_slopes is not None:
         check_alibi(alibi_slopes, q, batch)
     sinks = None if s_aux is None else check_sinks(s_aux, q)
@@ -231,18 +281,18 @@ def check_scoring(
 
 def check_sinks(s_aux: Tensor, q: Tensor) -> Tensor:
     """Check attention sinks, (h,) of any floating dtype; return them contiguous, in the LSE's dtype."""
-    _check_tensor(s_aux, "s_aux")
+    check_tensor(s_aux, "s_aux")
     if not s_aux.dtype.is_floating_point:
         fail(TypeError, "s_aux", "of a floating dtype", s_aux.dtype)
     _check_same_device(s_aux, "s_aux", q)
     if s_aux.shape != q.shape[-2:-1]:
         fail(ValueError, "s_aux", f"of shape ({q.shape[-2]},)", tuple(s_aux.shape))
-    return s_aux.detach().to(lse_dtype(q.dtype)).contiguous()
+    return s_aux.detach().to(lse_dtype(q.dtype)).contiguous().resolve_neg()
 
 
 def check_alibi(slopes: Tensor, q: Tensor, batch: int) -> None:
     """Check ALiBi slopes: fp32 (h,) or (b, h) on q's device."""
-    _check_tensor(slopes, "alibi_slopes")
+    check_tensor(slopes, "alibi_slopes")
     if slopes.dtype != torch.float32:
         fail(TypeError, "alibi_slopes", "of dtype torch.float32", slopes.dtype)
     _check_same_device(slopes, "alibi_slopes", q)
@@ -256,7 +306,7 @@ def check_index(x: Tensor, name: str, q: Tensor, shape: tuple[int, ...]) -> None
     """Check an int32 tensor of the given shape on q's device; -1 in `shape` stands for any size."""
     if type(x) is Tensor and x.dtype is torch.int32 and x.shape == shape and x.device == q.device:
         return
-    _check_tensor(x, name)
+    check_tensor(x, name)
     if x.dtype != torch.int32:
         fail(TypeError, name, "of dtype torch.int32", x.dtype)
     _check_same_device(x, name, q)
@@ -298,6 +348,14 @@ def check_max_seqlen(x: Any, name: str) -> int:
     return value
 
 
+def check_num_splits(num_splits: Any) -> int:
+    """Return a number of parts of the keys as an int, 0 for a heuristic."""
+    value = num_splits if type(num_splits) is int else as_int(num_splits, "num_splits")
+    if not 0 <= value <= MAX_SPLITS:
+        fail(ValueError, "num_splits", f"in [0, {MAX_SPLITS}]", value)
+    return value
+
+
 def check_range(x: Tensor, name: str, low: int, high: int) -> None:
     """Check on CPU that every entry of `x` lies in [low, high]."""
     if x.numel() and not (low <= int(x.min()) and int(x.max()) <= high):
@@ -314,7 +372,7 @@ def check_page_size(k: Tensor, name: str) -> None:
 def check_pages(block_table: Tensor, lengths: Tensor, page_size: int, num_pages: int) -> None:
     """Check on CPU the entries of a block table (b, max_blocks) that sequences of `lengths` (b,) keys use."""
     used = (lengths.clamp(min=0) + page_size - 1) // page_size
-    in_use = torch.arange(block_table.shape[1]) < used[:, None]
+    in_use = torch.arange(block_table.shape[1], device=used.device) < used[:, None]
     check_range(block_table[in_use], "block_table", 0, num_pages - 1)
 
 
@@ -322,7 +380,7 @@ def check_like(
     x: Tensor, name: str, like: Tensor, like_name: str, shape: tuple[int, ...] | None = None
 ) -> None:
     """Check that `x` has the dtype and device of `like`, and its shape if no other is given."""
-    _check_tensor(x, name)
+    check_tensor(x, name)
     if x.dtype != like.dtype:
         fail(TypeError, name, f"of {like_name}'s dtype ({like.dtype})", x.dtype)
     _check_same_device(x, name, like, like_name)
@@ -331,15 +389,31 @@ def check_like(
         fail(ValueError, name, f"of shape {shape}", tuple(x.shape))
 
 
-def check_output(x: Tensor, name: str, q: Tensor, v_shape: torch.Size) -> None:
+def check_output(x: Tensor, name: str, q: Tensor, v_shape: Sequence[int]) -> None:
     """Check that `x` is as the output: like q (.., h, d), but of the head dim of v."""
     check_like(x, name, q, "q", (*q.shape[:-1], v_shape[-1]))
 
 
+def check_out(out: Tensor, q: Tensor, v_shape: Sequence[int], read: dict[str, Tensor | None]) -> None:
+    """Check the tensor that a result is to be written to, apart from all that the call reads."""
+    check_output(out, "out", q, v_shape)
+    refuse_gradients(out=out)
+    check_apart(out, "out")
+    for name, x in read.items():
+        if x is not None and overlap(out, x):
+            fail(ValueError, "out", f"apart from {name}", "memory that they share")
+
+
+def check_apart(x: Tensor, name: str) -> None:
+    """Check that no element of a tensor that is written to is there twice."""
+    if overlaps_itself(x):
+        fail(ValueError, name, "a tensor that is not expanded", f"strides {x.stride()}")
+
+
 def check_lse(lse: Tensor, shape: tuple[int, ...], q: Tensor) -> None:
     """Check the softmax LSE that a backward was given."""
-    _check_tensor(lse, "softmax_lse")
-    if lse.dtype != torch.float32 and (q.is_cuda or lse.dtype != torch.float64):
+    check_tensor(lse, "softmax_lse")
+    if lse.dtype != torch.float32 and (_gpu.serves(q) or lse.dtype != torch.float64):
         fail(TypeError, "softmax_lse", "of dtype torch.float32", lse.dtype)
     _check_same_device(lse, "softmax_lse", q)
     if tuple(lse.shape) != shape:
@@ -357,18 +431,24 @@ def check_rng_state(rng_state: Tensor | None, q: Tensor) -> Tensor:
     return rng_state
 
 
-def check_gradients(gradients: Gradients, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
-    """Check what dq, dk and dv, if not None, are to be written to: no element may be there twice."""
+def check_gradients(
+    gradients: Gradients, inputs: tuple[Tensor, Tensor, Tensor], read: dict[str, Tensor]
+) -> None:
+    """Check what dq, dk and dv, if not None, are to be written to.
+
+    No element may be there twice, nor be one of the inputs or of what else is `read`.
+    """
     given = []
     for x, name, like, like_name in zip(gradients, GRADIENTS, inputs, QKV, strict=True):
-        if x is None:
-            continue
-        check_like(x, name, like, like_name)
-        if 0 in x.stride() and any(n > 1 and not step for n, step in zip(x.shape, x.stride(), strict=True)):
-            fail(ValueError, name, "a tensor that is not expanded", f"strides {x.stride()}")
-        given.append((x, name))
-    if len({x.untyped_storage().data_ptr() for x, _ in given}) == len(given):
+        if x is not None:
+            check_like(x, name, like, like_name)
+            check_apart(x, name)
+            given.append((x, name))
+    sources = [*zip(inputs, QKV, strict=True), *((x, name) for name, x in read.items())]
+    written = {x.untyped_storage().data_ptr() for x, _ in given}
+    if len(written) == len(given) and written.isdisjoint(x.untyped_storage().data_ptr() for x, _ in sources):
         return
-    for (x, name), (y, y_name) in combinations(given, 2):
+    pairs = [*combinations(given, 2), *((source, x) for source in sources for x in given)]
+    for (x, name), (y, y_name) in pairs:
         if overlap(x, y):
             fail(ValueError, y_name, f"apart from {name}", "memory that they share")

@@ -8,6 +8,8 @@ memory: Dao et al., "FlashAttention" (2022); Dao, "FlashAttention-2" (2023). Fro
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -25,8 +27,9 @@ from flash_attn._custom_ops import (
     _wrapped_flash_attn_forward,
     _wrapped_flash_attn_varlen_backward,
     _wrapped_flash_attn_varlen_forward,
-    needs_dispatcher,
 )
+from flash_attn._dispatch import needs_dispatcher
+from flash_attn._forward_only import forward_only
 from flash_attn._layout import PROBS_BLOCK, maybe_contiguous, round_multiple
 
 __all__ = [
@@ -53,8 +56,10 @@ __all__ = [
 ]
 
 Window = tuple[int, int]
+Scoring = tuple[float, float | None, bool, int, int, float]
 Result = Tensor | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
 REFUSALS = (TypeError, ValueError, NotImplementedError)
+MAX_WINDOW = 2**31
 
 
 def _get_block_size_n(device: torch.device, head_dim: int, is_dropout: bool, is_causal: bool) -> int:
@@ -71,17 +76,34 @@ def _result(return_attn_probs: bool, out: Tensor, lse: Tensor, probs: Tensor | N
 def _window(window_size: Window) -> tuple[int, int]:
     if type(window_size) is tuple and len(window_size) == 2:
         left, right = window_size
-        if type(left) is int and type(right) is int:
+        if type(left) is int and type(right) is int and -1 <= left < MAX_WINDOW and -1 <= right < MAX_WINDOW:
             return left, right
-    left, right = check.split_window(window_size)
-    return check.as_int(left, "window_size[0]"), check.as_int(right, "window_size[1]")
+    return check.as_window(window_size)
 
 
-def _refuse_recorded(**given: object) -> None:
-    """Refuse what has no gradient where a tensor requires grad."""
-    for name, x in given.items():
-        if x is not None:
-            raise NotImplementedError(f"{name} must be None where a tensor requires grad: forward only")
+def _scoring(
+    dropout_p: float, softmax_scale: float | None, causal: bool, window_size: Window, softcap: float
+) -> Scoring:
+    """Return the arguments as the numbers that they stand for."""
+    return (
+        dropout_p if type(dropout_p) is float else check.as_float(dropout_p, "dropout_p"),
+        softmax_scale
+        if softmax_scale is None or type(softmax_scale) is float
+        else check.as_float(softmax_scale, "softmax_scale"),
+        causal if type(causal) is bool else check.as_flag(causal, "causal"),
+        *_window(window_size),
+        softcap if type(softcap) is float else check.as_float(softcap, "softcap"),
+    )
+
+
+def _records(inputs: tuple[Tensor, ...], out: Tensor | None, alibi_slopes: Tensor | None) -> bool:
+    """Return whether autograd must record a call, in which case no `out` may be given."""
+    check.refuse_gradients(alibi_slopes=alibi_slopes)
+    if not must_record(inputs):
+        return False
+    if out is not None:
+        raise NotImplementedError("out must be None where a tensor requires grad: forward only")
+    return True
 
 
 def _written(made: Tensor, out: Tensor | None) -> Tensor:
@@ -98,16 +120,15 @@ def _attend(
     return_attn_probs: bool, out: Tensor | None = None, s_aux: Tensor | None = None,
 ) -> Result:  # fmt: skip
     """`flash_attn_func` of (q, k, v), (q, kv) or (qkv,)."""
-    scoring = (dropout_p, softmax_scale, bool(causal), *_window(window_size), softcap)
-    if must_record(inputs if s_aux is None else (*inputs, s_aux)):
-        _refuse_recorded(out=out)
+    scoring = _scoring(dropout_p, softmax_scale, causal, window_size, softcap)
+    if _records(inputs if s_aux is None else (*inputs, s_aux), out, alibi_slopes):
         result = record(
             FlashAttention, s_aux, alibi_slopes, scoring, deterministic, return_attn_probs, *inputs
         )  # fmt: skip
         return result if return_attn_probs else result[0]
     q, k, v = split(inputs)
     arguments = q, k, v, *scoring, alibi_slopes, return_attn_probs
-    if needs_dispatcher(inputs[0]):
+    if needs_dispatcher(*inputs, alibi_slopes, out, s_aux):
         made, lse, probs, _ = _wrapped_flash_attn_forward(*arguments, s_aux=s_aux)
         out = _written(made, out)
     else:
@@ -125,11 +146,12 @@ def _attend_varlen(
     need_lse: bool = False, s_aux: Tensor | None = None,
 ) -> Result:  # fmt: skip
     """`flash_attn_varlen_func` of (q, k, v), (q, kv) or (qkv,); `need_lse` makes it (out, softmax_lse)."""
-    scoring = (dropout_p, softmax_scale, bool(causal), *_window(window_size), softcap)
-    if must_record(inputs if s_aux is None else (*inputs, s_aux)):
-        _refuse_recorded(block_table=block_table, out=out, seqused_k=seqused_k)
-        max_seqlen_q = check.check_max_seqlen(max_seqlen_q, "max_seqlen_q")
-        max_seqlen_k = check.check_max_seqlen(max_seqlen_k, "max_seqlen_k")
+    scoring = _scoring(dropout_p, softmax_scale, causal, window_size, softcap)
+    max_seqlen_q = check.check_max_seqlen(max_seqlen_q, "max_seqlen_q")
+    max_seqlen_k = check.check_max_seqlen(max_seqlen_k, "max_seqlen_k")
+    recorded = inputs if s_aux is None else (*inputs, s_aux)
+    records = _records(recorded, out, alibi_slopes)
+    if records and block_table is None and seqused_k is None:
         result = record(
             VarlenFlashAttention, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, s_aux, alibi_slopes,
             scoring, deterministic, return_attn_probs, *inputs,
@@ -140,15 +162,19 @@ def _attend_varlen(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *scoring, alibi_slopes,
         return_attn_probs, block_table,
     )  # fmt: skip
-    if needs_dispatcher(inputs[0]):
+    indices = cu_seqlens_q, cu_seqlens_k, block_table, seqused_k
+    if needs_dispatcher(*inputs, *indices, alibi_slopes, out, s_aux):
         made, lse, probs, _ = _wrapped_flash_attn_varlen_forward(
             *arguments, seqused_k=seqused_k, s_aux=s_aux
         )  # fmt: skip
         out = _written(made, out)
     else:
-        out, lse, probs, _ = _operations.varlen_forward(
-            *arguments, seqused_k=seqused_k, out=out, need_lse=return_attn_probs or need_lse, s_aux=s_aux
+        run = partial(
+            _operations.varlen_forward, *arguments, seqused_k=seqused_k, out=out,
+            need_lse=return_attn_probs or need_lse, s_aux=s_aux,
         )  # fmt: skip
+        what = "flash_attn_varlen_func with a block_table or seqused_k"
+        out, lse, probs, _ = forward_only(what, run, *recorded) if records else run()
     return (out, lse) if need_lse and not return_attn_probs else _result(return_attn_probs, out, lse, probs)
 
 
@@ -430,9 +456,15 @@ def flash_attn_with_kvcache(
         NotImplementedError: meta tensors.
     """
     window_left, window_right = _window(window_size)
-    out, lse = _kvcache.forward_kvcache(
+    arguments = (
         q, k_cache, v_cache, k, v, cache_seqlens, rotary_cos, rotary_sin, cache_batch_idx, cache_leftpad,
         block_table, alibi_slopes, out, softmax_scale, causal, window_left, window_right, softcap,
         rotary_interleaved, num_splits, return_softmax_lse, s_aux,
     )  # fmt: skip
+    if torch.is_grad_enabled():
+        check.refuse_gradients(alibi_slopes=alibi_slopes, rotary_cos=rotary_cos, rotary_sin=rotary_sin)
+        run = partial(_kvcache.forward_kvcache, *arguments)
+        out, lse = forward_only("flash_attn_with_kvcache", run, q, k_cache, v_cache, k, v, s_aux)
+    else:
+        out, lse = _kvcache.forward_kvcache(*arguments)
     return (out, lse) if return_softmax_lse else out

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +76,15 @@ def require_backward() -> Callable[..., None]:
 def require_split() -> Callable[..., None]:
     """Skip the test where there is no kernel over a KV cache for a CUDA device, dtype and head dims."""
     return lambda *arguments: _require("split", *arguments)
+
+
+@pytest.fixture
+def install() -> Iterator[Callable[..., None]]:
+    """Send CPU tensors down the CUDA path, to the given library, with the arguments of `_gpu.stand_in`."""
+    from flash_attn import _gpu
+
+    with ExitStack() as stack:
+        yield lambda *library, **options: stack.enter_context(_gpu.stand_in(*library, **options))
 
 
 @pytest.fixture(autouse=True)

@@ -21,10 +21,9 @@ HEAD_DIM_PAIRS = ((192, 128), (128, 192), (64, 96), (40, 24), (32, 256))
 
 @dataclass(frozen=True)
 class Options:
-    """Arguments of attention as the public functions name them, and two things that only the oracle needs.
+    """Arguments of attention as the public functions name them, and `keep`, which only the oracle needs.
 
-    `keep` is the dropout mask (b, h, sq, sk), True where kept. A window of at least `longest_k` keys is
-    unlimited; it is sk, or of a batch of different lengths the longest one possible.
+    It is the dropout mask (b, h, sq, sk), True where kept.
     """
 
     causal: bool = False
@@ -34,7 +33,6 @@ class Options:
     alibi_slopes: Tensor | None = None
     dropout_p: float = 0.0
     keep: Tensor | None = None
-    longest_k: int | None = None
 
     def arguments(self) -> dict:
         """Return what a public function takes."""
@@ -45,15 +43,14 @@ class Options:
 def visible(seqlen_q: int, seqlen_k: int, options: Options, device: torch.device) -> Tensor:
     """Return which keys (sq, sk) each query sees."""
     left, right = (int(x) for x in options.window_size)
-    longest_k = seqlen_k if options.longest_k is None else options.longest_k
     i = torch.arange(seqlen_q, device=device)[:, None] + seqlen_k - seqlen_q
     j = torch.arange(seqlen_k, device=device)[None, :]
     seen = torch.ones(seqlen_q, seqlen_k, dtype=torch.bool, device=device)
-    if 0 <= left < longest_k:
+    if left >= 0:
         seen &= j >= i - left
     if options.causal:
         seen &= j <= i
-    elif 0 <= right < longest_k:
+    elif right >= 0:
         seen &= j <= i + right
     return seen
 
@@ -101,7 +98,7 @@ def varlen_attention(
     for b, (nq, nk) in enumerate(zip(lengths_q, lengths_k, strict=True)):
         last = col + (nk if used is None else used[b])
         first = min(last, col + (0 if leftpad is None else leftpad[b]))
-        mine = replace(options, longest_k=options.longest_k or max(lengths_k))
+        mine = options
         if options.alibi_slopes is not None and options.alibi_slopes.dim() == 2:
             mine = replace(mine, alibi_slopes=options.alibi_slopes[b])
         if options.keep is not None:

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import torch
 
-from flash_attn import _abi, _cuda, _cuda_backward, _operations
+from flash_attn import _abi
 
 STREAM = 4242
-MULTIPROCESSORS = 8
+MULTIPROCESSORS = 132
 FORWARD_FIELDS = [name for name, _ in _abi.ForwardParams._fields_]
 BACKWARD_FIELDS = [name for name, _ in _abi.BackwardParams._fields_]
 SPLIT_FIELDS = [name for name, _ in _abi.SplitParams._fields_]
@@ -57,22 +57,6 @@ class Recorder:
     def backward(self, packed, stream):
         self.backward_calls.append((unpack_backward(packed), stream))
         return self.status
-
-
-def install(monkeypatch, recorder):
-    """Send CPU tensors down the CUDA path, to the recorder."""
-    monkeypatch.setattr(_cuda, "_devices", {-1: _cuda._Device(recorder, hopper=False)})
-    monkeypatch.setattr(_cuda, "raw_stream", lambda device: STREAM)
-    monkeypatch.setattr(_cuda, "multiprocessors", lambda device: MULTIPROCESSORS)
-    backend = SimpleNamespace(
-        forward=_cuda.forward,
-        varlen_forward=lambda *arguments: _cuda.varlen_forward(
-            *arguments[:-1]
-        ),  # the last is the CPU's block_table
-        backward=_cuda_backward.backward,
-        varlen_backward=_cuda_backward.varlen_backward,
-    )
-    monkeypatch.setattr(_operations, "_cpu", backend)
 
 
 def make(

@@ -6,11 +6,10 @@ import ctypes
 
 import pytest
 import torch
-from recorder import BACKWARD_FIELDS, STREAM, Recorder, install, make, strides, unpack_backward
+from recorder import BACKWARD_FIELDS, STREAM, Recorder, make, strides, unpack_backward
 
 from flash_attn import (
     _abi,
-    _cuda,
     flash_attn_func,
     flash_attn_qkvpacked_func,
     flash_attn_varlen_kvpacked_func,
@@ -22,9 +21,9 @@ NAMES = ("dq", "dk", "dv")
 
 
 @pytest.fixture
-def library(monkeypatch):
+def library(install):
     recorder = Recorder()
-    install(monkeypatch, recorder)
+    install(recorder)
     return recorder
 
 
@@ -370,20 +369,19 @@ class TestAutograd:
         ]  # fmt: skip
 
 
-def test_forced_family(monkeypatch):
+def test_forced_family(install):
     recorder = Recorder(family=86)
-    install(monkeypatch, recorder)
+    install(recorder)
     q, k, v = make()
     run(q, k, v, like(q, k, v))
     assert recorder.backward_calls[0][0].forward.family == 86
 
 
 @pytest.mark.parametrize("status", [_abi.Status.NOT_BUILT, _abi.Status.UNSUPPORTED_DEVICE])
-def test_a_build_without_backward_says_how_to_build_it(monkeypatch, status):
+def test_a_build_without_backward_says_how_to_build_it(install, status):
     recorder = Recorder(status)
-    install(monkeypatch, recorder)
+    install(recorder)
     recorder.last_error = lambda: b"this build holds no backward kernel for bf16, head dim 100"
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     q, k, v = make(head_dim=40, head_dim_v=104)
     with pytest.raises(RuntimeError) as caught:
         run(q, k, v, like(q, k, v))
@@ -392,15 +390,3 @@ def test_a_build_without_backward_says_how_to_build_it(monkeypatch, status):
         "FLASH_ATTN_DIRECTIONS=forward,backward pip install ."
     )
     assert "this build holds no backward kernel" in str(caught.value) and f"`{command}`" in str(caught.value)
-
-
-def test_the_device_is_prepared(monkeypatch):
-    """A backward may come first, or from another thread: autograd has its own."""
-    recorder = Recorder()
-    install(monkeypatch, recorder)
-    monkeypatch.setattr(_cuda, "_devices", {})
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    monkeypatch.setattr(_cuda._library, "load", lambda: recorder)
-    q, k, v = make()
-    run(q, k, v, like(q, k, v))
-    assert len(recorder.backward_calls) == 1

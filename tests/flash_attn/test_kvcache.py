@@ -54,7 +54,7 @@ def make(
 def check(out, lse, q, sequences, options, capacity=CAPACITY):
     """Compare with the oracle, given each sequence's keys and values (n, hk, d)."""
     for b, (k, v) in enumerate(sequences):
-        mine = replace(options, longest_k=capacity)
+        mine = options
         if options.alibi_slopes is not None and options.alibi_slopes.dim() == 2:
             mine = replace(mine, alibi_slopes=options.alibi_slopes[b])
         truth, truth_lse = attention(q[b : b + 1], k[None], v[None], mine)

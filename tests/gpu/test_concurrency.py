@@ -11,7 +11,7 @@ import torch
 from conftest import cuda_problem
 from oracle import HEAD_DIM_PAIRS, Options, assert_within, attention
 
-from flash_attn import _cuda, _tile_counter, flash_attn_func
+from flash_attn import _gpu, _tile_counter, flash_attn_func
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(cuda_problem()), reason=str(cuda_problem()))]
 
@@ -126,7 +126,7 @@ def test_the_counter_of_a_stream_does_not_live_in_a_pool_of_the_caller(monkeypat
 
 def test_only_hopper_counts_tiles():
     flash_attn_func(*make(*WIDE))
-    assert _cuda._devices[torch.cuda.current_device()].hopper == runs_on_hopper()
+    assert _gpu.prepared(torch.cuda.current_device()).hopper == runs_on_hopper()
 
 
 @pytest.mark.parametrize("head_dims", HEAD_DIM_PAIRS, ids=str)

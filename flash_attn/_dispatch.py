@@ -1,0 +1,29 @@
+"""Which calls only torch's dispatcher understands: those of compilers, tracers and tensors without memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None)})
+"""Types of arguments that are what they seem: memory on a device, or nothing."""
+
+is_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", torch.jit.is_tracing)
+_dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
+
+
+def needs_dispatcher(*tensors: Any) -> bool:
+    """Return whether a call with these arguments, some of them None perhaps, needs its custom op.
+
+    It does for a compiler, a tracer, a dispatch mode, and where an argument is a tensor subclass or the first
+    one is on the meta device: only the dispatcher knows what these are made of.
+    """
+    if torch.compiler.is_compiling() or _dispatch_modes() > 0 or is_tracing():
+        return True
+    for x in tensors:
+        if type(x) not in PLAIN and isinstance(x, Tensor):
+            return True
+    return isinstance(tensors[0], Tensor) and tensors[0].is_meta
