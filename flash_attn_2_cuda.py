@@ -58,14 +58,26 @@ def _like(given: Any, x: Any) -> Any:
     return torch.empty_like(x) if given is None and isinstance(x, Tensor) else given
 
 
+def _refuse_generator(gen: Any) -> None:
+    from flash_attn._validation import fail
+
+    if gen is not None:
+        fail(ValueError, "gen", "None in a backward, which is given the forward's rng_state", gen)
+
+
 def bwd(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor, dq: Tensor | None,
     dk: Tensor | None, dv: Tensor | None, alibi_slopes: Tensor | None, p_dropout: float, softmax_scale: float,
     is_causal: bool, window_size_left: int, window_size_right: int, softcap: float, deterministic: bool,
     gen: Generator, rng_state: Tensor | None,
 ) -> list[Tensor]:  # fmt: skip
-    """Return [dq, dk, dv, softmax_d]; written to the given gradients if there are some."""
+    """Return [dq, dk, dv, softmax_d]; written to the given gradients if there are some.
+
+    `gen` must be None: `rng_state` says what was dropped.
+    """
     from flash_attn import _operations
+
+    _refuse_generator(gen)
 
     dq, dk, dv = _like(dq, q), _like(dk, k), _like(dv, v)
     softmax_d = _operations.backward(
@@ -82,8 +94,13 @@ def varlen_bwd(
     zero_tensors: bool, is_causal: bool, window_size_left: int, window_size_right: int, softcap: float,
     deterministic: bool, gen: Generator, rng_state: Tensor | None,
 ) -> list[Tensor]:  # fmt: skip
-    """Return [dq, dk, dv, softmax_d]; written to the given gradients if there are some."""
+    """Return [dq, dk, dv, softmax_d]; written to the given gradients if there are some.
+
+    `gen` must be None: `rng_state` says what was dropped.
+    """
     from flash_attn import _operations
+
+    _refuse_generator(gen)
 
     dq, dk, dv = _like(dq, q), _like(dk, k), _like(dv, v)
     softmax_d = _operations.varlen_backward(

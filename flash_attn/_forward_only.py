@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from functools import wraps
 from typing import Any
 
@@ -14,13 +14,13 @@ class _ForwardOnly(torch.autograd.Function):
     """`run()`, whose results depend on `inputs` by a derivative that nobody computes."""
 
     @staticmethod
-    def forward(ctx: Any, what: str, run: Callable[[], Any], *inputs: Tensor) -> Any:
-        ctx.what = what
+    def forward(ctx: Any, refusal: str, run: Callable[[], Any], *inputs: Tensor) -> Any:
+        ctx.refusal = refusal
         return run()
 
     @staticmethod
     def backward(ctx: Any, *unused: Any) -> Any:
-        raise NotImplementedError(f"{ctx.what} has no gradient: forward only")
+        raise NotImplementedError(ctx.refusal)
 
 
 def forward_only(what: str, run: Callable[[], Any], *inputs: Any) -> Any:
@@ -29,10 +29,14 @@ def forward_only(what: str, run: Callable[[], Any], *inputs: Any) -> Any:
     Raises (the backward):
         NotImplementedError: always, naming `what`.
     """
+    return _refusing(f"{what} has no gradient: forward only", run, inputs)
+
+
+def _refusing(refusal: str, run: Callable[[], Any], inputs: Iterable[Any]) -> Any:
     if not torch.is_grad_enabled():
         return run()
     recorded = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
-    return _ForwardOnly.apply(what, run, *recorded) if recorded else run()
+    return _ForwardOnly.apply(refusal, run, *recorded) if recorded else run()
 
 
 def differentiable_once(what: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -47,10 +51,8 @@ def differentiable_once(what: str) -> Callable[[Callable[..., Any]], Callable[..
         def wrapper(ctx: Any, *gradients: Any) -> Any:
             if not torch.is_grad_enabled():
                 return backward(ctx, *gradients)
-            saved: Sequence[Any] = ctx.saved_tensors
-            return forward_only(
-                f"the gradient of {what}", lambda: backward(ctx, *gradients), *gradients, *saved
-            )
+            refusal = f"trying to differentiate twice {what}, which has no second derivative"
+            return _refusing(refusal, lambda: backward(ctx, *gradients), (*gradients, *ctx.saved_tensors))
 
         return wrapper
 

@@ -64,7 +64,6 @@ def _check_new(q: Tensor, cache: Cache, k: Tensor | None, v: Tensor | None) -> i
 def _check_written(cache: Cache) -> None:
     """Check the cache that keys are appended to: no element may be there twice, nor be in the other one."""
     for x, name in ((cache.k, "k_cache"), (cache.v, "v_cache")):
-        check.refuse_gradients(**{name: x})
         check.check_apart(x, name)
     if overlap(cache.k, cache.v):
         check.fail(ValueError, "v_cache", "apart from k_cache, to be appended to", "memory that they share")

@@ -463,6 +463,8 @@ def flash_attn_with_kvcache(
     )  # fmt: skip
     if torch.is_grad_enabled():
         check.refuse_gradients(alibi_slopes=alibi_slopes, rotary_cos=rotary_cos, rotary_sin=rotary_sin)
+        if k is not None:
+            check.refuse_gradients(k_cache=k_cache, v_cache=v_cache)
         run = partial(_kvcache.forward_kvcache, *arguments)
         out, lse = forward_only("flash_attn_with_kvcache", run, q, k_cache, v_cache, k, v, s_aux)
     else:

@@ -9,7 +9,7 @@ import torch
 from flash_attn import _abi
 
 STREAM = 4242
-MULTIPROCESSORS = 132
+MULTIPROCESSORS = 8
 FORWARD_FIELDS = [name for name, _ in _abi.ForwardParams._fields_]
 BACKWARD_FIELDS = [name for name, _ in _abi.BackwardParams._fields_]
 SPLIT_FIELDS = [name for name, _ in _abi.SplitParams._fields_]

@@ -76,8 +76,7 @@ def test_dtype(library, dtype):
     "named, window",
     [
         ({}, (-1, -1)), ({"causal": True}, (-1, 0)), ({"window_left": 3, "window_right": 4}, (3, 4)),
-        ({"window_left": 12, "window_right": 11}, (-1, 11)),
-        ({"window_left": 11, "window_right": 12}, (11, -1)),
+        ({"window_left": 11, "window_right": 8}, (-1, 8)), ({"window_left": 10, "window_right": 9}, (10, -1)),
         ({"causal": True, "window_left": 3, "window_right": 4}, (3, 0)),
         ({"causal": True, "window_right": 50}, (-1, 0)), ({"window_left": -9}, (-1, -1)),
     ],

@@ -6,7 +6,7 @@ import ctypes
 
 import pytest
 import torch
-from recorder import BACKWARD_FIELDS, STREAM, Recorder, make, strides, unpack_backward
+from recorder import BACKWARD_FIELDS, MULTIPROCESSORS, STREAM, Recorder, make, strides, unpack_backward
 
 from flash_attn import (
     _abi,
@@ -23,7 +23,7 @@ NAMES = ("dq", "dk", "dv")
 @pytest.fixture
 def library(install):
     recorder = Recorder()
-    install(recorder)
+    install(recorder, multiprocessors=MULTIPROCESSORS)
     return recorder
 
 
@@ -309,9 +309,9 @@ def test_varlen_without_a_query(library, bounds):
 
 def test_extension_module_allocates_what_is_not_given(library):
     q, k, v = make()
-    dq = torch.zeros_like(q)
+    dout, dq = torch.zeros_like(q), torch.zeros_like(q)
     found = flash_attn_gpu.bwd(
-        dq, q, k, v, q, torch.zeros(2, 4, 10), dq, None, None, None, 0.0, 0.125, False, -1, -1, 0.0, True,
+        dout, q, k, v, q, torch.zeros(2, 4, 10), dq, None, None, None, 0.0, 0.125, False, -1, -1, 0.0, True,
         None, None,
     )  # fmt: skip
     ((params, _),) = library.backward_calls
@@ -371,7 +371,7 @@ class TestAutograd:
 
 def test_forced_family(install):
     recorder = Recorder(family=86)
-    install(recorder)
+    install(recorder, multiprocessors=MULTIPROCESSORS)
     q, k, v = make()
     run(q, k, v, like(q, k, v))
     assert recorder.backward_calls[0][0].forward.family == 86
@@ -380,7 +380,7 @@ def test_forced_family(install):
 @pytest.mark.parametrize("status", [_abi.Status.NOT_BUILT, _abi.Status.UNSUPPORTED_DEVICE])
 def test_a_build_without_backward_says_how_to_build_it(install, status):
     recorder = Recorder(status)
-    install(recorder)
+    install(recorder, multiprocessors=MULTIPROCESSORS)
     recorder.last_error = lambda: b"this build holds no backward kernel for bf16, head dim 100"
     q, k, v = make(head_dim=40, head_dim_v=104)
     with pytest.raises(RuntimeError) as caught:

@@ -18,7 +18,7 @@ LENGTHS = torch.tensor([5, 9], dtype=torch.int32)
 @pytest.fixture
 def library(install):
     recorder = Recorder()
-    install(recorder)
+    install(recorder, multiprocessors=MULTIPROCESSORS)
     return recorder
 
 
@@ -77,7 +77,7 @@ def test_the_heuristic_chooses_where_nobody_else_does(library):
 )  # fmt: skip
 def test_hoppers_forward_kernel_has_a_tile_counter(install, seqlen_q, num_splits, hopper, counts):
     recorder = Recorder()
-    install(recorder, hopper=hopper)
+    install(recorder, multiprocessors=MULTIPROCESSORS, hopper=hopper)
     run(*make(batch=1, seqlen_q=seqlen_q, seqlen_k=640), num_splits=num_splits, seqlens=None)
     ((params, _),) = recorder.split_calls
     assert params.long_tiles == counts
@@ -87,7 +87,7 @@ def test_hoppers_forward_kernel_has_a_tile_counter(install, seqlen_q, num_splits
 def test_score_modifiers_keep_hopper_from_packing_heads(install):
     """48 queries of 4 heads fill a tile, 48 of one do not: another kernel computes them faster."""
     recorder = Recorder()
-    install(recorder, hopper=True)
+    install(recorder, multiprocessors=MULTIPROCESSORS, hopper=True)
     problem = make(batch=8, seqlen_q=48, seqlen_k=64, heads=8, heads_k=2)
     run(*problem, num_splits=1, seqlens=None)
     run(*problem, num_splits=1, seqlens=None, scoring=SCORING._replace(softcap=5.0))

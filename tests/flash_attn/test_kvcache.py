@@ -318,6 +318,23 @@ def test_decoding_step_by_step_equals_causal_attention():
     assert_within(torch.cat(outs, dim=1), truth, yardstick)
 
 
-def test_no_gradients_flow():
-    q, k_cache, v_cache, *_ = make(2)
-    assert not flash_attn_with_kvcache(q.requires_grad_(), k_cache, v_cache).requires_grad
+@pytest.mark.parametrize("name", ["q", "k_cache", "v_cache", "k", "v", "s_aux"])
+def test_no_gradients_flow(name):
+    tensors = dict(zip(("q", "k_cache", "v_cache", "k", "v"), make(2, seqlen_new=3), strict=True))
+    tensors["s_aux"] = torch.randn(HEADS)
+    expected = flash_attn_with_kvcache(**{n: x.clone() for n, x in tensors.items()}, cache_seqlens=5)
+    if name.endswith("cache"):
+        del tensors["k"], tensors["v"]
+    tensors[name].requires_grad_()
+    out = flash_attn_with_kvcache(**tensors, cache_seqlens=5)
+    assert name.endswith("cache") or torch.equal(out, expected)
+    with pytest.raises(NotImplementedError, match="flash_attn_with_kvcache"):
+        out.sum().backward()
+    with torch.no_grad():
+        assert not flash_attn_with_kvcache(**tensors, cache_seqlens=5).requires_grad
+
+
+def test_a_cache_that_requires_grad_is_not_appended_to():
+    q, k_cache, v_cache, k, v = make(2, seqlen_new=3)
+    with pytest.raises(NotImplementedError, match=r"^v_cache "):
+        flash_attn_with_kvcache(q, k_cache, v_cache.requires_grad_(), k, v, cache_seqlens=5)

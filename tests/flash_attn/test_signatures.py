@@ -40,7 +40,7 @@ flash_attn.flash_attn_interface
     _flash_attn_varlen_forward(
         q, k, v, <lengths>, dropout_p, softmax_scale, causal, window_size_left=-1, window_size_right=-1,
         softcap=0.0, alibi_slopes=None, return_softmax=False, block_table=None, leftpad_k=None,
-        seqused_k=None, zero_tensors=False, s_aux=None)
+        seqused_k=None, zero_tensors=False, num_splits=0, s_aux=None)
     _flash_attn_backward(
         <gradients>, dropout_p, softmax_scale, causal, <window>, softcap, alibi_slopes, deterministic,
         rng_state=None)

@@ -54,7 +54,7 @@ KVCACHE = {
         "k_cache": PAGES, "v_cache": PAGES, "block_table": TABLE + 4}),
     "num_splits": (ValueError, "num_splits", {"num_splits": 129}),
     "num_splits a float": (TypeError, "num_splits", {"num_splits": 1.5}),
-    "cos without sin": (ValueError, "rotary_sin", {
+    "cos without sin": (ValueError, "rotary_cos", {
         "rotary_cos": COS, "k": NEW, "v": NEW, "cache_seqlens": 3}),
     "rotary tables not tensors": (TypeError, "rotary_cos", {
         "rotary_cos": 1, "rotary_sin": 2, "k": NEW, "v": NEW, "cache_seqlens": 3}),
