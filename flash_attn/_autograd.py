@@ -68,8 +68,8 @@ def _buffers(inputs: Sequence[Tensor], needed: Sequence[bool]) -> tuple[list[Ten
 
 
 def _function(name: str, *tensors: Any) -> Any:
-    """Return the plain function of that name, or its custom op where the dispatcher must see the call."""
-    return getattr(ops, f"_wrapped{name}" if needs_dispatcher(*tensors) else name)
+    """Return what a custom op computes, or the op itself where the dispatcher must see the call."""
+    return getattr(ops, f"_wrapped{name}") if needs_dispatcher(*tensors) else ops.plain(name)
 
 
 def _row_sums(dout: Tensor, out: Tensor, dtype: torch.dtype) -> Tensor:

@@ -39,6 +39,7 @@ class Cache(NamedTuple):
         """Return the batch entry of an unpaged cache that holds sequence `b`."""
         return b if self.batch_idx is None else int(self.batch_idx[b])
 
+    @torch.inference_mode()  # where a cache that was made in that mode may be written to
     def append(self, b: int, k: Tensor, v: Tensor) -> None:
         """Write k (s_new, hk, d) and v (s_new, hk, dv) behind what sequence `b` holds."""
         positions = torch.arange(k.shape[0], device=k.device) + self.length(b)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from flash_attn import _abi, _gpu, _library
-from flash_attn._layout import empty_out, probs_shape, round_multiple
+from flash_attn._layout import empty_out, probs_shape, round_multiple, write
 from flash_attn._philox import new_rng_state
 from flash_attn._validation import Scoring, Shapes, check_memory
 
@@ -161,7 +161,10 @@ def _attend(
     k_batch, k_row, k_head, k_last = batch_stride + k.stride()
     v_batch, v_row, v_head, v_last = batch_stride + v.stride()
     o_batch, o_row, o_head, o_last = batch_stride + out.stride()
-    q_at, k_at, v_at, o_at = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()
+    try:
+        q_at, k_at, v_at, o_at = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()
+    except RuntimeError:  # of a tensor without storage, which is named below
+        q_at = k_at = v_at = o_at = 0
     k_v_strides = k_batch | k_row | k_head | v_batch | v_row | v_head
     head_dim, head_dim_v = head_dims
     elements = head_dim | head_dim_v | q_batch | q_row | q_head | k_v_strides | o_batch | o_row | o_head
@@ -211,7 +214,7 @@ def _attend_copies(
     q, k, v = aligned(q, "q"), aligned(k, "k"), aligned(v, "v")
     result = _attend(q, k, v, target, lse, scoring, sizes, padded, *arguments)
     if target is not out:
-        out.copy_(target[..., : head_dims[1]])
+        write(out, target[..., : head_dims[1]])
     return result
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flash_attn import _abi, _cuda, _gpu, _library
-from flash_attn._layout import PROBS_BLOCK, empty_softmax_d, padded_rows, round_multiple
+from flash_attn._layout import PROBS_BLOCK, empty_softmax_d, padded_rows, round_multiple, write
 from flash_attn._splits import choose_key_parts
 from flash_attn._validation import GRADIENTS, Gradients, Scoring, check_memory
 
@@ -124,7 +124,7 @@ def _differentiate(
     )  # fmt: skip
     for x, target in zip(gradients, targets, strict=True):
         if x is not None and target is not None and target is not x:
-            x.copy_(target[..., : x.shape[-1]])
+            write(x, target[..., : x.shape[-1]])
 
 
 def backward(

@@ -1,14 +1,15 @@
 """The operations under flash-attn's private names, and as custom ops `torch.ops.flash_attn.*`.
 
-The functions run at once; the ops (`_wrapped_...`) go through torch's dispatcher, so that torch.compile, fake
-tensors, tensor subclasses and dispatch modes (selective checkpointing, FLOP counters) see one opaque
-operation.
+The ops (`_wrapped_...`) go through torch's dispatcher, so that torch.compile, fake tensors, tensor
+subclasses and dispatch modes (selective checkpointing, FLOP counters) see one opaque operation. The functions
+run at once unless one of these is there.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from torch import Tensor
 
 from flash_attn import _operations
 from flash_attn import _validation as check
-from flash_attn._forward_only import forward_only as _forward_only
+from flash_attn._dispatch import needs_dispatcher
+from flash_attn._forward_only import forward_only
 from flash_attn._layout import empty_out, empty_softmax_d, lse_dtype, probs_shape
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -53,6 +55,22 @@ _SCHEMAS = {
 }  # fmt: skip
 
 
+def _dispatched(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate what a custom op of that name computes: a call goes through the op where it must."""
+    name = function.__name__
+
+    @wraps(function)
+    def call(*arguments: Any, **named: Any) -> Any:
+        given = (*arguments, *named.values())
+        if needs_dispatcher(*given):
+            return getattr(torch.ops.flash_attn, name)(*arguments, **named)
+        if name.endswith("backward"):
+            return function(*arguments, **named)
+        return forward_only(name, lambda: function(*arguments, **named), *given)
+
+    return call
+
+
 def _filled(out: Tensor, lse: Tensor, probs: Tensor | None, rng_state: Tensor | None) -> Outputs:
     """Replace what a call has not made by tensors of any content, for callers that expect four."""
     if probs is None:
@@ -62,18 +80,20 @@ def _filled(out: Tensor, lse: Tensor, probs: Tensor | None, rng_state: Tensor | 
     return out, lse, probs, rng_state
 
 
+@_dispatched
 def _flash_attn_forward(
     q: Tensor, k: Tensor, v: Tensor, dropout_p: float, softmax_scale: float | None, causal: bool,
     window_size_left: int, window_size_right: int, softcap: float, alibi_slopes: Tensor | None,
     return_softmax: bool, s_aux: Tensor | None = None,
 ) -> Outputs:  # fmt: skip
     """Return (out, softmax_lse, S_dmask, rng_state); shapes as in `flash_attn_func`, no gradients."""
-    return _forward_only("_flash_attn_forward", lambda: _filled(*_operations.forward(
+    return _filled(*_operations.forward(
         q, k, v, dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes,
         return_softmax, s_aux=s_aux,
-    )), q, k, v, alibi_slopes, s_aux)  # fmt: skip
+    ))  # fmt: skip
 
 
+@_dispatched
 def _flash_attn_varlen_forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
     max_seqlen_k: int, dropout_p: float, softmax_scale: float | None, causal: bool,
@@ -88,13 +108,14 @@ def _flash_attn_varlen_forward(
     counted in it. Rows outside the sequences are zero whatever `zero_tensors` says. `num_splits` is as in
     `flash_attn_with_kvcache` and counts where there is a `block_table`.
     """
-    return _forward_only("_flash_attn_varlen_forward", lambda: _filled(*_operations.varlen_forward(
+    return _filled(*_operations.varlen_forward(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
         window_size_left, window_size_right, softcap, alibi_slopes, return_softmax, block_table, leftpad_k,
         seqused_k, s_aux=s_aux, num_splits=num_splits,
-    )), q, k, v, alibi_slopes, s_aux)  # fmt: skip
+    ))  # fmt: skip
 
 
+@_dispatched
 def _flash_attn_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor, dq: Tensor | None,
     dk: Tensor | None, dv: Tensor | None, dropout_p: float, softmax_scale: float | None, causal: bool,
@@ -111,6 +132,7 @@ def _flash_attn_backward(
     )  # fmt: skip
 
 
+@_dispatched
 def _flash_attn_varlen_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor, dq: Tensor | None,
     dk: Tensor | None, dv: Tensor | None, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
@@ -190,18 +212,13 @@ def _fake_varlen_backward(
     return empty_softmax_d(q, batch)
 
 
-def _latest(name: str) -> Callable[..., Any]:
-    """Return a function that calls the one of that name in this module, as `sys.modules` has it then.
+def plain(name: str) -> Callable[..., Any]:
+    """Return what the function or custom op of that name computes, for tensors that it can read.
 
-    An operator is registered once in a process, whereas the package may be imported again. Autograd is the
-    dispatcher's business.
+    It is looked up in `sys.modules`: an operator is registered once in a process, whereas the package may be
+    imported again.
     """
-
-    def call(*arguments: Any, **named: Any) -> Any:
-        with torch.no_grad():
-            return getattr(sys.modules[__name__], name)(*arguments, **named)
-
-    return call
+    return getattr(sys.modules[__name__], name).__wrapped__
 
 
 def _no_gradient(ctx: Any, *unused: Any) -> Any:
@@ -213,8 +230,11 @@ def _register(name: str) -> Any:
     if not hasattr(torch.ops.flash_attn, name):
         qualified = f"flash_attn::{name}"
         torch.library.define(qualified, _SCHEMAS[name])
-        torch.library.impl(qualified, "default", _latest(name))
-        torch.library.register_fake(qualified, _latest(name.replace("_flash_attn", "_fake")))
+        fake = name.replace("_flash_attn", "_fake")
+        torch.library.impl(qualified, "default", lambda *a, **named: plain(name)(*a, **named))
+        torch.library.register_fake(
+            qualified, lambda *a, **named: getattr(sys.modules[__name__], fake)(*a, **named)
+        )
         if name.endswith("forward"):
             torch.library.register_autograd(qualified, _no_gradient)
     return getattr(torch.ops.flash_attn, name)

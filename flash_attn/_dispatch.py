@@ -26,4 +26,4 @@ def needs_dispatcher(*tensors: Any) -> bool:
     for x in tensors:
         if type(x) not in PLAIN and isinstance(x, Tensor):
             return True
-    return isinstance(tensors[0], Tensor) and tensors[0].is_meta
+    return bool(tensors) and isinstance(tensors[0], Tensor) and tensors[0].is_meta

@@ -44,6 +44,12 @@ def probs_shape(batch: int, num_heads: int, seqlen_q: int, seqlen_k: int) -> tup
     return batch, num_heads, round_multiple(seqlen_q, PROBS_BLOCK), round_multiple(seqlen_k, PROBS_BLOCK)
 
 
+@torch.inference_mode()
+def write(to: Tensor, values: Tensor) -> None:
+    """Copy `values` to a tensor that a caller owns, one made in inference mode too."""
+    to.copy_(values)
+
+
 def overlap(x: Tensor, y: Tensor) -> bool:
     """Return whether two tensors of one dtype have an element of memory in common.
 
