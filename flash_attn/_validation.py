@@ -100,10 +100,14 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, rank_q: int, rank_k: int, labels:
     else is looked at in detail.
     """
     if isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor):
-        dtype, device, q_shape, k_shape, v_shape = q.dtype, q.device, q.shape, k.shape, v.shape
+        try:
+            dtype, device, q_shape, k_shape, v_shape = q.dtype, q.device, q.shape, k.shape, v.shape
+        except RuntimeError:  # of a nested tensor, which has no shape
+            device = torch.device("meta")
         if (
-            dtype in CUDA_DTYPES and k.dtype is dtype and v.dtype is dtype
-            and device.type in ("cuda", "cpu") and k.device == device and v.device == device
+            device.type in ("cuda", "cpu")
+            and dtype in CUDA_DTYPES and k.dtype is dtype and v.dtype is dtype
+            and k.device == device and v.device == device
             and len(q_shape) == rank_q and len(k_shape) == rank_k
             and (v_shape == k_shape or _differ_in_head_dim(v_shape, k_shape))
             and 0 < q_shape[-1] <= MAX_HEAD_DIM and q_shape[-1] == k_shape[-1]
