@@ -41,6 +41,12 @@ def probs_shape(batch: int, num_heads: int, seqlen_q: int, seqlen_k: int) -> tup
     return batch, num_heads, round_multiple(seqlen_q, PROBS_BLOCK), round_multiple(seqlen_k, PROBS_BLOCK)
 
 
+def is_expanded(x: Tensor) -> bool:
+    """Return whether a dimension of more than one element has stride 0, so that they are one in memory."""
+    strides = x.stride()
+    return 0 in strides and any(n > 1 and not step for n, step in zip(x.shape, strides, strict=True))
+
+
 def overlap(x: Tensor, y: Tensor) -> bool:
     """Return whether two tensors of one dtype have an element of memory in common.
 
