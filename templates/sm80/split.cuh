@@ -244,6 +244,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::Tile::kMinBlocks)
 template <class Config>
 Status launch_tiles(const SplitParams& params, const Device& device, cudaStream_t stream, const char* name) {
   const ForwardParams& forward = params.forward;
+  if (forward.total_q == 0) return Status::kOk;
   const int group = forward.num_heads / forward.num_heads_k;
   const int64_t rows = int64_t{forward.seqlen_q} * group;
   // At least one, for the rows past the last sequence.

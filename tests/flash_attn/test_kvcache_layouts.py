@@ -188,3 +188,16 @@ def test_pages(page_size, layout, head_dims, device, require_split):
         q.flatten(0, 1), keys.cache, values.cache, *starts, 3, max(lengths), block_table=table, causal=True
     )
     check(packed.view_as(out), lse, q, sequences, options)
+
+
+def test_no_queries_and_the_next_kernel_sees_what_was_appended(device, require_split):
+    """Nothing waits for the keys to be written but the stream's order."""
+    require_split(device, DTYPE, 64)
+    tokens = 16384 if device == "cuda" else 16
+    new = [random(16, tokens, HEADS_K, 64) for _ in range(2)]
+    for _ in range(20):
+        caches = [torch.zeros_like(x) for x in new]
+        out = flash_attn_with_kvcache(random(16, 0, HEADS, 64), *caches, *new, cache_seqlens=0)
+        last = caches[1][-1, -16:].clone()  # what is written last
+        assert out.shape == (16, 0, HEADS, 64) and torch.equal(last, new[1][-1, -16:])
+        assert all(torch.equal(cache, x) for cache, x in zip(caches, new, strict=True))
