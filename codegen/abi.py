@@ -7,6 +7,7 @@ from codegen import axes
 
 # type -> (C++, ctypes, struct code, bytes)
 SCALARS = {
+    "int16": ("int16_t", "ctypes.c_int16", "h", 2),
     "int32": ("int32_t", "ctypes.c_int32", "i", 4),
     "int64": ("int64_t", "ctypes.c_int64", "q", 8),
     "uint64": ("uint64_t", "ctypes.c_uint64", "Q", 8),
@@ -248,8 +249,8 @@ SPLIT_PARAMS = Struct(
     "SplitParams",
     "Arguments of one attention call over a KV cache. Keys that the call appends are written to the cache"
     " first; what would lie outside of it is dropped, and read as zero. In forward, k and v are the cache,"
-    " (cache_entries, rows, num_heads_k, head_dim), seqlen_k is the room for one sequence, cu_seqlens_q"
-    " needs pages and no appended keys, and seqused_k is null.",
+    " (cache_entries, rows, num_heads_k, cache_head_dim), of any strides, seqlen_k is the room for one"
+    " sequence, cu_seqlens_q needs pages and no appended keys, and seqused_k is null.",
     (
         Field("forward", FORWARD_PARAMS, "q, the cache, out, and how scores are formed"),
         Field("cache_seqlens", "const int32_t*", "(batch): keys in the cache before, or null: cache_seqlen"),
@@ -274,6 +275,8 @@ SPLIT_PARAMS = Struct(
         Field("rotary_interleaved", "int32", "pairs are (0, 1), (2, 3), ..; else the two halves"),
         Field("num_splits", "int32", "parts of the keys; the workspaces are used where more than 1"),
         Field("long_tiles", "int32", "take the tiles for many queries, where the family has them (sm90)"),
+        Field("cache_head_dim", "int16", "elements per head of the keys in the cache, at most head_dim"),
+        Field("cache_head_dim_v", "int16", "the same of the values"),
     ),
 )
 ROTARY_PARAMS = Struct(

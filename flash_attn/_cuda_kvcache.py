@@ -5,17 +5,18 @@ Written for host time, as `_cuda`: one struct and one call for appending, attent
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from flash_attn import _abi, _cuda, _gpu
 from flash_attn import _validation as check
 from flash_attn._cpu_kvcache import Cache, Rotary
-from flash_attn._layout import empty_out
+from flash_attn._layout import empty_out, write
 from flash_attn._splits import LONG_FROM, long_tiles, plan
 from flash_attn._validation import Scoring, Shapes
+
+CACHE_NAMES = ("k_cache", "v_cache")
+PAGES_NAMES = ("k", "v")
 
 _pack = _abi.SPLIT_PARAMS.pack
 
@@ -37,31 +38,34 @@ def kvcache_num_splits(q: Tensor, k_cache: Tensor, block_table: Tensor | None = 
     num_heads_k = k_cache.shape[2]
     rows, device = seqlen_q * (num_heads // num_heads_k), q.get_device()
     long = None
-    if _gpu.prepared(device).hopper:
+    if _gpu.prepared(device).hopper and _cuda.readable(k_cache):
         long = long_tiles(seqlen_q, num_heads, num_heads_k, head_dim, packs=True)
     return plan(batch, num_heads_k, rows, capacity, _gpu.multiprocessors(device), long).num_splits
 
 
-def _check_in_place(x: Tensor, name: str) -> None:
-    """Refuse a cache that kernels cannot read where it is."""
-    if not _cuda.readable(x):
-        allowed = (
-            "contiguous in its last dimension, of a head dim and strides that are multiples of 8, at an"
-            " address that is a multiple of 16 (a cache is not copied)"
-        )
-        got = f"shape {tuple(x.shape)}, strides {x.stride()}, address % 16 = {x.data_ptr() % 16}"
-        check.fail(ValueError, name, allowed, got)
+def _check_in_place(cache: Cache, names: tuple[str, str]) -> None:
+    """Refuse a cache that kernels cannot read where it is, not even element by element."""
+    for x, name in zip((cache.k, cache.v), names, strict=True):
+        check.check_memory(x, name)
+        if x.is_neg():
+            check.fail(ValueError, name, "no negative view (it is not copied)", "one")
+        if (x.stride(-1) != 1 and x.shape[-1] > 1) or x.data_ptr() % x.element_size():
+            allowed = "contiguous in its last dimension, at an address of whole elements (it is not copied)"
+            got = f"strides {x.stride()}, address % {x.element_size()} = {x.data_ptr() % x.element_size()}"
+            check.fail(ValueError, name, allowed, got)
 
 
 def _attend(
     q: Tensor, cache: Cache, k: Tensor | None, v: Tensor | None, rotary: Rotary | None, scoring: Scoring,
     out: Tensor, lse: Tensor | None, lse_strides: tuple[int, int], shapes: Shapes,
-    sizes: tuple[int, int, int], num_splits: int, cu_seqlens: tuple[Tensor, Tensor] | None = None,
+    sizes: tuple[int, int, int], num_splits: int, names: tuple[str, str],
+    cu_seqlens: tuple[Tensor, Tensor] | None = None, copied: bool = False,
 ) -> None:  # fmt: skip
     """Append k and v, then write out and lse; num_splits 0 stands for the heuristic.
 
     `sizes` is (batch, seqlen_q, total_q): how the rows of q (b, sq, h, d), or (total_q, h, d) with
-    `cu_seqlens` (of q, of k), fall into sequences.
+    `cu_seqlens` (of q, of k), fall into sequences. `names` are those of the cache's tensors. With `copied`,
+    all but those are as kernels read them best, head dims padded to multiples of 8.
 
     Whatever a kernel reads stays referenced by a local variable until it is enqueued.
     """
@@ -72,11 +76,14 @@ def _attend(
     o_batch, o_row, o_head, o_last = batch_stride + out.stride()
     k_batch, k_row, k_head, k_last = k_cache.stride()
     v_batch, v_row, v_head, v_last = v_cache.stride()
-    q_at, k_at, v_at, o_at = q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), out.data_ptr()
-    q_shape, (entries, rows, num_heads_k, head_dim), v_shape = shapes
-    num_heads, head_dim_v = q_shape[-2], v_shape[3]
+    try:
+        q_at, k_at, v_at, o_at = q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), out.data_ptr()
+    except RuntimeError:  # of a tensor without storage, which is named below
+        q_at = k_at = v_at = o_at = 0
+    q_shape, (entries, rows, num_heads_k, cache_head_dim), v_shape = shapes
+    num_heads, cache_head_dim_v = q_shape[-2], v_shape[3]
     strides = q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, o_batch, o_row, o_head
-    elements = head_dim | head_dim_v | q_batch | q_row | q_head | k_batch | k_row | k_head
+    elements = cache_head_dim | cache_head_dim_v | q_batch | q_row | q_head | k_batch | k_row | k_head
     elements |= v_batch | v_row | v_head | o_batch | o_row | o_head
     addresses = q_at | k_at | v_at | o_at
     contiguous = q_last == k_last == v_last == o_last == 1
@@ -87,12 +94,21 @@ def _attend(
         new_strides = kn_batch, kn_row, kn_head, vn_batch, vn_row, vn_head
         elements |= kn_batch | kn_row | kn_head | vn_batch | vn_row | vn_head
         contiguous &= kn_last == vn_last == 1
+        check.check_memory(k, "k")
+        check.check_memory(v, "v")
+        contiguous &= not (k.is_neg() or v.is_neg())
         new_at, seqlen_new = (k.data_ptr(), v.data_ptr()), k.shape[1]
         addresses |= new_at[0] | new_at[1]
-    if elements & 7 or addresses & 15 or not contiguous:
+    aligned = contiguous and not (elements & 7 or addresses & 15)
+    if not copied and (
+        not aligned or not (q_at and k_at and v_at and o_at)
+        or q.is_neg() or k_cache.is_neg() or v_cache.is_neg() or out.is_neg()
+    ):  # fmt: skip
         return _attend_copies(
-            q, cache, k, v, rotary, scoring, out, lse, lse_strides, shapes, sizes, num_splits, cu_seqlens
+            q, cache, k, v, rotary, scoring, out, lse, lse_strides, shapes, sizes, num_splits, names,
+            cu_seqlens,
         )  # fmt: skip
+    head_dim, head_dim_v = (cache_head_dim + 7) & -8, (cache_head_dim_v + 7) & -8
     device = q.get_device()
     stream = _gpu.raw_stream(device)
     library, hopper = _gpu.prepared(device)
@@ -103,7 +119,7 @@ def _attend(
         page_size, capacity = rows, rows * table_stride
     group_rows = seqlen_q * (num_heads // num_heads_k)
     long, is_long, counter_at = None, False, 0
-    if hopper and group_rows >= LONG_FROM:
+    if hopper and aligned and group_rows >= LONG_FROM:
         packs = scoring.alibi_slopes is None and not scoring.softcap and scoring.softmax_scale > 0.0
         long = long_tiles(seqlen_q, num_heads, num_heads_k, max(head_dim, head_dim_v), packs)
     if long is not None or not num_splits:
@@ -143,7 +159,7 @@ def _attend(
     packed = _pack(
         forward, seqlens_at, batch_idx_at, table_at, *new_at, *rotary_at, partial_at,
         partial_at + 4 * partial_rows * head_dim_v, *new_strides, table_stride, entries, page_size, seqlen,
-        seqlen_new, *rotary_sizes, num_splits, is_long,
+        seqlen_new, *rotary_sizes, num_splits, is_long, cache_head_dim, cache_head_dim_v,
     )  # fmt: skip
     status = library.split(packed, stream)
     if status:
@@ -152,16 +168,25 @@ def _attend(
 
 def _attend_copies(
     q: Tensor, cache: Cache, k: Tensor | None, v: Tensor | None, rotary: Rotary | None, scoring: Scoring,
-    out: Tensor, *arguments: Any,
+    out: Tensor, lse: Tensor | None, lse_strides: tuple[int, int], shapes: Shapes,
+    sizes: tuple[int, int, int], num_splits: int, names: tuple[str, str],
+    cu_seqlens: tuple[Tensor, Tensor] | None,
 ) -> None:  # fmt: skip
-    """`_attend` with copies of what kernels cannot read, or write, where it is; a cache is refused then."""
-    _check_in_place(cache.k, "k_cache")
-    _check_in_place(cache.v, "v_cache")
+    """`_attend` with copies of what kernels cannot read, or write, where it is; the cache is used in place.
+
+    One that is not aligned has a kernel of its own, which reads it element by element.
+    """
+    _check_in_place(cache, names)
+    check.check_memory(out, "out")
     target = out if _cuda.readable(out) else _cuda.writable(out)
+    q = _cuda.aligned(q, "q")
     k, v = (None if x is None else _cuda.aligned(x, name) for x, name in ((k, "k"), (v, "v")))
-    _attend(_cuda.aligned(q, "q"), cache, k, v, rotary, scoring, target, *arguments)
+    _attend(
+        q, cache, k, v, rotary, scoring, target, lse, lse_strides, (q.shape, *shapes[1:]), sizes, num_splits,
+        names, cu_seqlens, copied=True,
+    )  # fmt: skip
     if target is not out:
-        out.copy_(target)
+        write(out, target[..., : out.shape[-1]])
 
 
 def forward_kvcache(
@@ -171,7 +196,7 @@ def forward_kvcache(
     """Return (out, lse (b, h, sq) or None) of q (b, sq, h, d) over the cache, with k and v appended.
 
     Raises:
-        ValueError: a cache that kernels cannot read where it is.
+        ValueError: a cache whose last dimension is not contiguous, or that is expanded and appended to.
         RuntimeError: as in `_cuda.forward`.
     """
     (batch, seqlen_q, num_heads, _), _, v_shape = shapes
@@ -180,7 +205,7 @@ def forward_kvcache(
     strides = num_heads * seqlen_q, seqlen_q
     lse = _cuda.empty_lse((batch, num_heads, seqlen_q), (*strides, 1), q) if need_lse else None
     sizes = batch, seqlen_q, batch * seqlen_q
-    _attend(q, cache, k, v, rotary, scoring, out, lse, strides, shapes, sizes, num_splits)
+    _attend(q, cache, k, v, rotary, scoring, out, lse, strides, shapes, sizes, num_splits, CACHE_NAMES)
     return out, lse
 
 
@@ -202,6 +227,7 @@ def varlen_forward(
     sizes, cu_seqlens = (cu_seqlens_q.numel() - 1, max_seqlen_q, total_q), (cu_seqlens_q, cu_seqlens_k)
     cache = Cache(k, v, seqused_k, None, None, block_table)
     _attend(
-        q, cache, None, None, None, scoring, out, lse, (0, total_q), shapes, sizes, num_splits, cu_seqlens
+        q, cache, None, None, None, scoring, out, lse, (0, total_q), shapes, sizes, num_splits, PAGES_NAMES,
+        cu_seqlens,
     )  # fmt: skip
     return out, lse

@@ -50,12 +50,21 @@ def write(to: Tensor, values: Tensor) -> None:
     to.copy_(values)
 
 
+def storage_address(x: Tensor) -> int:
+    """Return where the storage of `x` lies, 0 if it has none."""
+    try:
+        return x.untyped_storage().data_ptr()
+    except RuntimeError:
+        return 0
+
+
 def overlap(x: Tensor, y: Tensor) -> bool:
     """Return whether two tensors of one dtype have an element of memory in common.
 
     Parts of a packed tensor have none, although they lie between one another.
     """
-    if x.untyped_storage().data_ptr() != y.untyped_storage().data_ptr() or not (x.numel() and y.numel()):
+    memory = storage_address(x)
+    if not memory or memory != storage_address(y) or not (x.numel() and y.numel()):
         return False
     distance = int(y.storage_offset() - x.storage_offset())
     return _meet(distance, tuple(x.shape), x.stride(), tuple(y.shape), y.stride())

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from flash_attn import _gpu
-from flash_attn._layout import lse_dtype, overlap, overlaps_itself
+from flash_attn._layout import lse_dtype, overlap, overlaps_itself, storage_address
 
 Number = TypeVar("Number")
 INT32_MAX = 2**31 - 1
@@ -449,8 +449,8 @@ def check_gradients(
             check_apart(x, name)
             given.append((x, name))
     sources = [*zip(inputs, QKV, strict=True), *((x, name) for name, x in read.items())]
-    written = {x.untyped_storage().data_ptr() for x, _ in given}
-    if len(written) == len(given) and written.isdisjoint(x.untyped_storage().data_ptr() for x, _ in sources):
+    written = {storage_address(x) for x, _ in given}
+    if len(written) == len(given) and written.isdisjoint(storage_address(x) for x, _ in sources):
         return
     pairs = [*combinations(given, 2), *((source, x) for source in sources for x in given)]
     for (x, name), (y, y_name) in pairs:

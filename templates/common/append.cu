@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "common/elements.cuh"
 #include "common/kv_cache.cuh"
 #include "common/rotary.cuh"
 #include "host/launch.h"
@@ -21,6 +22,24 @@ struct AppendArguments {
   int64_t new_rows;
   int64_t query_rows;
   int units;
+  bool aligned;  // the cache is
+};
+
+// A row of the cache, or of rotated queries: nothing behind its end is written.
+template <class Element>
+struct Row {
+  Element* data;
+  int head_dim;
+  bool aligned;
+
+  // Writes eight elements from `first` on.
+  __device__ __forceinline__ void operator()(int first, uint4 values) const {
+    if (aligned) {
+      *reinterpret_cast<uint4*>(data + first) = values;
+    } else {
+      store_elements(data + first, values, head_dim - first);
+    }
+  }
 };
 
 struct TokenHead {
@@ -38,10 +57,11 @@ struct TokenHead {
 
 // Rotates a unit of a head at `position`, or copies it where there are no tables or they end before.
 template <Dtype kDtype, class Element>
-__device__ __forceinline__ void write_rotated(const SplitParams& params, const Element* from, Element* to,
-                                              int unit, int head_dim, int position) {
+__device__ __forceinline__ void write_rotated(const SplitParams& params, const Element* from,
+                                              const Row<Element>& to, int unit, int position) {
   const bool interleaved = params.rotary_interleaved != 0;
-  if (unit >= RotaryUnit<kDtype>::count(head_dim, params.rotary_dim, interleaved)) return;
+  const int units = RotaryUnit<kDtype>::count(params.forward.head_dim, params.rotary_dim, interleaved);
+  if (unit >= units) return;
   RotaryUnit<kDtype> rotary(unit, params.rotary_dim, interleaved);
   if (position < params.rotary_rows && rotary.rotates()) {
     const int64_t angles = int64_t{position} * (params.rotary_dim / 2);
@@ -50,11 +70,11 @@ __device__ __forceinline__ void write_rotated(const SplitParams& params, const E
   } else {
     rotary.stay();
   }
-  rotary.store(to, rotary.load(from));
+  rotary.store(rotary.load(from), to);
 }
 
 template <Dtype kDtype, class Element>
-__device__ __forceinline__ void append(const SplitParams& params, int64_t row, int unit) {
+__device__ __forceinline__ void append(const SplitParams& params, bool aligned, int64_t row, int unit) {
   const ForwardParams& forward = params.forward;
   const TokenHead at(row, params.seqlen_new, forward.num_heads_k);
   const CachedSequence sequence(params, at.batch);
@@ -66,13 +86,14 @@ __device__ __forceinline__ void append(const SplitParams& params, int64_t row, i
                      at.token * params.k_new_row_stride + at.head * params.k_new_head_stride;
   Element* k_cache = static_cast<Element*>(const_cast<void*>(forward.k)) + to.entry * forward.k_batch_stride +
                      to.row * forward.k_row_stride + at.head * forward.k_head_stride;
-  write_rotated<kDtype>(params, k, k_cache, unit, forward.head_dim, position);
+  write_rotated<kDtype, Element>(params, k, {k_cache, params.cache_head_dim, aligned}, unit, position);
   if (unit * 8 >= forward.head_dim_v) return;
   const Element* v = static_cast<const Element*>(params.v_new) + at.batch * params.v_new_batch_stride +
                      at.token * params.v_new_row_stride + at.head * params.v_new_head_stride;
   Element* v_cache = static_cast<Element*>(const_cast<void*>(forward.v)) + to.entry * forward.v_batch_stride +
                      to.row * forward.v_row_stride + at.head * forward.v_head_stride;
-  *reinterpret_cast<uint4*>(v_cache + unit * 8) = *reinterpret_cast<const uint4*>(v + unit * 8);
+  const Row<Element> v_row{v_cache, params.cache_head_dim_v, aligned};
+  v_row(unit * 8, *reinterpret_cast<const uint4*>(v + unit * 8));
 }
 
 // Without a mask that depends on the position all queries stand at the first new key.
@@ -84,8 +105,9 @@ __device__ __forceinline__ void rotate_query(const SplitParams& params, int64_t 
   const bool moving = forward.window_left >= 0 || forward.window_right >= 0;
   const Element* q = static_cast<const Element*>(forward.q) + at.batch * forward.q_batch_stride +
                      at.token * forward.q_row_stride + at.head * forward.q_head_stride;
-  write_rotated<kDtype>(params, q, static_cast<Element*>(params.q_rotated) + row * forward.head_dim, unit,
-                        forward.head_dim, sequence.length + (moving ? at.token : 0));
+  Element* rotated = static_cast<Element*>(params.q_rotated) + row * forward.head_dim;
+  write_rotated<kDtype, Element>(params, q, {rotated, forward.head_dim, true}, unit,
+                                 sequence.length + (moving ? at.token : 0));
 }
 
 template <Dtype kDtype>
@@ -96,7 +118,7 @@ __global__ void __launch_bounds__(kThreads) append_kernel(const __grid_constant_
   const int64_t row = i / arguments.units;
   const int unit = static_cast<int>(i - row * arguments.units);
   if (row < arguments.new_rows) {
-    append<kDtype, Element>(arguments.params, row, unit);
+    append<kDtype, Element>(arguments.params, arguments.aligned, row, unit);
   } else if (row < arguments.new_rows + arguments.query_rows) {
     rotate_query<kDtype, Element>(arguments.params, row - arguments.new_rows, unit);
   }
@@ -119,7 +141,7 @@ Status launch_append(const SplitParams& params, const Device& device, cudaStream
   const int64_t new_rows = batch * params.seqlen_new * forward.num_heads_k;
   const int64_t query_rows = params.rotary_cos != nullptr ? batch * forward.seqlen_q * forward.num_heads : 0;
   const int units = std::max(forward.head_dim, forward.head_dim_v) / 8;
-  const AppendArguments arguments{params, new_rows, query_rows, units};
+  const AppendArguments arguments{params, new_rows, query_rows, units, cache_aligned(params)};
   static std::atomic<uint64_t> prepared;
   return launch_kernel(static_cast<Dtype>(forward.dtype) == Dtype::kBf16 ? append_kernel<Dtype::kBf16>
                                                                          : append_kernel<Dtype::kFp16>,

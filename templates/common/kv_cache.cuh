@@ -12,6 +12,23 @@ namespace flash_attn {
 // Keys lie in groups of this many in one row or page: page sizes are multiples of it.
 constexpr int kKeyGroup = 16;
 
+// Whether every row of a tensor (.., head_dim) starts and ends at a multiple of 16 bytes.
+inline bool rows_aligned(const void* tensor, int64_t batch_stride, int64_t row_stride, int64_t head_stride,
+                         int head_dim) {
+  const int64_t elements = batch_stride | row_stride | head_stride | head_dim;
+  return elements % 8 == 0 && reinterpret_cast<uintptr_t>(tensor) % 16 == 0;
+}
+
+// Whether K and V can be copied, and written, 16 bytes at a time; otherwise it is done by elements.
+inline bool cache_aligned(const SplitParams& params) {
+  const ForwardParams& forward = params.forward;
+  return params.cache_head_dim == forward.head_dim && params.cache_head_dim_v == forward.head_dim_v &&
+         rows_aligned(forward.k, forward.k_batch_stride, forward.k_row_stride, forward.k_head_stride,
+                      forward.head_dim) &&
+         rows_aligned(forward.v, forward.v_batch_stride, forward.v_row_stride, forward.v_head_stride,
+                      forward.head_dim_v);
+}
+
 struct CachedSequence : Sequence {
   int batch;
   int entry;   // row of a cache without pages; -1 if there is no such row

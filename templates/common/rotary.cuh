@@ -81,6 +81,12 @@ class RotaryUnit {
 
   template <class Element>
   __device__ __forceinline__ void store(Element* head, const Values& values) const {
+    store(values, [head](int first, uint4 chunk) { *reinterpret_cast<uint4*>(head + first) = chunk; });
+  }
+
+  // Calls `write` with where in the head eight elements go, and with them.
+  template <class Write>
+  __device__ __forceinline__ void store(const Values& values, Write write) const {
     Values rotated = values;
     if (rotates_) {
       Chunk<kDtype> first(values.first);
@@ -95,8 +101,8 @@ class RotaryUnit {
       }
       rotated.first = first.packed();
     }
-    *reinterpret_cast<uint4*>(head + first_) = rotated.first;
-    if (second_ >= 0) *reinterpret_cast<uint4*>(head + second_) = rotated.second;
+    write(first_, rotated.first);
+    if (second_ >= 0) write(second_, rotated.second);
   }
 
  private:

@@ -1,11 +1,14 @@
-// Copies of blocks of K or V from a KV cache, page by page, into a ring of shared tiles with cp.async.
+// Copies of blocks of K or V from a KV cache, page by page, into a ring of shared tiles: with cp.async, or
+// where rows are not aligned for it, by elements.
 #pragma once
 
 #include <cstdint>
 
+#include "common/elements.cuh"
 #include "common/kv_cache.cuh"
 #include "common/shared_tile.cuh"
 #include "ptx/async_copy.cuh"
+#include "ptx/shared_memory.cuh"
 
 namespace flash_attn::sm80 {
 
@@ -78,13 +81,36 @@ class KeyCopy {
 
   __device__ __forceinline__ void copy_row(const Element* source, int tile_row, bool row_valid,
                                            uint32_t ring_offset) const {
+    if constexpr (Config::kAligned) {
+#pragma unroll
+      for (int slab = 0; slab < Tile::kSlabs; ++slab) {
+        const bool valid = row_valid && (slab * Tile::kSlabChunks + chunk()) * 8 < head_dim_;
+        ptx::cp_async_16(destination(tile_row, slab, ring_offset), source + slab * Tile::kSlabChunks * 8,
+                         valid);
+      }
+    } else {
+      copy_elements(source, row_valid ? head_dim_ - chunk() * 8 : 0, tile_row, ring_offset);
+    }
+  }
+
+  // Loads, then stores, which are done at once: after the next barrier other threads see them, as they see
+  // copies that were waited for before it. `source` has that many elements of the row.
+  __device__ __forceinline__ void copy_elements(const Element* source, int elements, int tile_row,
+                                                uint32_t ring_offset) const {
+    uint4 values[Tile::kSlabs];
 #pragma unroll
     for (int slab = 0; slab < Tile::kSlabs; ++slab) {
-      const bool valid = row_valid && (slab * Tile::kSlabChunks + chunk()) * 8 < head_dim_;
-      ptx::cp_async_16(
-          shared_ + ring_offset + Tile::offset(first_row_ + tile_row, slab * Tile::kSlabChunks + chunk()),
-          source + slab * Tile::kSlabChunks * 8, valid);
+      const int first = slab * Tile::kSlabChunks * 8;
+      values[slab] = load_elements(source + first, elements - first);
     }
+#pragma unroll
+    for (int slab = 0; slab < Tile::kSlabs; ++slab) {
+      ptx::store_shared_16(destination(tile_row, slab, ring_offset), values[slab]);
+    }
+  }
+
+  __device__ __forceinline__ uint32_t destination(int tile_row, int slab, uint32_t ring_offset) const {
+    return shared_ + ring_offset + Tile::offset(first_row_ + tile_row, slab * Tile::kSlabChunks + chunk());
   }
 
   const Element* source_;

@@ -9,7 +9,8 @@
 //   second   V[n]               K[n], by K[n + kStages]
 //
 // Where every warp has keys of its own, a barrier is one of the warp alone; their results are merged at the
-// end.
+// end. Rows that are not aligned for cp.async are loaded and stored by elements, in a kernel of their own:
+// what is stored before a barrier has arrived behind it, so that the table holds there too.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -125,9 +126,11 @@ __device__ __forceinline__ void attend(const SplitParams& params, const CachedSe
 
   const int copy_row = Config::kOwnKeys ? warp_key : 0;
   KeyCopy<Config> copy_k(static_cast<const Element*>(forward.k) + queries.head * forward.k_head_stride,
-                         forward.k_batch_stride, forward.k_row_stride, forward.head_dim, copy_row, ring);
+                         forward.k_batch_stride, forward.k_row_stride,
+                         Config::kAligned ? forward.head_dim : params.cache_head_dim, copy_row, ring);
   KeyCopy<Config> copy_v(static_cast<const Element*>(forward.v) + queries.head * forward.v_head_stride,
-                         forward.v_batch_stride, forward.v_row_stride, forward.head_dim_v, copy_row,
+                         forward.v_batch_stride, forward.v_row_stride,
+                         Config::kAligned ? forward.head_dim_v : params.cache_head_dim_v, copy_row,
                          ring + Config::kKeyBytes);
   // The kernel before may write the keys that the call appends, but no others.
   const int old_blocks = (sequence.length - sequence.k_row) / Config::kBlockN;
@@ -238,35 +241,49 @@ __global__ void __launch_bounds__(Config::kThreads, Config::Tile::kMinBlocks)
   }
 }
 
-// Runs the first configuration, in ascending order of kBlockM, that holds all rows of a sequence; else the
-// last.
-template <class Config, class... Others>
-Status launch_attention(const SplitParams& params, const Device& device, cudaStream_t stream,
-                        const char* name) {
+template <class Config>
+Status launch_tiles(const SplitParams& params, const Device& device, cudaStream_t stream, const char* name) {
   const ForwardParams& forward = params.forward;
+  if (forward.total_q == 0) return Status::kOk;
   const int group = forward.num_heads / forward.num_heads_k;
   const int64_t rows = int64_t{forward.seqlen_q} * group;
-  if constexpr (sizeof...(Others) > 0) {
-    if (rows > Config::kBlockM) return launch_attention<Others...>(params, device, stream, name);
-  }
   // At least one, for the rows past the last sequence.
   const int64_t tiles_m = std::max<int64_t>((rows + Config::kBlockM - 1) / Config::kBlockM, 1);
   const int64_t batches = int64_t{forward.batch} + (forward.cu_seqlens_q != nullptr ? 1 : 0);
   const int64_t blocks = forward.num_heads_k * tiles_m * params.num_splits;
   const SplitArguments arguments{params, forward.num_heads_k, static_cast<int>(tiles_m), group,
                                  static_cast<int>(blocks)};
-  const bool modifiers = needs_modifiers(forward);
-  static std::atomic<uint64_t> prepared[2];
-  return launch_kernel(modifiers ? split_kernel<ModifiedSplit<Config>> : split_kernel<Config>, name,
-                       device.index, batches * blocks, Config::kThreads, Config::kSharedBytes, stream,
-                       arguments, prepared[modifiers], /*dependent*/ appends(params));
+  // Loads of elements leave sectors in L1, which rows that are not aligned share: none may be read while the
+  // kernel before still appends others.
+  const bool dependent = appends(params) && Config::kAligned;
+  static std::atomic<uint64_t> prepared;
+  return launch_kernel(split_kernel<Config>, name, device.index, batches * blocks, Config::kThreads,
+                       Config::kSharedBytes, stream, arguments, prepared, dependent);
 }
 
-template <class... Configs>
+// Runs the first configuration, in ascending order of kBlockM, that holds all rows of a sequence; else the
+// last.
+template <class Config, class... Others>
+Status launch_attention(const SplitParams& params, const Device& device, cudaStream_t stream,
+                        const char* name) {
+  const ForwardParams& forward = params.forward;
+  if constexpr (sizeof...(Others) > 0) {
+    const int64_t rows = int64_t{forward.seqlen_q} * (forward.num_heads / forward.num_heads_k);
+    if (rows > Config::kBlockM) return launch_attention<Others...>(params, device, stream, name);
+  }
+  const auto launch = needs_modifiers(forward) ? launch_tiles<ModifiedSplit<Config>> : launch_tiles<Config>;
+  return launch(params, device, stream, name);
+}
+
+// For a cache that is not aligned the tiles for several rows serve any number.
+template <class Few, class Several, class... Others>
 Status launch_split(const SplitParams& params, const Device& device, cudaStream_t stream, const char* name) {
   SplitParams attention;
   Status status = launch_append(params, device, stream, attention);
-  if (status == Status::kOk) status = launch_attention<Configs...>(attention, device, stream, name);
+  if (status != Status::kOk) return status;
+  const auto launch = cache_aligned(params) ? launch_attention<Few, Several, Others...>
+                                            : launch_tiles<UnalignedSplit<Several>>;
+  status = launch(attention, device, stream, name);
   if (status != Status::kOk || params.num_splits == 1) return status;
   return launch_combine(params, device, stream);
 }

@@ -17,7 +17,8 @@ struct SplitTile {
 };
 
 // With `modifiers`: softcap and ALiBi. A kernel without has a seventh less code, which few queries notice.
-template <Dtype dtype, int head_dim, Mask mask, class TileType, bool modifiers = false>
+// With `aligned`: rows of the cache can be copied 16 bytes at a time.
+template <Dtype dtype, int head_dim, Mask mask, class TileType, bool modifiers = false, bool aligned = true>
 struct SplitConfig {
   using Tile = TileType;
   using Element = typename ElementOf<dtype>::Type;
@@ -25,6 +26,7 @@ struct SplitConfig {
   static constexpr int kHeadDim = head_dim;
   static constexpr Mask kMask = mask;
   static constexpr bool kModifiers = modifiers;
+  static constexpr bool kAligned = aligned;
   static constexpr int kBlockM = Tile::kBlockM;
   static constexpr int kBlockN = Tile::kBlockN;
   static constexpr int kStages = Tile::kStages;
@@ -55,5 +57,10 @@ struct SplitConfig {
 template <class Config>
 struct ModifiedSplit
     : SplitConfig<Config::kDtype, Config::kHeadDim, Config::kMask, typename Config::Tile, true> {};
+
+// One kernel for all calls over a cache of odd head dims, strides or addresses: with modifiers or not.
+template <class Config>
+struct UnalignedSplit
+    : SplitConfig<Config::kDtype, Config::kHeadDim, Config::kMask, typename Config::Tile, true, false> {};
 
 }  // namespace flash_attn::sm80

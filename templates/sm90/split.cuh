@@ -79,7 +79,9 @@ struct CacheArguments {
 
 template <class Few, class Several, class Long, class Many>
 Status launch_split(const SplitParams& params, const Device& device, cudaStream_t stream, const char* name) {
-  if (!params.long_tiles) return sm80::launch_split<Few, Several, Many>(params, device, stream, name);
+  if (!params.long_tiles || !cache_aligned(params)) {
+    return sm80::launch_split<Few, Several, Many>(params, device, stream, name);
+  }
   CacheArguments arguments{};
   arguments.box_rows = params.page_size > 0 ? std::gcd(params.page_size, Long::kBlockN) : Long::kBlockN;
   arguments.boxes = Long::kBlockN / arguments.box_rows;

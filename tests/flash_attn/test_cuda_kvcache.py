@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from recorder import MULTIPROCESSORS, STREAM, Recorder, make, strides
+from refusals import raises
 
-from flash_attn import _cuda_kvcache
+from flash_attn import _cuda_kvcache, flash_attn_with_kvcache
 from flash_attn._cpu_kvcache import Cache, Rotary
 from flash_attn._splits import plan
 from flash_attn._validation import Scoring
@@ -50,6 +53,7 @@ def test_packed_fields(library):
     assert (params.rotary_rows, params.rotary_dim, params.rotary_interleaved) == (50, 16, 1)
     assert (params.cache_entries, params.page_size, params.seqlen_new, params.num_splits) == (2, 0, 3, 1)
     assert params.out_partial == params.lse_partial == params.block_table == 0
+    assert (params.cache_head_dim, params.cache_head_dim_v) == (64, 64)
 
 
 def test_pages_and_splits(library):
@@ -95,12 +99,104 @@ def test_score_modifiers_keep_hopper_from_packing_heads(install):
     assert plain and not modified
 
 
-def test_q_is_copied_where_it_cannot_be_read_and_a_cache_is_refused(library):
+def moved(x, elements=1):
+    """Return x at an address that is so many elements further than one that kernels are given."""
+    return torch.empty(x.numel() + 8, dtype=x.dtype)[elements : x.numel() + elements].view(x.shape).copy_(x)
+
+
+def test_what_cannot_be_read_is_copied(library):
     q, k_cache, v_cache = make(seqlen_q=2, seqlen_k=40)
-    shifted = torch.empty(q.numel() + 1, dtype=q.dtype)[1:].view(q.shape)
-    run(shifted, k_cache, v_cache)
+    new = moved(k_cache[:, :2]), moved(v_cache[:, :2])
+    shifted = moved(q)
+    run(shifted, k_cache, v_cache, new)
     ((params, _),) = library.split_calls
     assert params.forward.q != shifted.data_ptr() and params.forward.q % 16 == 0
-    moved = torch.empty(k_cache.numel() + 1, dtype=q.dtype)[1:].view(k_cache.shape)
-    with pytest.raises(ValueError, match=r"^k_cache must be .*not copied.*address % 16 = 2"):
-        run(q, moved, v_cache)
+    for at, x in zip((params.k_new, params.v_new), new, strict=True):
+        assert at != x.data_ptr() and at % 16 == 0
+
+
+UNALIGNED = {
+    "address of k": lambda k, v: (moved(k), v),
+    "address of v": lambda k, v: (k, moved(v, 4)),
+    "strides of rows": lambda k, v: (k.new_empty(2, 640, 131)[..., :128].unflatten(2, (2, 64)), v),
+    "strides of entries": lambda k, v: (k, v.new_empty(2, 640 * 128 + 1)[:, 1:].view(v.shape)),
+    "head dim of k": lambda k, v: (k[..., :59], v),
+    "head dim of v": lambda k, v: (k, v[..., :27].contiguous()),
+    "head dims": lambda k, v: (k[..., :63].contiguous(), v[..., :1]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", UNALIGNED)
+def test_an_unaligned_cache_is_used_where_it_lies(install, case):
+    """With everything else copied, head dims padded, and without Hopper's tiles, which TMA copies."""
+    recorder = Recorder()
+    install(recorder, hopper=True)
+    q, *caches = make(seqlen_q=100, seqlen_k=640)
+    k_cache, v_cache = UNALIGNED[case](*caches)
+    dims = k_cache.shape[3], v_cache.shape[3]
+    new = [cache[:, :3].clone() for cache in (k_cache, v_cache)]
+    cos, sin = torch.rand(2, 800, 8).bfloat16()
+    out, _ = run(q[..., : dims[0]], k_cache, v_cache, new, Rotary(cos, sin, True), num_splits=3)
+    ((params, _),) = recorder.split_calls
+    forward, padded = params.forward, [-(-dim // 8) * 8 for dim in dims]
+    assert out.shape == (2, 100, 4, dims[1])
+    assert (forward.k, forward.v) == (k_cache.data_ptr(), v_cache.data_ptr())
+    assert (strides(forward, "k"), strides(forward, "v")) == (k_cache.stride()[:3], v_cache.stride()[:3])
+    assert (params.cache_head_dim, params.cache_head_dim_v) == dims
+    assert [forward.head_dim, forward.head_dim_v] == padded
+    assert not params.long_tiles and not forward.tile_counter
+    for at in (forward.q, forward.out, params.k_new, params.v_new, params.q_rotated):
+        assert at % 16 == 0
+    for name in ("q", "out"):
+        assert not any(stride % 8 for stride in strides(forward, name))
+    for name in ("k_new", "v_new"):
+        assert not any(stride % 8 for stride in strides(params, name))
+    assert params.lse_partial - params.out_partial == 4 * 2 * 100 * 4 * 3 * padded[1]
+
+
+def test_a_head_of_one_element_has_any_last_stride(library):
+    q, k_cache, v_cache = (x.as_strided(x.shape, (*x.stride()[:3], 7)) for x in make(head_dim=1))
+    run(q, k_cache, v_cache)
+    ((params, _),) = library.split_calls
+    assert (params.forward.k, params.forward.v) == (k_cache.data_ptr(), v_cache.data_ptr())
+
+
+def test_a_last_dimension_that_is_not_contiguous_is_refused(library):
+    q, k_cache, v_cache = make(seqlen_k=16)
+    for name in ("k_cache", "v_cache"):
+        caches = {"k_cache": k_cache, "v_cache": v_cache}
+        caches[name] = torch.empty(2, 16, 2, 128).bfloat16()[..., ::2]
+        raises(ValueError, f"{name} must be contiguous in its last dimension", run, q, **caches)
+    table, starts = torch.arange(2, dtype=torch.int32).view(2, 1), torch.tensor([0, 10, 20]).int()
+    pages = {"k": k_cache, "v": torch.empty(2, 16, 2, 128).bfloat16()[..., ::2]}
+    for name in ("v", "k"):
+        raises(
+            ValueError, f"{name} must be contiguous in its last dimension", _cuda_kvcache.varlen_forward,
+            q.flatten(0, 1), **pages, out=None, scoring=SCORING, cu_seqlens_q=starts, cu_seqlens_k=starts,
+            max_seqlen_q=10, seqused_k=None, block_table=table, need_lse=False,
+        )  # fmt: skip
+        pages = {"k": pages["v"], "v": k_cache}
+    assert not library.split_calls
+
+
+@pytest.mark.parametrize("name", ["k_cache", "v_cache"])
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_keys_are_not_appended_to_an_expanded_cache(library, name, dim):
+    """Rows that are one in memory would be written over one another; reading them is right."""
+    q, *caches = make(seqlen_q=3, seqlen_k=40)
+    new = [cache[:, :3].clone() for cache in caches]
+    named = dict(zip(("k_cache", "v_cache"), caches, strict=True))
+    named[name] = named[name].narrow(dim, 0, 1).expand_as(named[name])
+    append = partial(flash_attn_with_kvcache, q, k=new[0], v=new[1], cache_seqlens=LENGTHS)
+    raises(ValueError, f"{name} must be a tensor that is not expanded", append, **named)
+    assert not library.split_calls
+    run(q, **named)
+    assert len(library.split_calls) == 1
+
+
+def test_one_entry_may_have_stride_0(library):
+    q, k_cache, v_cache = make(batch=1, seqlen_q=3, seqlen_k=40)
+    new = k_cache[:, :3].clone(), v_cache[:, :3].clone()
+    caches = (x.as_strided(x.shape, (0, *x.stride()[1:])) for x in (k_cache, v_cache))
+    run(q, *caches, new, seqlens=5)
+    assert len(library.split_calls) == 1

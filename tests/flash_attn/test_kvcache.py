@@ -17,6 +17,9 @@ BATCH, CAPACITY, HEADS, HEADS_K, HEAD_DIM = 3, 96, 4, 2, 32
 FEW, SEVERAL, MANY = 7, 20, 80
 """Numbers of queries for each tile; MANY run in the forward kernel on Hopper."""
 
+ODD_HEAD_DIMS = (1, 3, 59, 75, 111, 170, 255)
+"""Head dims of caches whose rows are not aligned to 16 bytes: for each kernel at least one."""
+
 MASKS = {
     "full": Options(),
     "causal": Options(causal=True),
@@ -106,6 +109,13 @@ def test_head_dim_of_v_differs(head_dims, mask, device, require_split):
     check_appending(3, 9, mask, head_dims)
 
 
+@pytest.mark.parametrize("head_dims", [*((d, d) for d in ODD_HEAD_DIMS), (59, 64), (128, 111)], ids=str)
+@pytest.mark.parametrize("seqlen_q, seqlen_new", [(1, 1), (SEVERAL, 9)])
+def test_head_dims_that_are_no_multiple_of_8(seqlen_q, seqlen_new, head_dims, device, require_split):
+    require_split(device, torch.bfloat16, *head_dims)
+    check_appending(seqlen_q, seqlen_new, "causal", head_dims)
+
+
 def rotated(x, cos, sin, positions, interleaved):
     """Rotate x (s, h, d) in fp64, pair by pair."""
     out, half = x.double().clone(), cos.shape[1]
@@ -123,8 +133,10 @@ def rotated(x, cos, sin, positions, interleaved):
 @pytest.mark.parametrize("rotary_dim", [16, 32])
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("seqlen_q", [5, MANY])
-def test_rotary(interleaved, rotary_dim, mask, seqlen_q):
-    q, k_cache, v_cache, k, v = make(seqlen_q, seqlen_new=5)
+@pytest.mark.parametrize("head_dim", [HEAD_DIM, 59])
+def test_rotary(interleaved, rotary_dim, mask, seqlen_q, head_dim, device, require_split):
+    require_split(device, torch.bfloat16, head_dim)
+    q, k_cache, v_cache, k, v = make(seqlen_q, seqlen_new=5, head_dims=(head_dim, head_dim))
     angles = torch.rand(CAPACITY + seqlen_q, rotary_dim // 2) * 6
     cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
     lengths = [0, 20, 91]
@@ -211,7 +223,7 @@ def test_paged_equals_unpaged(page_size, mask, rotary, head_dim_v, seqlen_q):
 
 
 @pytest.mark.parametrize("page_size", [16, 48])
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("head_dim", [*HEAD_DIMS, *ODD_HEAD_DIMS])
 def test_pages_of_every_head_dim(page_size, head_dim, device, require_split):
     require_split(device, torch.bfloat16, head_dim)
     q, k_cache, v_cache, *_ = make(MANY, head_dims=(head_dim, head_dim))
@@ -258,6 +270,19 @@ def test_num_splits_does_not_matter(num_splits, seqlen_q):
 def test_every_tile(seqlen_q, long, num_splits, scoring, head_dim, device, require_split, monkeypatch):
     """Long tiles are for Hopper; other families take their largest instead."""
     require_split(device, torch.bfloat16, head_dim)
+    check_tile(seqlen_q, long, num_splits, scoring, head_dim, monkeypatch)
+
+
+@pytest.mark.parametrize("num_splits", [1, 3])
+@pytest.mark.parametrize("scoring", ["window", "modified"])
+@pytest.mark.parametrize("head_dim", ODD_HEAD_DIMS)
+def test_the_tile_of_unaligned_rows(num_splits, scoring, head_dim, device, require_split, monkeypatch):
+    """It is taken for any number of queries, also where long tiles are asked for."""
+    require_split(device, torch.bfloat16, head_dim)
+    check_tile(MANY, True, num_splits, scoring, head_dim, monkeypatch)
+
+
+def check_tile(seqlen_q, long, num_splits, scoring, head_dim, monkeypatch):
     monkeypatch.setattr(_cuda_kvcache, "plan", lambda *call: Plan(num_splits, long))
     q, k_cache, v_cache, *_ = make(seqlen_q, head_dims=(head_dim, head_dim))
     modified = Options(causal=True, softcap=5.0, alibi_slopes=torch.rand(BATCH, HEADS))

@@ -70,8 +70,9 @@ def test_prefill_and_decoding_in_one_call(page_size, mask):
     check(out, lse, q, packed, MASKS[mask])
 
 
-def test_head_dim_of_v_differs():
-    q, packed, pages, table = make(32, head_dim=64, head_dim_v=40)
+@pytest.mark.parametrize("head_dims", [(64, 40), (59, 59), (64, 27), (3, 1)], ids=str)
+def test_other_head_dims(head_dims):
+    q, packed, pages, table = make(32, head_dim=head_dims[0], head_dim_v=head_dims[1])
     out, lse, _ = flash_attn_varlen_func(
         q, *pages, bounds(LENGTHS_Q), bounds(LENGTHS_K), max(LENGTHS_Q), max(LENGTHS_K), block_table=table,
         return_attn_probs=True, causal=True,
@@ -79,7 +80,7 @@ def test_head_dim_of_v_differs():
     check(out, lse, q, packed, Options(causal=True))
 
 
-@pytest.mark.parametrize("head_dim_v", [64, 40])
+@pytest.mark.parametrize("head_dim_v", [64, 40, 27])
 def test_split_keys(head_dim_v, monkeypatch):
     """In the tiles for many queries, the kernel of which on Hopper is another."""
     monkeypatch.setattr(_cuda_kvcache, "plan", lambda *call: Plan(3, True))

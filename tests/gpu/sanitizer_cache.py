@@ -25,9 +25,9 @@ def contiguous(head_dim: int, dtype: torch.dtype) -> None:
     """Queries for each tile, split keys or not, new keys with and without rotation, that fit and do not."""
     cos, sin = angles(16, dtype)
     for seqlen_q, interleaved in itertools.product((1, 10, 100), (False, True)):
-        q = random(2, seqlen_q, 6, head_dim - 8, dtype=dtype)
-        k, v = (random(2, seqlen_q, 2, head_dim - 8, dtype=dtype) for _ in range(2))
-        k_cache, v_cache = (random(3, CAPACITY, 2, head_dim - 8, dtype=dtype) for _ in range(2))
+        q = random(2, seqlen_q, 6, head_dim, dtype=dtype)
+        k, v = (random(2, seqlen_q, 2, head_dim, dtype=dtype) for _ in range(2))
+        k_cache, v_cache = (random(3, CAPACITY, 2, head_dim, dtype=dtype) for _ in range(2))
         tables = {"rotary_cos": cos, "rotary_sin": sin}
         for num_splits, softcap, rotary in ((1, 0.0, {}), (1, 20.0, tables), (3, 20.0, tables)):
             flash_attn_with_kvcache(
@@ -65,8 +65,10 @@ def rotary(head_dim: int, dtype: torch.dtype) -> None:
 def main() -> None:
     head_dims = [int(argument) for argument in sys.argv[1:]] or HEAD_DIMS
     for head_dim, dtype in itertools.product(head_dims, DTYPES):
-        contiguous(head_dim, dtype)
+        contiguous(head_dim - 8, dtype)
         paged(head_dim, dtype)
+        contiguous(head_dim - 5, dtype)  # rows that are not aligned to 16 bytes
+        paged(head_dim - 5, dtype)
         rotary(head_dim, dtype)
     torch.cuda.synchronize()
     print(f"ran head dims {head_dims}")

@@ -4,7 +4,7 @@ import ctypes
 import struct
 from enum import IntEnum
 
-LAYOUT_HASH = 0x09B89C513C6A4A19
+LAYOUT_HASH = 0xE47E1BEA2A19B25E
 """Must equal flash_attn_layout_hash() of the library."""
 
 HEAD_DIMS = (32, 64, 96, 128, 192, 256)
@@ -172,8 +172,8 @@ BACKWARD_PARAMS = struct.Struct("<312s9Q14q1i4x")
 class SplitParams(ctypes.Structure):
     """Arguments of one attention call over a KV cache. Keys that the call appends are written to the
     cache first; what would lie outside of it is dropped, and read as zero. In forward, k and v are the
-    cache, (cache_entries, rows, num_heads_k, head_dim), seqlen_k is the room for one sequence,
-    cu_seqlens_q needs pages and no appended keys, and seqused_k is null.
+    cache, (cache_entries, rows, num_heads_k, cache_head_dim), of any strides, seqlen_k is the room for
+    one sequence, cu_seqlens_q needs pages and no appended keys, and seqused_k is null.
     """
 
     _fields_ = (
@@ -204,10 +204,12 @@ class SplitParams(ctypes.Structure):
         ("rotary_interleaved", ctypes.c_int32),  # pairs are (0, 1), (2, 3), ..; else the two halves
         ("num_splits", ctypes.c_int32),  # parts of the keys; the workspaces are used where more than 1
         ("long_tiles", ctypes.c_int32),  # take the tiles for many queries, where the family has them (sm90)
+        ("cache_head_dim", ctypes.c_int16),  # elements per head of the keys in the cache, at most head_dim
+        ("cache_head_dim_v", ctypes.c_int16),  # the same of the values
     )
 
 
-SPLIT_PARAMS = struct.Struct("<312s10Q7q9i4x")
+SPLIT_PARAMS = struct.Struct("<312s10Q7q9i2h")
 """Packs the fields of SplitParams, in order, into 488 bytes; a pointer is an int, null is 0."""
 
 

@@ -7,7 +7,7 @@
 
 namespace flash_attn {
 
-constexpr uint64_t kLayoutHash = 0x09B89C513C6A4A19u;
+constexpr uint64_t kLayoutHash = 0xE47E1BEA2A19B25Eu;
 
 // Element type of q, k, v and out.
 enum class Dtype : int32_t {
@@ -205,8 +205,8 @@ static_assert(offsetof(BackwardParams, key_parts) == 496);
 
 // Arguments of one attention call over a KV cache. Keys that the call appends are written to the cache
 // first; what would lie outside of it is dropped, and read as zero. In forward, k and v are the cache,
-// (cache_entries, rows, num_heads_k, head_dim), seqlen_k is the room for one sequence, cu_seqlens_q
-// needs pages and no appended keys, and seqused_k is null.
+// (cache_entries, rows, num_heads_k, cache_head_dim), of any strides, seqlen_k is the room for one
+// sequence, cu_seqlens_q needs pages and no appended keys, and seqused_k is null.
 struct SplitParams {
   ForwardParams forward;  // q, the cache, out, and how scores are formed
   const int32_t* cache_seqlens;  // (batch): keys in the cache before, or null: cache_seqlen
@@ -235,6 +235,8 @@ struct SplitParams {
   int32_t rotary_interleaved;  // pairs are (0, 1), (2, 3), ..; else the two halves
   int32_t num_splits;  // parts of the keys; the workspaces are used where more than 1
   int32_t long_tiles;  // take the tiles for many queries, where the family has them (sm90)
+  int16_t cache_head_dim;  // elements per head of the keys in the cache, at most head_dim
+  int16_t cache_head_dim_v;  // the same of the values
 };
 static_assert(sizeof(SplitParams) == 488);
 static_assert(offsetof(SplitParams, forward) == 0);
@@ -264,6 +266,8 @@ static_assert(offsetof(SplitParams, rotary_dim) == 468);
 static_assert(offsetof(SplitParams, rotary_interleaved) == 472);
 static_assert(offsetof(SplitParams, num_splits) == 476);
 static_assert(offsetof(SplitParams, long_tiles) == 480);
+static_assert(offsetof(SplitParams, cache_head_dim) == 484);
+static_assert(offsetof(SplitParams, cache_head_dim_v) == 486);
 
 // Arguments of one rotation of heads by their position. Sequences are packed iff cu_seqlens is not null:
 // then batch strides are ignored, and rows past the last sequence stay as they are. Strides are in
