@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from math import inf
+from math import inf, isfinite
 from typing import Any, TypeVar
 
 import torch
@@ -51,13 +51,13 @@ class _Chunk:
         return x.reshape(x.shape[0], self.k.shape[1], -1, x.shape[-1])
 
     def scores(self, rows: range, cols: range) -> tuple[Tensor, Tensor | None]:
-        """Return scaled, capped, biased and masked scores (B, h, rows, cols), and the softcap's tanh."""
-        scoring, tanh = self.scoring, None
+        """Return scaled, capped, biased and masked scores (B, h, rows, cols), and what tanh was taken of."""
+        scoring, inner = self.scoring, None
         q, k = self.q[:, :, _slice(rows)], self.k[:, :, _slice(cols)]
         scores = (self.grouped(q) @ k.mT).view(*q.shape[:3], len(cols)).mul_(scoring.softmax_scale)
         if scoring.softcap > 0.0:
-            tanh = scores.div_(scoring.softcap).tanh_()
-            scores = tanh * scoring.softcap
+            inner = scores.div_(scoring.softcap)
+            scores = inner.tanh().mul_(scoring.softcap)
         windowed = scoring.window_left >= 0 or scoring.window_right >= 0
         if windowed or self.slopes is not None:
             distance = _arange(rows, q).unsqueeze(1) + self.offset - _arange(cols, q)
@@ -65,7 +65,7 @@ class _Chunk:
                 scores = scores - self.slopes * distance.abs()
             if windowed:
                 scores.masked_fill_(_hidden(distance, scoring), -inf)
-        return scores, tanh
+        return scores, inner
 
     def keep(self, rng_state: Tensor, rows: range, cols: range) -> Tensor:
         """Return the dropout mask (B, h, rows, cols), True where kept."""
@@ -74,11 +74,17 @@ class _Chunk:
         mask = keep_mask(rng_state, self.scoring.dropout_p, heads, rows, cols)
         return mask.view(batch, num_heads, len(rows), len(cols))
 
-    def tiles(self) -> Iterator[tuple[range, range]]:
-        """Yield blocks of rows, each with the columns that any of its rows may see."""
+    def tiles(self, *factors: Tensor) -> Iterator[tuple[range, range]]:
+        """Yield blocks of rows, each with the columns that any of its rows may see.
+
+        `factors` are what hidden scores, which are 0, will be multiplied with. A block is one row, which
+        sees all of its columns, if they are not finite: what a row does not see must not reach it as 0 * nan.
+        """
         batch, num_heads, seqlen_q, _ = self.q.shape
         seqlen_k, left, right = self.k.shape[2], self.scoring.window_left, self.scoring.window_right
         step = _clamp(SCORES_AT_ONCE // max(1, batch * num_heads * seqlen_k), seqlen_q)
+        if step > 1 and (left >= 0 or right >= 0) and not isfinite(sum(x.sum().item() for x in factors)):
+            step = 1
         for start in range(0, seqlen_q, step):
             stop = min(start + step, seqlen_q)
             first = max(0, start + self.offset - left) if left >= 0 else 0
@@ -162,7 +168,7 @@ def attend(
     batch.
     """
     for part, chunk in _chunks(q, k, v, scoring, first_batch):
-        for rows, cols in chunk.tiles():
+        for rows, cols in chunk.tiles(chunk.v):
             at, seen = _slice(rows), _slice(cols)
             if probs is not None and rng_state is not None:
                 kept = chunk.keep(rng_state, rows, range(k.shape[1]))
@@ -196,18 +202,18 @@ def attend_backward(
         delta = (do * _heads_first(out[part])).sum(-1)
         softmax_d[part] = delta
         dk_sum, dv_sum = torch.zeros_like(chunk.k), torch.zeros_like(chunk.v)
-        for rows, cols in chunk.tiles():
+        for rows, cols in chunk.tiles(chunk.q, chunk.k, chunk.v, do, delta):
             at, seen = _slice(rows), _slice(cols)
             if dq is not None and not cols:
                 dq[part, at] = 0.0
             if not cols or dq is dk is dv is None:
                 continue
-            scores, tanh = chunk.scores(rows, cols)
+            scores, inner = chunk.scores(rows, cols)
             p = (scores - lse[part, :, at, None]).exp_()
             do_rows = chunk.grouped(do[:, :, at])
             keep = None
             if rng_state is not None:
-                keep = chunk.keep(rng_state, rows, cols) / (1.0 - scoring.dropout_p)
+                keep = chunk.keep(rng_state, rows, cols).to(p.dtype) / (1.0 - scoring.dropout_p)
             if dv is not None:
                 dv_sum[:, :, seen] += chunk.grouped(p if keep is None else p * keep).mT @ do_rows
             if dq is dk is None:
@@ -216,8 +222,8 @@ def attend_backward(
             if keep is not None:
                 dp *= keep
             ds = (dp - delta[:, :, at, None]).mul_(p).mul_(scoring.softmax_scale)
-            if tanh is not None:
-                ds *= 1.0 - tanh.square()
+            if inner is not None:  # 1 - tanh^2 would have no digits left where tanh saturates
+                ds *= inner.cosh_().reciprocal_().square_()
             ds = chunk.grouped(ds)
             if dk is not None:
                 dk_sum[:, :, seen] += ds.mT @ chunk.grouped(chunk.q[:, :, at])

@@ -132,6 +132,7 @@ def kernels_that_run(device: int) -> list[str]:
         window_left, window_right = MASK_WINDOWS[mask]
         params = _abi.ForwardParams(
             head_dim=head_dim,
+            head_dim_v=head_dim,
             window_left=window_left,
             window_right=window_right,
             dtype=dtype,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -98,6 +99,23 @@ def forced_family() -> int:
     return known[name] if name else 0
 
 
+def _told_size(path: Path) -> int:
+    """Return where a 64-bit ELF file must end at the earliest, by its headers; 0 for any other file."""
+    with path.open("rb") as file:
+        header = file.read(64)
+        if len(header) < 64 or not header.startswith(b"\x7fELF\2\1"):
+            return 0
+        segments_at, sections_at = struct.unpack_from("<QQ", header, 32)
+        segment_size, segments, section_size, sections = struct.unpack_from("<4H", header, 54)
+        file.seek(segments_at)
+        table = file.read(segments * 56)
+    parts = list(
+        struct.iter_unpack("<8xQ16xQ16x", table[: len(table) // 56 * 56])
+    )  # offset, bytes in the file
+    parts += [(segments_at, segments * segment_size), (sections_at, sections * section_size)]
+    return max(offset + length for offset, length in parts)
+
+
 def _open(path: Path) -> ctypes.CDLL:
     if not path.exists():
         raise RuntimeError(
@@ -105,6 +123,9 @@ def _open(path: Path) -> ctypes.CDLL:
             f"`{build_command()}`; CPU tensors work without them"
         )
     try:
+        size, told = path.stat().st_size, _told_size(path)
+        if size < told:  # loading it would end the process: SIGBUS
+            raise OSError(f"it has {size} bytes where its headers tell of {told}")
         return ctypes.CDLL(str(path), mode=ctypes.RTLD_LOCAL)
     except OSError as error:
         raise RuntimeError(f"cannot load {path}: {error}; rebuild it with `{REBUILD}`") from error
@@ -134,7 +155,7 @@ def open_library(path: Path) -> Library:
     """Load the library at `path`.
 
     Raises:
-        RuntimeError: it is missing, cannot be loaded, or has another layout of arguments.
+        RuntimeError: it is missing, cut short, cannot be loaded, or has another layout of arguments.
     """
     library = _open(path)
     _declare(library)

@@ -1,6 +1,7 @@
 // Score modifiers: scale, softcap and ALiBi, in log2 units, so that the softmax's own scale is 1 afterwards.
 #pragma once
 
+#include <cfloat>
 #include <cstdint>
 
 #include "abi.h"
@@ -9,11 +10,13 @@
 
 namespace flash_attn {
 
-// Plain softmax(scale Q K^T) V runs the kernel without score modifiers; a scale that is not positive needs
-// them, because the plain kernel takes the maximum before it scales.
+// Plain softmax(scale Q K^T) V runs the kernel without score modifiers. A scale that is not positive needs
+// them, because the plain kernel takes the maximum before it scales; a large one, because the exponents are
+// off by what rounding the scaled maximum leaves.
 inline bool needs_modifiers(const ForwardParams& params) {
+  constexpr float kMaxPlainScale = 256.0f;
   return params.alibi_slopes != nullptr || params.softcap > 0.0f || params.dropout_p > 0.0f ||
-         !(params.softmax_scale > 0.0f);
+         !(params.softmax_scale > 0.0f && params.softmax_scale <= kMaxPlainScale);
 }
 
 struct ScoreModifiers {
@@ -22,11 +25,16 @@ struct ScoreModifiers {
   float softcap_inner;  // softmax_scale / softcap
   float slope_log2;     // ALiBi slope * log2(e); 0 without ALiBi
 
+  // A high softcap is lowered until all factors are normal numbers, which fp32 does not show unless q k^T
+  // exceeds 2^88, or a score 2^115. Where it is so low that the inner factor overflows, all scores but 0 are
+  // at the cap anyway.
   __device__ ScoreModifiers(const ForwardParams& params, int batch, int head)
-      : scale_log2(params.softmax_scale * kLog2E),
-        softcap_log2(params.softcap * kLog2E),
-        softcap_inner(params.softcap > 0.0f ? params.softmax_scale / params.softcap : 0.0f),
-        slope_log2(0.0f) {
+      : scale_log2(params.softmax_scale * kLog2E), softcap_log2(0.0f), softcap_inner(0.0f), slope_log2(0.0f) {
+    const float softcap = fminf(params.softcap, fminf(0x1p127f, fabsf(params.softmax_scale) * 0x1p100f));
+    if (softcap > 0.0f) {
+      softcap_log2 = softcap * kLog2E;
+      softcap_inner = fminf(fmaxf(params.softmax_scale / softcap, -FLT_MAX), FLT_MAX);
+    }
     if (params.alibi_slopes != nullptr) {
       slope_log2 = params.alibi_slopes[batch * params.alibi_batch_stride + head] * kLog2E;
     }
@@ -34,30 +42,28 @@ struct ScoreModifiers {
 
   // `distance` is row + diagonal - column.
   __device__ __forceinline__ float apply(float score, int distance) const {
-    const float scaled =
-        softcap_log2 > 0.0f ? softcap_log2 * tanh(score * softcap_inner) : score * scale_log2;
-    return scaled - bias(distance);
+    float derivative;
+    return scale(score, derivative) - bias(distance);
   }
 
-  // The derivative of the softcap where `apply` has returned `score`.
-  __device__ __forceinline__ float softcap_derivative(float score, int distance) const {
-    if (!(softcap_log2 > 0.0f)) return 1.0f;
-    const float tanh = (score + bias(distance)) / softcap_log2;
-    return 1.0f - tanh * tanh;
+  // The score as it is before ALiBi, and the derivative of the softcap there.
+  //
+  // Both come from e = exp(-2 |x|): tanh |x| = 2 / (1 + e) - 1, and 1 - tanh^2 x = 4 e / (1 + e)^2, which
+  // does not cancel where tanh saturates. tanh.approx would cost half the special-function work, but its
+  // relative error of 2^-11 exceeds what rounding the inputs to fp16 costs. Near 0, where the difference
+  // cancels, the series is exact to 2^-23.
+  __device__ __forceinline__ float scale(float score, float& derivative) const {
+    derivative = 1.0f;
+    if (!(softcap_log2 > 0.0f)) return score * scale_log2;
+    const float x = score * softcap_inner;
+    const float e = ptx::exp2_approx(-2.0f * kLog2E * fabsf(x)), r = ptx::reciprocal_approx(1.0f + e);
+    derivative = 4.0f * e * r * r;
+    const float tanh = fabsf(x) < 0.03f ? x - x * x * x * (1.0f / 3.0f) : copysignf(fmaf(2.0f, r, -1.0f), x);
+    return softcap_log2 * tanh;
   }
 
- private:
   __device__ __forceinline__ float bias(int distance) const {
     return slope_log2 * fabsf(static_cast<float>(distance));
-  }
-
-  // tanh.approx would cost half the special-function work, but its relative error of 2^-11 exceeds what
-  // rounding the inputs to fp16 costs. Near 0, where 1 - 2 / (exp(2x) + 1) cancels, the series is exact to
-  // 2^-23.
-  __device__ static __forceinline__ float tanh(float x) {
-    const float by_exponential =
-        1.0f - 2.0f * ptx::reciprocal_approx(ptx::exp2_approx(2.0f * kLog2E * x) + 1.0f);
-    return fabsf(x) < 0.03f ? x - x * x * x * (1.0f / 3.0f) : by_exponential;
   }
 };
 

@@ -12,16 +12,16 @@
 
 namespace flash_attn {
 
-// a = function(a, b), score by score.
+// Calls function(a, b) for each score of a and the same one of b.
 template <int kTilesM, int kTilesN, class Function>
-__device__ __forceinline__ void combine_scores(Accumulator<kTilesM, kTilesN>& a,
-                                               const Accumulator<kTilesM, kTilesN>& b, Function function) {
+__device__ __forceinline__ void for_each_pair(Accumulator<kTilesM, kTilesN>& a,
+                                              Accumulator<kTilesM, kTilesN>& b, Function function) {
 #pragma unroll
   for (int m = 0; m < kTilesM; ++m) {
 #pragma unroll
     for (int n = 0; n < kTilesN; ++n) {
 #pragma unroll
-      for (int c = 0; c < 4; ++c) a[m][n][c] = function(a[m][n][c], b[m][n][c]);
+      for (int c = 0; c < 4; ++c) function(a[m][n][c], b[m][n][c]);
     }
   }
 }

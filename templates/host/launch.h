@@ -9,6 +9,7 @@
 #include <map>
 #include <utility>
 
+#include "host/check_cuda.h"
 #include "host/status.h"
 
 namespace flash_attn {

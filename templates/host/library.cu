@@ -8,6 +8,8 @@
 
 #include "common/dropout_probs.h"
 #include "common/rotary.h"
+#include "host/check_cuda.h"
+#include "host/check_params.h"
 #include "host/dispatch.h"
 #include "host/status.h"
 
@@ -77,27 +79,47 @@ const KernelEntry* choose_kernel(Direction direction, const ForwardParams& param
   return status == Status::kOk ? find_kernel(direction, params, device, status) : nullptr;
 }
 
-// Runs a launcher, which is one direction's member of KernelEntry; `forward`, part of `params`, decides
-// which.
+const ForwardParams* forward_of(const ForwardParams* params) { return params; }
+
+template <class Params>
+const ForwardParams* forward_of(const Params* params) {
+  return params == nullptr ? nullptr : &params->forward;
+}
+
+// Runs a launcher, which is one direction's member of KernelEntry, on parameters whose check gave `checked`.
 template <class Params, class Launcher>
-int32_t run(Direction direction, Launcher KernelEntry::* launcher, const Params& params,
-            const ForwardParams& forward, void* stream) {
+int32_t run(Status checked, Direction direction, Launcher KernelEntry::* launcher, const Params* params,
+            void* stream) {
+  if (checked != Status::kOk) return static_cast<int32_t>(checked);
   Device device{};
   Status status;
-  const KernelEntry* kernel = choose_kernel(direction, forward, device, status);
+  const KernelEntry* kernel = choose_kernel(direction, *forward_of(params), device, status);
   if (kernel == nullptr) return static_cast<int32_t>(status);
   const DeviceGuard guard(device.index);
   status = guard.status();
   if (status == Status::kOk) {
-    status = (kernel->*launcher)(params, device, static_cast<cudaStream_t>(stream));
+    status = (kernel->*launcher)(*params, device, static_cast<cudaStream_t>(stream));
   }
   return static_cast<int32_t>(status);
 }
 
-const char* kernel_key(Direction direction, const ForwardParams& params) {
+// The same of a kernel that no table holds.
+template <class Params, class Launcher>
+int32_t run_on_device(Status checked, Launcher launch, const Params* params, void* stream) {
+  if (checked != Status::kOk) return static_cast<int32_t>(checked);
+  const DeviceGuard guard(params->device);
+  Status status = guard.status();
+  if (status == Status::kOk) status = launch(*params, static_cast<cudaStream_t>(stream));
+  return static_cast<int32_t>(status);
+}
+
+template <class Params>
+const char* kernel_key(const char* function, Direction direction, const Params* params) {
+  const ForwardParams* forward = forward_of(params);
+  Status status = check_choice(function, forward);
+  if (status != Status::kOk) return nullptr;
   Device device{};
-  Status status;
-  const KernelEntry* kernel = choose_kernel(direction, params, device, status);
+  const KernelEntry* kernel = choose_kernel(direction, *forward, device, status);
   return kernel == nullptr ? nullptr : kernel->key;
 }
 
@@ -116,41 +138,37 @@ Status fail(Status status, const char* format, ...) {
 using namespace flash_attn;
 
 int32_t flash_attn_forward(const ForwardParams* params, void* stream) {
-  return run(Direction::kForward, &KernelEntry::launch_forward, *params, *params, stream);
+  return run(check_forward(__func__, params), Direction::kForward, &KernelEntry::launch_forward, params,
+             stream);
 }
 
 int32_t flash_attn_backward(const BackwardParams* params, void* stream) {
-  return run(Direction::kBackward, &KernelEntry::launch_backward, *params, params->forward, stream);
+  return run(check_backward(__func__, params), Direction::kBackward, &KernelEntry::launch_backward, params,
+             stream);
 }
 
 int32_t flash_attn_split(const SplitParams* params, void* stream) {
-  return run(Direction::kSplit, &KernelEntry::launch_split, *params, params->forward, stream);
+  return run(check_split(__func__, params), Direction::kSplit, &KernelEntry::launch_split, params, stream);
 }
 
 int32_t flash_attn_rotary(const RotaryParams* params, void* stream) {
-  const DeviceGuard guard(params->device);
-  Status status = guard.status();
-  if (status == Status::kOk) status = launch_rotary(*params, static_cast<cudaStream_t>(stream));
-  return static_cast<int32_t>(status);
+  return run_on_device(check_rotary(__func__, params), launch_rotary, params, stream);
 }
 
 int32_t flash_attn_dropout_probs(const ForwardParams* params, void* stream) {
-  const DeviceGuard guard(params->device);
-  Status status = guard.status();
-  if (status == Status::kOk) status = launch_dropout_probs(*params, static_cast<cudaStream_t>(stream));
-  return static_cast<int32_t>(status);
+  return run_on_device(check_dropout_probs(__func__, params), launch_dropout_probs, params, stream);
 }
 
 const char* flash_attn_forward_kernel(const ForwardParams* params) {
-  return kernel_key(Direction::kForward, *params);
+  return kernel_key(__func__, Direction::kForward, params);
 }
 
 const char* flash_attn_backward_kernel(const BackwardParams* params) {
-  return kernel_key(Direction::kBackward, params->forward);
+  return kernel_key(__func__, Direction::kBackward, params);
 }
 
 const char* flash_attn_split_kernel(const SplitParams* params) {
-  return kernel_key(Direction::kSplit, params->forward);
+  return kernel_key(__func__, Direction::kSplit, params);
 }
 
 const char* flash_attn_last_error() { return last_error; }

@@ -4,6 +4,7 @@
 
 #include <atomic>
 
+#include "host/check_cuda.h"
 #include "host/status.h"
 
 namespace flash_attn {

@@ -80,19 +80,17 @@ __device__ __forceinline__ void exponentiate_modified(TransposedScores<Config>& 
   const int first_key = keys.first_key() + part.key;
   const int first_query = step.block * Config::kBlockM + chunk * Config::kChunk;
   const ScoreModifiers modifiers(params, keys.batch, step.head);
+  for_each_pair(scores, handed,
+                [&](float& score, float& derivative) { score = modifiers.scale(score, derivative); });
   for_each_score(scores, first_key, first_query, [&](float& score, int key, int query) {
-    score = modifiers.apply(score, query + keys.mask.diagonal - key);
-  });
-  combine_scores(handed, scores, [](float, float score) { return score; });
-  for_each_score(handed, first_key, first_query, [&](float& score, int key, int query) {
-    score = modifiers.softcap_derivative(score, query + keys.mask.diagonal - key);
+    score -= modifiers.bias(query + keys.mask.diagonal - key);
   });
   exponentiate(scores, keys, part, step, stage, chunk);
-  combine_scores(handed, scores, [](float derivative, float prob) { return derivative * prob; });
+  for_each_pair(handed, scores, [](float& derivative, float prob) { derivative *= prob; });
   if (params.dropout_p > 0.0f) {
     const Dropout dropout(params, keys.batch * params.num_heads + step.head);
     mark_transposed_dropout(handed, dropout, first_key, first_query);
-    combine_scores(scores, handed, [](float prob, float marked) { return marked < 0.0f ? 0.0f : prob; });
+    for_each_pair(scores, handed, [](float& prob, float marked) { prob = marked < 0.0f ? 0.0f : prob; });
   }
 }
 

@@ -6,6 +6,7 @@ import ctypes
 from types import SimpleNamespace
 
 import pytest
+from checker import compile_cpp
 
 from codegen.selection import from_environment
 from flash_attn import _abi, _library
@@ -96,6 +97,32 @@ def test_broken_file(tmp_path):
     path.write_bytes(b"not a library")
     with pytest.raises(RuntimeError, match=r"cannot load.*rebuild"):
         _library.open_library(path)
+
+
+@pytest.fixture(scope="module")
+def whole_file(tmp_path_factory):
+    """The bytes of a real library, without any of ours in it."""
+    folder = tmp_path_factory.mktemp("whole")
+    (folder / "a.cpp").write_text('char data[70000] = {1};\nextern "C" int answer() { return 42; }\n')
+    compile_cpp(folder / "a.cpp", folder / "a.so", "-shared", "-fPIC")
+    return (folder / "a.so").read_bytes()
+
+
+def test_a_whole_file_is_opened(tmp_path, whole_file):
+    path = tmp_path / "libflash_attn.so"
+    path.write_bytes(whole_file)
+    assert _library._open(path).answer() == 42
+
+
+@pytest.mark.parametrize("left", [64, 65, 500, 4096, 0.3, 0.5, 0.9, -4096, -64, -1])
+def test_a_file_cut_short_is_refused(tmp_path, whole_file, left):
+    path = tmp_path / "libflash_attn.so"
+    path.write_bytes(whole_file[: int(left * len(whole_file)) if isinstance(left, float) else left])
+    size = path.stat().st_size
+    with pytest.raises(
+        RuntimeError, match=rf"cannot load {path}: it has {size} bytes .* rebuild it with `pip"
+    ):
+        _library._open(path)
 
 
 @pytest.mark.parametrize("value, family", [("sm80", 80), (" SM86 ", 86), ("", 0), ("auto", 0)])

@@ -200,7 +200,8 @@ def test_the_forced_family_runs(family, window, mask):
     if not any(key.startswith(f"forward_{family}_bf16_d128") for key in kernels()):
         pytest.skip(f"no {family} kernels in this build")
     forced = _abi.Family[family.upper()]
-    key = chosen_kernel(head_dim=104, window_left=window[0], window_right=window[1], family=forced)
+    windows = {"window_left": window[0], "window_right": window[1]}
+    key = chosen_kernel(head_dim=104, head_dim_v=104, family=forced, **windows)
     assert key == f"forward_{family}_bf16_d128_{mask}".encode()
 
 
