@@ -11,7 +11,7 @@ from flash_attn import _cuda_kvcache, _gpu
 from flash_attn import _validation as check
 from flash_attn._cpu_kvcache import Cache, Rotary
 from flash_attn._cpu_kvcache import forward_kvcache as forward_on_cpu
-from flash_attn._dispatch import PLAIN, is_tracing
+from flash_attn._dispatch import is_tracing
 from flash_attn._layout import overlap
 
 ROTARY_MULTIPLE = 16
@@ -72,8 +72,7 @@ def _check_written(cache: Cache) -> None:
 def _refuse_without_memory(**given: Any) -> None:
     """Refuse tensors, given by name, without memory to read or to append to: there is no custom op."""
     for name, x in given.items():
-        if type(x) not in PLAIN:
-            check.check_memory(x, name)
+        check.check_memory(x, name)
 
 
 def _check_on_cpu(cache: Cache, s_new: int) -> None:

@@ -79,6 +79,8 @@ def _check_varlen(
     max_seqlen_q = check.check_max_seqlen(max_seqlen_q, "max_seqlen_q")
     max_seqlen_k = check.check_max_seqlen(max_seqlen_k, "max_seqlen_k")
     if q.is_cpu and not _gpu.serves(q):
+        check.check_memory(cu_seqlens_q, "cu_seqlens_q")
+        check.check_memory(cu_seqlens_k, "cu_seqlens_k")
         check.check_lengths(cu_seqlens_q, "cu_seqlens_q", q.shape[0], max_seqlen_q, "max_seqlen_q")
         check.check_lengths(cu_seqlens_k, "cu_seqlens_k", total_k, max_seqlen_k, "max_seqlen_k")
     return batch, max_seqlen_q, max_seqlen_k
@@ -89,6 +91,8 @@ def _check_used_keys(
     seqused_k: Tensor | None,
 ) -> None:  # fmt: skip
     """Check on CPU that the keys used lie in their sequences, and those in pages that exist."""
+    for x, name in ((block_table, "block_table"), (leftpad_k, "leftpad_k"), (seqused_k, "seqused_k")):
+        check.check_memory(x, name)
     lengths = cu_seqlens_k.diff()
     if block_table is not None:
         capacity = block_table.shape[1] * k.shape[1]
@@ -186,7 +190,18 @@ def backward(
         dout, q, k, v, out, softmax_lse, lse_shape, gradients, rng_state, scoring.dropout_p
     )  # fmt: skip
     run = _cuda_backward.backward if _gpu.serves(q) else _cpu.backward
-    return run(dout, q, k, v, out, softmax_lse, gradients, scoring, bool(deterministic), state)
+    return run(
+        dout,
+        q,
+        k,
+        v,
+        out,
+        softmax_lse,
+        gradients,
+        scoring,
+        check.as_flag(deterministic, "deterministic"),
+        state,
+    )
 
 
 def varlen_backward(
@@ -211,6 +226,6 @@ def varlen_backward(
     )  # fmt: skip
     run = _cuda_backward.varlen_backward if _gpu.serves(q) else _cpu.varlen_backward
     return run(
-        dout, q, k, v, out, softmax_lse, gradients, scoring, bool(deterministic), state, cu_seqlens_q,
+        dout, q, k, v, out, softmax_lse, gradients, scoring, check.as_flag(deterministic, "deterministic"), state, cu_seqlens_q,
         cu_seqlens_k, max_seqlen_q, max_seqlen_k,
     )  # fmt: skip

@@ -120,10 +120,13 @@ def _attend(
     return_attn_probs: bool, out: Tensor | None = None, s_aux: Tensor | None = None,
 ) -> Result:  # fmt: skip
     """`flash_attn_func` of (q, k, v), (q, kv) or (qkv,)."""
+    if type(return_attn_probs) is not bool:
+        return_attn_probs = check.as_flag(return_attn_probs, "return_attn_probs")
     scoring = _scoring(dropout_p, softmax_scale, causal, window_size, softcap)
     if _records(inputs if s_aux is None else (*inputs, s_aux), out, alibi_slopes):
         result = record(
-            FlashAttention, s_aux, alibi_slopes, scoring, deterministic, return_attn_probs, *inputs
+            FlashAttention, s_aux, alibi_slopes, scoring, check.as_flag(deterministic, "deterministic"),
+            return_attn_probs, *inputs,
         )  # fmt: skip
         return result if return_attn_probs else result[0]
     q, k, v = split(inputs)
@@ -146,6 +149,9 @@ def _attend_varlen(
     need_lse: bool = False, s_aux: Tensor | None = None,
 ) -> Result:  # fmt: skip
     """`flash_attn_varlen_func` of (q, k, v), (q, kv) or (qkv,); `need_lse` makes it (out, softmax_lse)."""
+    if type(return_attn_probs) is not bool or type(need_lse) is not bool:
+        return_attn_probs = check.as_flag(return_attn_probs, "return_attn_probs")
+        need_lse = check.as_flag(need_lse, "return_softmax_lse")
     scoring = _scoring(dropout_p, softmax_scale, causal, window_size, softcap)
     max_seqlen_q = check.check_max_seqlen(max_seqlen_q, "max_seqlen_q")
     max_seqlen_k = check.check_max_seqlen(max_seqlen_k, "max_seqlen_k")
@@ -154,7 +160,7 @@ def _attend_varlen(
     if records and block_table is None and seqused_k is None:
         result = record(
             VarlenFlashAttention, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, s_aux, alibi_slopes,
-            scoring, deterministic, return_attn_probs, *inputs,
+            scoring, check.as_flag(deterministic, "deterministic"), return_attn_probs, *inputs,
         )  # fmt: skip
         return result if return_attn_probs else result[:2] if need_lse else result[0]
     q, k, v = split(inputs)
@@ -455,6 +461,8 @@ def flash_attn_with_kvcache(
         TypeError, ValueError, RuntimeError: as in `flash_attn_func`.
         NotImplementedError: meta tensors.
     """
+    if type(return_softmax_lse) is not bool:
+        return_softmax_lse = check.as_flag(return_softmax_lse, "return_softmax_lse")
     window_left, window_right = _window(window_size)
     arguments = (
         q, k_cache, v_cache, k, v, cache_seqlens, rotary_cos, rotary_sin, cache_batch_idx, cache_leftpad,
