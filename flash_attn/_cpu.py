@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from flash_attn._layout import empty_out, empty_softmax_d, lse_dtype, probs_shape
+from flash_attn._layout import empty_out, empty_softmax_d, lse_dtype, probs_shape, write
 from flash_attn._philox import keep_mask, new_rng_state
 from flash_attn._validation import Gradients, Scoring, Shapes
 
@@ -158,6 +158,7 @@ def _softmax(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
     return probs, (maximum + total.log()).masked_fill(empty, inf).squeeze(-1)
 
 
+@torch.inference_mode()  # where a caller's tensor that was made in that mode may be written to
 def attend(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scoring: Scoring, first_batch: int = 0,
     rng_state: Tensor | None = None, probs: Tensor | None = None,
@@ -187,6 +188,7 @@ def attend(
             out[part, at] = block.transpose(1, 2).to(out.dtype)
 
 
+@torch.inference_mode()
 def attend_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, gradients: Gradients,
     softmax_d: Tensor, scoring: Scoring, first_batch: int = 0, rng_state: Tensor | None = None,
@@ -290,7 +292,7 @@ def varlen_forward(
     q_bounds, k_bounds = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     batch, (total_q, num_heads, _) = len(q_bounds) - 1, shapes[0]
     out = empty_out(q, v.shape[-1]) if out is None else out
-    out.zero_()
+    write(out, 0.0)
     lse = torch.full((num_heads, total_q), inf, dtype=lse_dtype(q.dtype), device=q.device)
     shape = probs_shape(batch, num_heads, max_seqlen_q, max_seqlen_k)
     probs, rng_state = _dropout_buffers(q, shape, scoring, return_softmax, generator)
@@ -325,7 +327,7 @@ def varlen_backward(
     softmax_d = empty_softmax_d(q, batch).zero_()
     for gradient in gradients:
         if gradient is not None:
-            gradient.zero_()
+            write(gradient, 0.0)
     for b in range(batch):
         rows, cols = slice(q_bounds[b], q_bounds[b + 1]), slice(k_bounds[b], k_bounds[b + 1])
         of_sequence = _only(dq, rows), _only(dk, cols), _only(dv, cols)

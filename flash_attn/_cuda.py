@@ -152,7 +152,7 @@ def _attend(
     """
     batch, seqlen_q, seqlen_k, total_q, num_heads, _ = sizes
     if not (batch and total_q and seqlen_q and seqlen_k and num_heads and k.shape[0]):
-        out.zero_()
+        write(out, 0.0)
         if lse is not None:
             lse.fill_(inf)
         return _dropout_buffers(q, sizes, return_softmax, generator) if scoring.dropout_p else (None, None)

@@ -105,7 +105,7 @@ def _differentiate(
     if not (batch and total_q and seqlen_q and seqlen_k and num_heads and k.shape[0]):
         for x in (*gradients, softmax_d):
             if x is not None:
-                x.zero_()
+                write(x, 0.0)
         return
     for x, name in zip(gradients, GRADIENTS, strict=True):
         check_memory(x, name)

@@ -81,7 +81,7 @@ def _check_on_cpu(cache: Cache, s_new: int) -> None:
     CUDA asks for more of its strides (`_cuda_kvcache`) and does not read the rest.
     """
     for x, name in ((cache.k, "k_cache"), (cache.v, "v_cache")):
-        if x.stride(3) != 1:
+        if x.stride(3) != 1 and x.shape[3] > 1:
             check.fail(ValueError, name, "contiguous in its last dimension", f"strides {x.stride()}")
     if isinstance(cache.seqlens, Tensor):
         check.check_range(cache.seqlens, "cache_seqlens", 0, cache.capacity - s_new)
@@ -140,7 +140,7 @@ def forward_kvcache(
     on_cuda = _gpu.serves(q)
     if is_tracing():
         raise NotImplementedError("flash_attn_with_kvcache is not implemented for torch.jit.trace")
-    if not on_cuda:  # whose backend asks for itself
+    if not on_cuda and not q.is_meta:  # the CUDA backend asks for itself
         _refuse_without_memory(
             q=q, k_cache=k_cache, v_cache=v_cache, k=k, v=v, cache_seqlens=cache_seqlens,
             rotary_cos=rotary_cos, rotary_sin=rotary_sin, cache_batch_idx=cache_batch_idx,

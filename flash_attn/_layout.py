@@ -45,9 +45,9 @@ def probs_shape(batch: int, num_heads: int, seqlen_q: int, seqlen_k: int) -> tup
 
 
 @torch.inference_mode()
-def write(to: Tensor, values: Tensor) -> None:
+def write(to: Tensor, values: Tensor | float) -> None:
     """Copy `values` to a tensor that a caller owns, one made in inference mode too."""
-    to.copy_(values)
+    to[...] = values
 
 
 def storage_address(x: Tensor) -> int:

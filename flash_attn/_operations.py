@@ -226,6 +226,6 @@ def varlen_backward(
     )  # fmt: skip
     run = _cuda_backward.varlen_backward if _gpu.serves(q) else _cpu.varlen_backward
     return run(
-        dout, q, k, v, out, softmax_lse, gradients, scoring, check.as_flag(deterministic, "deterministic"), state, cu_seqlens_q,
-        cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+        dout, q, k, v, out, softmax_lse, gradients, scoring, check.as_flag(deterministic, "deterministic"),
+        state, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
     )  # fmt: skip
