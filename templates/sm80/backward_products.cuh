@@ -80,8 +80,13 @@ __device__ __forceinline__ void exponentiate_modified(TransposedScores<Config>& 
   const int first_key = keys.first_key() + part.key;
   const int first_query = step.block * Config::kBlockM + chunk * Config::kChunk;
   const ScoreModifiers modifiers(params, keys.batch, step.head);
-  for_each_pair(scores, handed,
-                [&](float& score, float& derivative) { score = modifiers.scale(score, derivative); });
+  if (modifiers.caps()) {
+    for_each_pair(scores, handed,
+                  [&](float& score, float& derivative) { score = modifiers.cap(score, derivative); });
+  } else {
+    scale_scores(scores, modifiers);
+    for_each_score(handed, [](float& derivative) { derivative = 1.0f; });
+  }
   for_each_score(scores, first_key, first_query, [&](float& score, int key, int query) {
     score -= modifiers.bias(query + keys.mask.diagonal - key);
   });
