@@ -18,9 +18,10 @@ def draw(*shape, dtype=BF16, device="cpu"):
     return torch.randn(shape, device=device).to(dtype)
 
 
-@pytest.mark.parametrize("dtype, worst", [(FP32, 1e-4), (BF16, 0.04)], ids=str)
+@pytest.mark.parametrize("dtype, worst", [(FP32, 1e-4), (BF16, 0.1)], ids=str)
 @pytest.mark.parametrize("causal", [False, True])
 def test_gradients_where_softcap_saturates(device, require_backward, dtype, worst, causal):
+    """Rounding P, dS and O to bf16 is worth 0.07 here; 1 - tanh^2 in fp32 is off by 0.3 and more."""
     if dtype is FP32 and device == "cuda":
         pytest.skip("no fp32 kernels")
     require_backward(device, BF16, 64)
