@@ -39,13 +39,39 @@ __device__ __forceinline__ void for_each_score(Accumulator<kTilesM, kTilesN>& sc
   }
 }
 
+// Calls function(score) for every score.
+template <int kTilesM, int kTilesN, class Function>
+__device__ __forceinline__ void for_each_score(Accumulator<kTilesM, kTilesN>& scores, Function function) {
+#pragma unroll
+  for (int m = 0; m < kTilesM; ++m) {
+#pragma unroll
+    for (int n = 0; n < kTilesN; ++n) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) function(scores[m][n][c]);
+    }
+  }
+}
+
+// Scale and softcap. One branch for all of them: with one for each, exponentials would not overlap.
+template <int kTilesM, int kTilesN>
+__device__ __forceinline__ void scale_scores(Accumulator<kTilesM, kTilesN>& scores,
+                                             const ScoreModifiers& modifiers) {
+  if (modifiers.caps()) {
+    float derivative;
+    for_each_score(scores, [&](float& score) { score = modifiers.cap(score, derivative); });
+  } else {
+    for_each_score(scores, [&](float& score) { score *= modifiers.scale_log2; });
+  }
+}
+
 // Scale, softcap and ALiBi; `diagonal` is seqlen_k - seqlen_q.
 template <int kTilesM, int kTilesN>
 __device__ __forceinline__ void apply_modifiers(Accumulator<kTilesM, kTilesN>& scores,
                                                 const ScoreModifiers& modifiers, int diagonal, int first_row,
                                                 int first_column) {
+  scale_scores(scores, modifiers);
   for_each_score(scores, first_row, first_column, [&](float& score, int row, int column) {
-    score = modifiers.apply(score, row + diagonal - column);
+    score -= modifiers.bias(row + diagonal - column);
   });
 }
 

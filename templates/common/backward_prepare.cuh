@@ -1,6 +1,6 @@
 // First kernel of a backward call: D = rowsum(dO * O) (FlashAttention-2, section 3.1.2), the LSE in log2
-// units, and zeros for what the main kernel adds to. Bound by memory: it reads dO and O once, and writes dQ
-// in fp32.
+// units, less the exponent of P's factor, and zeros for what the main kernel adds to. Bound by memory: it
+// reads dO and O once, and writes dQ in fp32.
 #pragma once
 
 #include <cmath>
@@ -63,7 +63,9 @@ __device__ __forceinline__ void prepare_rows(const BackwardParams& params, const
 #pragma unroll
     for (int step = kLanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffff, sum, step);
     if (lane != 0) continue;
-    const float lse = row < sequence.seqlen_q ? *sequence.lse_rows(forward, head, row) * kLog2E : INFINITY;
+    const float lse = row < sequence.seqlen_q ? *sequence.lse_rows(forward, head, row) * kLog2E -
+                                                    static_cast<float>(kProbsExponent<Config::kDtype>)
+                                              : INFINITY;
     params.softmax_d[workspace + row] = sum;
     params.softmax_lse_log2[workspace + row] = lse;
     if (params.semaphores != nullptr) params.semaphores[workspace + row] = 0;

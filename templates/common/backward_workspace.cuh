@@ -11,6 +11,14 @@ namespace flash_attn {
 
 constexpr int kWorkspaceRows = 128;  // a sequence starts at a multiple of this
 
+// The backward multiplies P by this power of two before it rounds it: below 2^-14 fp16 has fewer digits, and
+// dK and dV of a key that all queries see weakly would have no more of them. P is at most 1. dS has no bound
+// and is rounded without the factor.
+template <Dtype kDtype>
+constexpr int kProbsExponent = kDtype == Dtype::kFp16 ? 10 : 0;
+template <Dtype kDtype>
+constexpr float kProbsFactor = static_cast<float>(1 << kProbsExponent<kDtype>);
+
 // Row at which the queries of `batch` and `head` start.
 __device__ __forceinline__ int64_t workspace_row(const BackwardParams& params, int batch, int head) {
   const ForwardParams& forward = params.forward;

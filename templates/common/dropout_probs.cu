@@ -48,7 +48,8 @@ __device__ float signed_probability(const ForwardParams& params, int batch, int 
     const Element* k = sequence.k_rows<Element>(params, key_head) + column * params.k_row_stride;
     const float lse = *sequence.lse_rows(params, head, row);
     const ScoreModifiers modifiers(params, batch, head);
-    const float score = modifiers.apply(dot(q, k, params.head_dim), row + mask.diagonal - column);
+    const float score =
+        modifiers.scale(dot(q, k, params.head_dim)) - modifiers.bias(row + mask.diagonal - column);
     probability = exp2f(score - lse * kLog2E);
   }
   const Dropout dropout(params, batch * params.num_heads + head);

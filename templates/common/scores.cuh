@@ -40,21 +40,15 @@ struct ScoreModifiers {
     }
   }
 
-  // `distance` is row + diagonal - column.
-  __device__ __forceinline__ float apply(float score, int distance) const {
-    float derivative;
-    return scale(score, derivative) - bias(distance);
-  }
+  __device__ __forceinline__ bool caps() const { return softcap_log2 > 0.0f; }
 
-  // The score as it is before ALiBi, and the derivative of the softcap there.
+  // The capped score, and the derivative of the softcap there; only where it `caps`.
   //
   // Both come from e = exp(-2 |x|): tanh |x| = 2 / (1 + e) - 1, and 1 - tanh^2 x = 4 e / (1 + e)^2, which
   // does not cancel where tanh saturates. tanh.approx would cost half the special-function work, but its
   // relative error of 2^-11 exceeds what rounding the inputs to fp16 costs. Near 0, where the difference
   // cancels, the series is exact to 2^-23.
-  __device__ __forceinline__ float scale(float score, float& derivative) const {
-    derivative = 1.0f;
-    if (!(softcap_log2 > 0.0f)) return score * scale_log2;
+  __device__ __forceinline__ float cap(float score, float& derivative) const {
     const float x = score * softcap_inner;
     const float e = ptx::exp2_approx(-2.0f * kLog2E * fabsf(x)), r = ptx::reciprocal_approx(1.0f + e);
     derivative = 4.0f * e * r * r;
@@ -62,6 +56,13 @@ struct ScoreModifiers {
     return softcap_log2 * tanh;
   }
 
+  // The score before ALiBi.
+  __device__ __forceinline__ float scale(float score) const {
+    float derivative;
+    return caps() ? cap(score, derivative) : score * scale_log2;
+  }
+
+  // What ALiBi subtracts; `distance` is row + diagonal - column.
   __device__ __forceinline__ float bias(int distance) const {
     return slope_log2 * fabsf(static_cast<float>(distance));
   }

@@ -80,8 +80,13 @@ __device__ __forceinline__ void exponentiate_modified(TransposedScores<Config>& 
   const int first_key = keys.first_key() + part.key;
   const int first_query = step.block * Config::kBlockM + chunk * Config::kChunk;
   const ScoreModifiers modifiers(params, keys.batch, step.head);
-  for_each_pair(scores, handed,
-                [&](float& score, float& derivative) { score = modifiers.scale(score, derivative); });
+  if (modifiers.caps()) {
+    for_each_pair(scores, handed,
+                  [&](float& score, float& derivative) { score = modifiers.cap(score, derivative); });
+  } else {
+    scale_scores(scores, modifiers);
+    for_each_score(handed, [](float& derivative) { derivative = 1.0f; });
+  }
   for_each_score(scores, first_key, first_query, [&](float& score, int key, int query) {
     score -= modifiers.bias(query + keys.mask.diagonal - key);
   });
@@ -131,17 +136,18 @@ __device__ __forceinline__ void add_value_gradient(KeyGradient<Config>& gradient
 }
 
 // dS^T of a block of 16 keys and 16 queries: from P^T as it was handed over, from dP^T of the first eight
-// queries (`low`) and of the others (`high`), and from D.
+// queries (`low`) and of the others (`high`), and from D, which is divided by P's factor already.
 template <class Config>
 __device__ __forceinline__ void differentiate_block(uint32_t (&dscores)[4], uint4 handed,
                                                     const float (&low)[4], const float (&high)[4],
                                                     const float2 (&d)[2], const ForwardParams& params) {
   const uint32_t probs[4] = {handed.x, handed.y, handed.z, handed.w};
+  constexpr float kInverse = 1.0f / kProbsFactor<Config::kDtype>;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const float2 p = unpack<Config::kDtype>(probs[i]), delta = d[i / 2];
     const float* dp = (i < 2 ? low : high) + 2 * (i % 2);
-    float x = dp[0], y = dp[1];
+    float x = dp[0] * kInverse, y = dp[1] * kInverse;
     if constexpr (Config::kModifiers) {
       if (params.dropout_p > 0.0f) {
         const float rescale = 1.0f / (1.0f - params.dropout_p);
@@ -158,6 +164,7 @@ template <class Config>
 __device__ __forceinline__ void add_key_gradient(KeyGradient<Config>& gradient, const KeyBlock<Config>& keys,
                                                  const BackwardPart<Config>& part, int stage,
                                                  int score_stage) {
+  constexpr float kInverse = 1.0f / kProbsFactor<Config::kDtype>;
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int chunk = 0; chunk < Config::kChunks; ++chunk) {
@@ -178,8 +185,12 @@ __device__ __forceinline__ void add_key_gradient(KeyGradient<Config>& gradient, 
       __syncwarp();  // dS replaces what all lanes have read
 #pragma unroll
       for (int k = 0; k < blocks.kSteps; ++k) {
-        const float2 d[2] = {part.row_values(stage, 1, chunk, 2 * k),
-                             part.row_values(stage, 1, chunk, 2 * k + 1)};
+        float2 d[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          d[i] = part.row_values(stage, 1, chunk, 2 * k + i);
+          d[i].x *= kInverse, d[i].y *= kInverse;
+        }
         differentiate_block<Config>(dscores[m][k], handed[k], dprobs[m][2 * k], dprobs[m][2 * k + 1], d,
                                     keys.params.forward);
 #pragma unroll

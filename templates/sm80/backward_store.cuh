@@ -46,7 +46,8 @@ __device__ __forceinline__ void store_key_gradient(const KeyGradient<Config>& gr
                                                    const BackwardPart<Config>& part, bool value_warp) {
   using Element = typename Config::Element;
   const BackwardParams& params = keys.params;
-  const float scale = value_warp ? 1.0f / (1.0f - params.forward.dropout_p) : params.forward.softmax_scale;
+  const float scale = value_warp ? 1.0f / kProbsFactor<Config::kDtype> / (1.0f - params.forward.dropout_p)
+                                 : params.forward.softmax_scale;
   float factor[2 * Config::kTilesKeys];
 #pragma unroll
   for (float& f : factor) f = scale;

@@ -81,6 +81,7 @@ __device__ __forceinline__ void apply_packed_modifiers(Accumulator<Config::kTile
                                                        const QueryBlock& queries, int diagonal, int row,
                                                        int key) {
   const int lane = threadIdx.x % 32;
+  scale_scores(scores, ScoreModifiers(*queries.params, queries.batch, queries.head_of(row)));
 #pragma unroll
   for (int i = 0; i < 2 * Config::kTilesM; ++i) {
     const int tile_row = row + i / 2 * 16 + i % 2 * 8 + lane / 4;
@@ -91,7 +92,7 @@ __device__ __forceinline__ void apply_packed_modifiers(Accumulator<Config::kTile
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         float& score = scores[i / 2][n][2 * (i % 2) + c];
-        score = modifiers.apply(score, distance - n * 8 - c);
+        score -= modifiers.bias(distance - n * 8 - c);
       }
     }
   }

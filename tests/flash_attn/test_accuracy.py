@@ -18,9 +18,10 @@ def draw(*shape, dtype=BF16, device="cpu"):
     return torch.randn(shape, device=device).to(dtype)
 
 
-@pytest.mark.parametrize("dtype, worst", [(FP32, 1e-4), (BF16, 0.04)], ids=str)
+@pytest.mark.parametrize("dtype, worst", [(FP32, 1e-4), (BF16, 0.1)], ids=str)
 @pytest.mark.parametrize("causal", [False, True])
 def test_gradients_where_softcap_saturates(device, require_backward, dtype, worst, causal):
+    """Rounding P, dS and O to bf16 is worth 0.07 here; 1 - tanh^2 in fp32 is off by 0.3 and more."""
     if dtype is FP32 and device == "cuda":
         pytest.skip("no fp32 kernels")
     require_backward(device, BF16, 64)
@@ -36,6 +37,29 @@ def test_gradients_where_softcap_saturates(device, require_backward, dtype, wors
         seen = slice(1, None) if causal else slice(None)  # a row that sees one key has no gradient
         error = (a - truth).abs().amax(-1) / truth.abs().amax(-1)
         assert error[:, seen].max() < worst
+
+
+@pytest.mark.parametrize("dtype", [FP16, BF16], ids=str)
+@pytest.mark.parametrize("heads_k, head_dims", [(4, (64, 64)), (1, (192, 128))], ids=str)
+@pytest.mark.parametrize("arguments", [{}, {"softcap": 50.0}, {"deterministic": True}], ids=str)
+def test_gradients_of_keys_that_are_seen_weakly(
+    device, require_backward, dtype, head_dims, heads_k, arguments
+):
+    """P is 1e-7 or so for half of the keys, which fp16 by itself rounds to a multiple of 6e-8."""
+    require_backward(device, dtype, *head_dims)
+    head_dim, head_dim_v = head_dims
+    q, k = torch.randn(1, 300, 4, head_dim), torch.randn(1, 160, heads_k, head_dim)
+    v, dout = torch.randn(1, 160, heads_k, head_dim_v), 16.0 * torch.randn(1, 300, 4, head_dim_v)
+    q[..., 0], k[..., 0], weak = head_dim**0.5, 0.0, slice(80, None)
+    k[:, weak, :, 0] = -11.0
+    inputs = tuple(x.to(device, dtype).requires_grad_() for x in (q, k, v))
+    dout = dout.to(device, dtype)
+    actual = torch.autograd.grad(flash_attn_func(*inputs, **arguments), inputs, dout)
+    options = Options(softcap=arguments.get("softcap", 0.0))
+    exact = gradients(lambda *x: attention(*x, options)[0], inputs, dout, torch.float64)
+    for a, truth in zip(actual[1:], exact[1:], strict=True):
+        error = (a - truth)[:, weak].norm() / truth[:, weak].norm()
+        assert error < 4.0 * torch.finfo(dtype).eps, error
 
 
 @pytest.mark.parametrize("softcap", [FP32_TINY, 1e-4, 1e20, 2.4e38, FP32_MAX])
