@@ -9,8 +9,8 @@ from torch import Tensor
 
 from flash_attn._cpu import attend, gather_pages, undisturbed
 from flash_attn._layout import empty_out, lse_dtype
+from flash_attn._rotary import rotate
 from flash_attn._validation import Scoring
-from flash_attn.layers.rotary import rotate
 
 
 class Cache(NamedTuple):

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from flash_attn import _abi, _cuda, _gpu
-from flash_attn._dispatch import needs_dispatcher
 
 _pack = _abi.ROTARY_PARAMS.pack
 INT32_MAX = 2**31 - 1
 
 
-def can_rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> bool:
+def can_rotate(
+    x: Tensor, cos: Tensor, sin: Tensor, offsets: int | Tensor, cu_seqlens: Tensor | None, interleaved: bool
+) -> bool:
     """Return whether the kernel takes these tensors as they are; else torch operations do."""
     rotary_dim = 2 * cos.shape[1]
     return (
@@ -20,20 +22,19 @@ def can_rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> bool:
         and x.dtype in _cuda.DTYPES
         and cos.dtype == sin.dtype
         and cos.dtype in (x.dtype, torch.float32)
-        and cos.device == sin.device == x.device
         and rotary_dim % (8 if interleaved else 16) == 0
         and x.numel() > 0 < rotary_dim
-        and not needs_dispatcher(x, cos, sin)
+        and (cu_seqlens is None or cu_seqlens.shape[0] > 1)
         and _cuda.readable(x)
         and _gpu.has_library()
     )
 
 
-def _as_int32(offsets: Tensor) -> Tensor:
-    """Return offsets in the kernel's type: those that do not fit stand for none in the tables either way."""
-    if offsets.dtype != torch.int32:
-        offsets = offsets.clamp(-INT32_MAX, INT32_MAX).to(torch.int32)
-    return offsets.contiguous()
+def _as_int32(index: Tensor, name: str) -> Tensor:
+    """Return positions in the kernel's type: what does not fit is not in the tables either way."""
+    if index.dtype != torch.int32:
+        index = index.long().clamp(-INT32_MAX, INT32_MAX).to(torch.int32)
+    return _cuda.contiguous(index, name)
 
 
 def rotate(
@@ -45,12 +46,14 @@ def rotate(
     Raises:
         RuntimeError: the GPU is too old, or CUDA reports an error.
     """
+    if inplace:
+        increment_version(x)  # a backward that has saved x must see that it changed
     out = x if inplace else torch.empty_like(x)
     if not _cuda.readable(out):
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     cos, sin = _cuda.contiguous(cos, "cos", 16), _cuda.contiguous(sin, "sin", 16)
-    starts = None if isinstance(offsets, int) else _as_int32(offsets)
-    bounds = None if cu_seqlens is None else cu_seqlens.to(torch.int32).contiguous()
+    starts = _as_int32(offsets, "seqlen_offsets") if isinstance(offsets, Tensor) else None
+    bounds = None if cu_seqlens is None else _as_int32(cu_seqlens, "cu_seqlens")
     batch_stride = _cuda.NOT_PACKED if bounds is None else _cuda.PACKED
     *lengths, num_heads, head_dim = x.shape
     batch, seqlen = lengths if bounds is None else (bounds.numel() - 1, 0)
@@ -62,7 +65,8 @@ def rotate(
         0 if starts is None else starts.data_ptr(), 0 if bounds is None else bounds.data_ptr(),
         *batch_stride, *x.stride()[:-1], *batch_stride, *out.stride()[:-1],
         x.numel() // (num_heads * head_dim), batch, seqlen, num_heads, head_dim, 2 * cos.shape[1],
-        min(cos.shape[0], INT32_MAX), offsets if isinstance(offsets, int) else 0, interleaved, conjugate,
+        min(cos.shape[0], INT32_MAX), min(offsets, INT32_MAX) if starts is None else 0, interleaved,
+        conjugate,
         _cuda.DTYPES[x.dtype], cos.dtype == torch.float32, device,
     )  # fmt: skip
     if library.rotary(packed, stream):

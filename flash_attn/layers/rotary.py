@@ -8,224 +8,60 @@ a kernel of the library rotates 16-bit heads; torch operations do what it cannot
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from flash_attn import _cuda_rotary
-
-Offsets = int | Tensor
-
-
-def _pairs(x: Tensor, rotary_dim: int, interleaved: bool) -> tuple[Tensor, Tensor]:
-    rotated = x[..., :rotary_dim]
-    if interleaved:
-        return rotated[..., ::2], rotated[..., 1::2]
-    half = rotary_dim // 2
-    return rotated[..., :half], rotated[..., half:]
-
-
-def rotate_(
-    x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False, conjugate: bool = False
-) -> Tensor:
-    """Rotate x (..., s, h, d) in place by cos, sin (..., s, rotary_dim / 2); `conjugate` rotates back."""
-    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
-    cos, sin = cos.unsqueeze(-2).to(compute), sin.unsqueeze(-2).to(compute)
-    if conjugate:
-        sin = -sin
-    first, second = _pairs(x, 2 * cos.shape[-1], interleaved)
-    x1, x2 = first.to(compute), second.to(compute)
-    rotated_first, rotated_second = x1 * cos - x2 * sin, x2 * cos + x1 * sin
-    first.copy_(rotated_first)
-    second.copy_(rotated_second)
-    return x
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False, conjugate: bool = False) -> Tensor:
-    """Return x (..., s, h, d) rotated by cos, sin (..., s, rotary_dim / 2)."""
-    return rotate_(x.clone(), cos, sin, interleaved, conjugate)
+from flash_attn._arguments import as_position, check_floating
+from flash_attn._rotary import Angles, Offsets, angles_of, check_x, turned
+from flash_attn._rotary_autograd import rotate_parts
+from flash_attn._validation import as_flag, as_float, as_int, fail
 
 
 def apply_rotary_emb_torch(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
     """Rotate x (b, s, h, d) by cos, sin ([b,] s, rotary_dim / 2), in plain differentiable operations."""
     rotary_dim = 2 * cos.shape[-1]
-    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
-    x1, x2 = _pairs(x, rotary_dim, interleaved)
-    pair = x1 * cos - x2 * sin, x2 * cos + x1 * sin
-    rotated = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
-    return torch.cat([rotated, x[..., rotary_dim:]], dim=-1)
+    return torch.cat([turned(x[..., :rotary_dim], cos, sin, interleaved), x[..., rotary_dim:]], dim=-1)
 
 
-def _check_tables(cos: Tensor, sin: Tensor, head_dim: int) -> None:
-    if cos.dim() != 2 or cos.shape != sin.shape:
-        shapes = f"{tuple(cos.shape)} and {tuple(sin.shape)}"
-        raise ValueError(f"cos and sin must be (seqlen_ro, rotary_dim / 2), got {shapes}")
-    if 2 * cos.shape[1] > head_dim:
-        raise ValueError(f"cos must have at most head_dim / 2 = {head_dim / 2:g} columns, got {cos.shape[1]}")
-
-
-def _check_positions(positions: Tensor, seqlen_ro: int, known: bool) -> None:
-    if known and positions.numel() and not 0 <= int(positions.min()) <= int(positions.max()) < seqlen_ro:
-        last = int(positions.max())
-        raise ValueError(
-            f"seqlen_offsets must keep positions below cos's {seqlen_ro} rows, got position {last}"
-        )
-
-
-def _check_offset(offset: int, seqlen: int, seqlen_ro: int) -> None:
-    if not 0 <= offset <= offset + seqlen <= seqlen_ro:
-        last = seqlen_ro - seqlen
-        raise ValueError(f"seqlen_offsets must be in [0, {last}] (rows of cos - seqlen), got {offset}")
-
-
-def _gather(cos: Tensor, sin: Tensor, seqlen: int, offsets: Offsets) -> tuple[Tensor, Tensor]:
-    """Return the tables' rows from the offset on: (s, n), or (b, s, n) for one offset per sequence."""
-    if isinstance(offsets, int):
-        return cos[offsets : offsets + seqlen], sin[offsets : offsets + seqlen]
-    positions = offsets.long().unsqueeze(-1) + torch.arange(seqlen, device=offsets.device)
-    _check_positions(positions, cos.shape[0], offsets.device.type == "cpu")
-    return _rows(cos, sin, positions, (positions >= 0) & (positions < cos.shape[0]))
-
-
-def _rows(cos: Tensor, sin: Tensor, positions: Tensor, rotates: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the tables' rows at `positions`, the identity (cos 1, sin 0) where not `rotates`."""
-    at, rotates = torch.where(rotates, positions, 0), rotates.unsqueeze(-1)
-    return torch.where(rotates, cos[at], 1.0), torch.where(rotates, sin[at], 0.0)
-
-
-def _gather_varlen(
-    cos: Tensor, sin: Tensor, total: int, offsets: Offsets, cu_seqlens: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return cos, sin (total, n) for packed sequences; tokens past the last get the identity."""
-    tokens = torch.arange(total, device=cu_seqlens.device)
-    bounds = cu_seqlens.long()
-    sequence = torch.searchsorted(bounds[1:].contiguous(), tokens, right=True)
-    inside = sequence < bounds.shape[0] - 1
-    sequence = sequence.clamp(max=bounds.shape[0] - 2)
-    start = bounds[sequence] if isinstance(offsets, int) else bounds[sequence] - offsets.long()[sequence]
-    positions = torch.where(inside, tokens - start + (offsets if isinstance(offsets, int) else 0), 0)
-    _check_positions(positions, cos.shape[0], cu_seqlens.device.type == "cpu")
-    return _rows(cos, sin, positions, inside & (positions >= 0) & (positions < cos.shape[0]))
-
-
-def _check_index(index: Offsets | None, name: str, x: Tensor, length: int | None) -> None:
-    """Check integers of one dimension beside x, `length` of them if it is given."""
-    if not isinstance(index, Tensor):
-        return
-    if index.is_floating_point() or index.dim() != 1 or length not in (None, index.shape[0]):
-        expected = "any" if length is None else length
-        raise ValueError(
-            f"{name} must be integers of shape ({expected},), got {index.dtype} of shape {tuple(index.shape)}"
-        )
-    if index.device != x.device:
-        raise ValueError(f"{name} must be on the device of x ({x.device}), got {index.device}")
-
-
-class Angles(NamedTuple):
-    """Tables cos, sin (seqlen_ro, rotary_dim / 2), and where in them the tokens of a tensor stand.
-
-    Positions past the tables are an error where they are known (on CPU); elsewhere their tokens are left as
-    they are.
-    """
-
-    cos: Tensor
-    sin: Tensor
-    offsets: Offsets
-    cu_seqlens: Tensor | None = None
-
-    def check(self, x: Tensor) -> None:
-        """Check that the tables fit x (b, s, h, d), or (total, h, d) with `cu_seqlens`.
-
-        Raises:
-            ValueError: they do not.
-        """
-        _check_tables(self.cos, self.sin, x.shape[-1])
-        _check_index(self.cu_seqlens, "cu_seqlens", x, None)
-        batch = x.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
-        _check_index(self.offsets, "seqlen_offsets", x, batch)
-        if isinstance(self.offsets, int) and self.cu_seqlens is None:
-            _check_offset(self.offsets, x.shape[1], self.cos.shape[0])
-        elif self.cos.shape[0] == 0 and x.numel():
-            raise ValueError(f"cos must have at least one row, got {tuple(self.cos.shape)}")
-
-    def rotate(self, x: Tensor, interleaved: bool, conjugate: bool = False, inplace: bool = False) -> Tensor:
-        """Return x rotated, or rotated back with `conjugate`; x itself if `inplace`."""
-        cos, sin, offsets, cu_seqlens = self
-        if _cuda_rotary.can_rotate(x, cos, sin, interleaved):
-            return _cuda_rotary.rotate(x, cos, sin, offsets, cu_seqlens, interleaved, conjugate, inplace)
-        if cu_seqlens is None:
-            tables = _gather(cos, sin, x.shape[1], offsets)
-        else:
-            tables = _gather_varlen(cos, sin, x.shape[0], offsets, cu_seqlens)
-        return (rotate_ if inplace else rotate)(x, *tables, interleaved, conjugate)
-
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """Return what a backward must keep, in the order in which `kept` takes it."""
-        offsets = self.offsets if isinstance(self.offsets, Tensor) else None
-        return self.cos, self.sin, offsets, self.cu_seqlens
-
-
-def kept(
-    offset: Offsets, cos: Tensor, sin: Tensor, offsets: Tensor | None, cu_seqlens: Tensor | None
-) -> Angles:
-    """Return the angles of saved tensors; `offset` counts where it is an int."""
-    return Angles(cos, sin, offset if offsets is None else offsets, cu_seqlens)
-
-
-class _ApplyRotary(torch.autograd.Function):
-    """Rotation of one tensor, in place or not."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, interleaved: bool, inplace: bool, offset: int, *tables: Any) -> Tensor:
-        ctx.save_for_backward(*tables)
-        ctx.interleaved, ctx.offset = interleaved, offset
-        if inplace:
-            ctx.mark_dirty(x)
-        return kept(offset, *tables).rotate(x, interleaved, inplace=inplace)
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        angles = kept(ctx.offset, *ctx.saved_tensors)
-        return angles.rotate(dout, ctx.interleaved, conjugate=True), *(None,) * 7
-
-
-def angles_of(x: Tensor, cos: Tensor, sin: Tensor, offsets: Offsets, cu_seqlens: Tensor | None) -> Angles:
-    """Return the angles of x (b, s, h, d), or (total, h, d) with `cu_seqlens`, once all is checked.
+def rotate_all(
+    x: Tensor, cos: Tensor, sin: Tensor, seqlen_offsets: Offsets, cu_seqlens: Tensor | None,
+    interleaved: bool, conjugate: bool, inplace: bool,
+) -> Tensor:  # fmt: skip
+    """Return x (b, s, h, d), or (total, h, d) with `cu_seqlens`, rotated, or back with `conjugate`.
 
     Raises:
-        ValueError: x has another number of dimensions, or `Angles.check` refuses.
+        TypeError, ValueError: as in `apply_rotary_emb`.
     """
-    rank = 4 if cu_seqlens is None else 3
-    if x.dim() != rank:
-        raise ValueError(f"x must be a tensor of {rank} dimensions, got shape {tuple(x.shape)}")
-    angles = Angles(cos, sin, offsets, cu_seqlens)
-    angles.check(x)
-    return angles
+    check_x(x, "x", 4 if cu_seqlens is None else 3)
+    angles = angles_of(x, cos, sin, seqlen_offsets, cu_seqlens)
+    return rotate_parts(x, [(x, angles)], None, interleaved, conjugate, inplace)
 
 
 def apply_rotary_emb(
     x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False, inplace: bool = False,
     seqlen_offsets: Offsets = 0, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """Rotate the first rotary_dim elements of each head of x; differentiable in x.
+    """Rotate the first rotary_dim elements of each head of x; differentiable in x, cos and sin.
 
     Args:
         x: (b, s, h, d), or (total, h, d) with `cu_seqlens`; any floating dtype.
-        cos, sin: (seqlen_ro, rotary_dim / 2), rotary_dim <= d.
+        cos, sin: (seqlen_ro, rotary_dim / 2), rotary_dim <= d, floating, on x's device.
         interleaved: pairs are (0, 1), (2, 3).. instead of halves.
-        inplace: overwrite x and return it.
-        seqlen_offsets: position of each sequence's first token: int, or integer tensor (b,).
+        inplace: overwrite x and return it. Where x is a leaf that requires grad, or a view of one, another
+            tensor over the same memory is returned; it has the gradient, x remains a leaf.
+        seqlen_offsets: position of each sequence's first token: an integer, or integer tensor (b,) or ().
         cu_seqlens: int32 (b + 1), bounds of packed sequences; tokens past the last are left as they are.
         max_seqlen: longest packed sequence; accepted for compatibility.
     Raises:
+        TypeError: x, tables or indices that are no tensors or of a wrong dtype, an offset that is no integer.
         ValueError: tables that do not fit x, or (known on CPU) positions past their end. On CUDA tokens past
             the end are left as they are.
     """
-    angles = angles_of(x, cos, sin, seqlen_offsets, cu_seqlens)
-    return _ApplyRotary.apply(x, interleaved, inplace, _offset(angles), *angles.tensors())
+    return rotate_all(x, cos, sin, seqlen_offsets, cu_seqlens, interleaved, False, inplace)
 
 
 apply_rotary_emb_func = apply_rotary_emb
@@ -234,50 +70,27 @@ apply_rotary_emb_func = apply_rotary_emb
 def _select_qk(qkv: Tensor, num_heads_q: int | None) -> tuple[Tensor, Tensor]:
     """Return the views q and k of a packed (b, s, 3, h, d) or (b, s, h_q + 2 h_k, d) tensor."""
     if qkv.dim() == 5:
-        if qkv.shape[2] != 3:
-            raise ValueError(f"qkv must be (b, s, 3, h, d), got {tuple(qkv.shape)}")
         return qkv[:, :, 0], qkv[:, :, 1]
-    if qkv.dim() != 4 or num_heads_q is None:
-        raise ValueError("qkv must have 5 dimensions, or 4 with num_heads_q given, "
-                         f"got {qkv.dim()} with num_heads_q {num_heads_q}")  # fmt: skip
+    assert num_heads_q is not None
     num_heads_k = (qkv.shape[2] - num_heads_q) // 2
-    if num_heads_k < 0 or qkv.shape[2] != num_heads_q + 2 * num_heads_k:
-        total = qkv.shape[2]
-        raise ValueError(f"num_heads_q must leave an even number of the {total} heads, got {num_heads_q}")
     return qkv[:, :, :num_heads_q], qkv[:, :, num_heads_q : num_heads_q + num_heads_k]
 
 
-class _ApplyRotaryParts(torch.autograd.Function):
-    """In-place rotation of the parts that `select` returns; `tables` has four tensors of each."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, packed: Tensor, select: Callable[[Tensor], tuple[Tensor, ...]], interleaved: bool,
-        offset: int, *tables: Any,
-    ) -> Tensor:  # fmt: skip
-        ctx.save_for_backward(*tables)
-        ctx.select, ctx.interleaved, ctx.offset = select, interleaved, offset
-        ctx.mark_dirty(packed)
-        _rotate_parts(select(packed), offset, tables, interleaved, conjugate=False)
-        return packed
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        gradient = dout.clone()
-        tables = ctx.saved_tensors
-        _rotate_parts(ctx.select(gradient), ctx.offset, tables, ctx.interleaved, conjugate=True)
-        return gradient, *(None,) * (3 + len(tables))
-
-
-def _rotate_parts(
-    parts: tuple[Tensor, ...], offset: int, tables: Sequence[Any], interleaved: bool, conjugate: bool
-) -> None:
-    for i, part in enumerate(parts):
-        kept(offset, *tables[4 * i : 4 * i + 4]).rotate(part, interleaved, conjugate, inplace=True)
-
-
-def _offset(angles: Angles) -> int:
-    return angles.offsets if isinstance(angles.offsets, int) else 0
+def _check_qkv(qkv: Tensor, num_heads_q: Any) -> int | None:
+    """Check the shape of a packed qkv; return `num_heads_q`, None where the shape tells it."""
+    check_floating(qkv, "qkv")
+    if qkv.dim() == 5:
+        if qkv.shape[2] != 3:
+            fail(ValueError, "qkv", "(b, s, 3, h, d)", tuple(qkv.shape))
+        return None
+    if qkv.dim() != 4 or num_heads_q is None:
+        got = f"{qkv.dim()} with num_heads_q {num_heads_q}"
+        fail(ValueError, "qkv", "of 5 dimensions, or of 4 with num_heads_q given", got)
+    num_heads_q, total = as_int(num_heads_q, "num_heads_q"), qkv.shape[2]
+    if not 0 <= num_heads_q <= total or (total - num_heads_q) % 2:
+        allowed = f"such that an even number of the {total} heads remains"
+        fail(ValueError, "num_heads_q", allowed, num_heads_q)
+    return num_heads_q
 
 
 def apply_rotary_emb_qkv_(
@@ -291,16 +104,16 @@ def apply_rotary_emb_qkv_(
         cos, sin: (seqlen_ro, rotary_dim / 2); `cos_k`, `sin_k` are those of k where they differ (XPos).
         interleaved, seqlen_offsets: as in `apply_rotary_emb`.
     Raises:
-        ValueError: as in `apply_rotary_emb`, or a qkv of another shape.
+        TypeError, ValueError: as in `apply_rotary_emb`, or a qkv of another shape.
     """
-    q, _ = _select_qk(qkv, num_heads_q)
-    of_q = Angles(cos, sin, seqlen_offsets)
-    of_k = of_q if cos_k is None or sin_k is None else Angles(cos_k, sin_k, seqlen_offsets)
-    of_q.check(q)
-    of_k.check(q)
-    select = partial(_select_qk, num_heads_q=num_heads_q)
-    tables = *of_q.tensors(), *of_k.tensors()
-    return _ApplyRotaryParts.apply(qkv, select, interleaved, _offset(of_q), *tables)
+    select = partial(_select_qk, num_heads_q=_check_qkv(qkv, num_heads_q))
+    q, k = select(qkv)
+    of_q = angles_of(q, cos, sin, seqlen_offsets, None)
+    of_k = of_q
+    if cos_k is not None or sin_k is not None:
+        cos_k, sin_k = cos if cos_k is None else cos_k, sin if sin_k is None else sin_k
+        of_k = angles_of(k, cos_k, sin_k, seqlen_offsets, None)
+    return rotate_parts(qkv, [(q, of_q), (k, of_k)], select, interleaved)
 
 
 def _select_k(kv: Tensor) -> tuple[Tensor]:
@@ -308,98 +121,190 @@ def _select_k(kv: Tensor) -> tuple[Tensor]:
     return (kv[:, :, 0],)
 
 
+def _part_of_kv(kv: Tensor, cos: Tensor, sin: Tensor, seqlen_offsets: Offsets) -> tuple[Tensor, Angles]:
+    """Return k of a packed kv and its angles, once they are checked."""
+    check_floating(kv, "kv")
+    if kv.dim() != 5 or kv.shape[2] != 2:
+        fail(ValueError, "kv", "(b, s, 2, h, d)", tuple(kv.shape))
+    (k,) = _select_k(kv)
+    return k, angles_of(k, cos, sin, seqlen_offsets, None)
+
+
 def apply_rotary_emb_kv_(
     kv: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False, seqlen_offsets: Offsets = 0
 ) -> Tensor:
     """Rotate k inside `kv` (b, s, 2, h, d) in place and return it; the rest as in `apply_rotary_emb`."""
-    if kv.dim() != 5 or kv.shape[2] != 2:
-        raise ValueError(f"kv must be (b, s, 2, h, d), got {tuple(kv.shape)}")
-    angles = Angles(cos, sin, seqlen_offsets)
-    angles.check(kv)
-    return _ApplyRotaryParts.apply(kv, _select_k, interleaved, _offset(angles), *angles.tensors())
+    return rotate_parts(kv, [_part_of_kv(kv, cos, sin, seqlen_offsets)], _select_k, interleaved)
+
+
+class _Tables(NamedTuple):
+    """Tables of positions 0 .. seqlen; those of k differ under XPos alone."""
+
+    seqlen: int = 0
+    cos: Tensor | None = None
+    sin: Tensor | None = None
+    cos_k: Tensor | None = None
+    sin_k: Tensor | None = None
+    without_gradients: bool = False  # made with grad mode off, perhaps in inference mode
+
+
+def _entry(name: str) -> Any:
+    """Return a property of `RotaryEmbedding`: an entry of its tables, under the name that others know."""
+
+    def write(module: RotaryEmbedding, value: Any) -> None:
+        module._tables = module._tables._replace(**{name: value})
+
+    return property(lambda module: getattr(module._tables, name), write)
+
+
+def _are_plausible(values: Tensor) -> bool:
+    """Return whether memory that may be unset holds frequencies or scales: in (0, 1] and monotonic."""
+    steps = values.diff()
+    return bool(((values > 0) & (values <= 1)).all() and ((steps <= 0).all() or (steps >= 0).all()))
 
 
 class RotaryEmbedding(nn.Module):
     """Rotary embedding of packed qkv, or of q and packed kv, with cached tables.
 
+    The buffers `inv_freq` and, with XPos, `scale` may be changed before the tables are made. They always hold
+    values: `to_empty` keeps them, and memory that takes the place of a buffer on the meta device is filled
+    unless it holds plausible values already.
+
     Args:
-        dim: rotary_dim, the number of elements rotated per head.
+        dim: rotary_dim, the number of elements rotated per head, even.
         base: frequency i is base^(-2 i / dim).
         interleaved: as in `apply_rotary_emb`.
         scale_base: XPos decay length, None for none.
-        device: of the tables.
+        device: of the buffers.
+    Raises:
+        TypeError, ValueError: dim is no positive even integer, base or scale_base no positive number.
     """
 
+    BUFFERS = ("inv_freq", "scale")
     inv_freq: Tensor
     scale: Tensor | None
+    _tables = _Tables()  # one tuple, so that an exception or another thread never leaves parts of two
+    _seq_len_cached = _entry("seqlen")
+    _cos_cached, _sin_cached = _entry("cos"), _entry("sin")
+    _cos_k_cached, _sin_k_cached = _entry("cos_k"), _entry("sin_k")
 
     def __init__(
         self, dim: int, base: float = 10000.0, interleaved: bool = False, scale_base: float | None = None,
         device: torch.device | str | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.dim, self.base, self.interleaved, self.scale_base = dim, float(base), interleaved, scale_base
-        self.register_buffer("inv_freq", self._exact_frequencies(device), persistent=False)
-        even = torch.arange(0, dim, 2, device=device, dtype=torch.float32)
-        scale = None if scale_base is None else (even + 0.4 * dim) / (1.4 * dim)
-        self.register_buffer("scale", scale, persistent=False)
-        self._seq_len_cached = 0
-        self._cos_cached: Tensor | None = None
-        self._sin_cached: Tensor | None = None
-        self._cos_k_cached: Tensor | None = None
-        self._sin_k_cached: Tensor | None = None
+        self.dim, self.base = as_int(dim, "dim"), as_float(base, "base")
+        self.interleaved = as_flag(interleaved, "interleaved")
+        self.scale_base = None if scale_base is None else as_float(scale_base, "scale_base")
+        if self.dim <= 0 or self.dim % 2:
+            fail(ValueError, "dim", "positive and even", self.dim)
+        for value, name in ((self.base, "base"), (self.scale_base, "scale_base")):
+            if value is not None and value <= 0.0:
+                fail(ValueError, name, "positive", value)
+        for name in self.BUFFERS:
+            self.register_buffer(name, self._exact(name, device), persistent=False)
 
-    def _exact_frequencies(self, device: torch.device | str | None) -> Tensor:
-        return self.base ** -(torch.arange(0, self.dim, 2, device=device, dtype=torch.float32) / self.dim)
+    def _exact(self, name: str, device: torch.device | str | None) -> Any:
+        """Compute what a buffer holds unless somebody changes it."""
+        even = torch.arange(0, self.dim, 2, device=device, dtype=torch.float32)
+        if name == "inv_freq":
+            return self.base ** -(even / self.dim)
+        return None if self.scale_base is None else (even + 0.4 * self.dim) / (1.4 * self.dim)
+
+    def _values(self, name: str, device: torch.device | None) -> Any:
+        """Return a buffer in fp32, computed anew where it is on meta or, being rounded, too coarse."""
+        held = getattr(self, name)
+        if held is None or held.is_meta or held.dtype not in (torch.float32, torch.float64):
+            return self._exact(name, device)
+        return held.to(device=device, dtype=torch.float32)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.BUFFERS and type(value) in (Tensor, nn.Parameter) and not value.is_meta:
+            held = getattr(self, name, None)
+            if held is not None and held.is_meta and not _are_plausible(value.detach()):
+                value.detach().copy_(self._exact(name, value.device))
+        super().__setattr__(name, value)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryEmbedding:
+        before = {name: getattr(self, name) for name in self.BUFFERS}
+        super()._apply(fn, recurse)
+        for name, held in before.items():
+            value = getattr(self, name)
+            if value is not held and type(value) is Tensor and not value.is_meta:
+                value.copy_(self._exact(name, value.device) if held.is_meta else held)
+        return self
 
     def _update_cos_sin_cache(self, seqlen: int, device: torch.device | None = None,
-                              dtype: torch.dtype | None = None) -> None:  # fmt: skip
-        """Compute the tables for positions 0 .. seqlen where the cached ones do not serve."""
-        cached = self._cos_cached
+                              dtype: torch.dtype | None = None) -> _Tables:  # fmt: skip
+        """Return the tables of positions 0 .. seqlen, computed where the cached ones do not serve."""
+        cached, gradients = self._tables, torch.is_grad_enabled()
+        cos = cached.cos
         if (
-            cached is not None and cached.device == device and cached.dtype == dtype
-            and seqlen <= self._seq_len_cached and not (self.training and cached.is_inference())
+            cos is not None and cos.device == device and cos.dtype == dtype and seqlen <= cached.seqlen
+            and not (gradients and (cached.without_gradients or self.inv_freq.requires_grad))
         ):  # fmt: skip
-            return
-        self._seq_len_cached = seqlen
+            return cached
         positions = torch.arange(seqlen, device=device, dtype=torch.float32)
-        usable = self.inv_freq.dtype == torch.float32 and not self.inv_freq.is_meta
-        frequencies = self.inv_freq.to(device) if usable else self._exact_frequencies(device)
-        angles = torch.outer(positions, frequencies)
+        angles = torch.outer(positions, self._values("inv_freq", device))
         cos, sin = angles.cos(), angles.sin()
-        if self.scale is None or self.scale_base is None:
-            self._cos_cached, self._sin_cached = cos.to(dtype), sin.to(dtype)
-            return
-        power = (positions - seqlen // 2) / self.scale_base
-        scale = self.scale.to(device=device, dtype=torch.float32) ** power.unsqueeze(1)
-        self._cos_cached, self._sin_cached = (cos * scale).to(dtype), (sin * scale).to(dtype)
-        self._cos_k_cached, self._sin_k_cached = (cos / scale).to(dtype), (sin / scale).to(dtype)
+        made = [cos, sin]
+        if self.scale_base is not None:
+            power = (positions - seqlen // 2) / self.scale_base
+            scale = self._values("scale", device) ** power.unsqueeze(1)
+            made = [cos * scale, sin * scale, cos / scale, sin / scale]
+        cos, sin, *of_k = [x.to(dtype) for x in made]
+        cos_k, sin_k = of_k or (None, None)
+        tables = _Tables(seqlen, cos, sin, cos_k, sin_k, not gradients)
+        self._tables = tables
+        return tables
 
     def forward(
         self, qkv: Tensor, kv: Tensor | None = None, seqlen_offset: Offsets = 0,
         max_seqlen: int | None = None, num_heads_q: int | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
-        """Rotate in place and return qkv, or (q, kv) if `kv` is given.
+        """Rotate in place and return qkv, or (q, kv) if `kv` is given; see `apply_rotary_emb` on leaves.
 
         Args:
             qkv: (b, s, 3, h, d), (b, s, h_q + 2 h_k, d) with `num_heads_q`, or q (b, s, h, d) with `kv`.
             kv: (b, s, 2, hk, d).
-            seqlen_offset: int or integer tensor (b,), position of the first token.
+            seqlen_offset: integer, or integer tensor (b,) or (), position of the first token.
             max_seqlen: length of the tables; needed to avoid a synchronisation when `seqlen_offset` is a CUDA
             tensor.
+        Raises:
+            TypeError, ValueError: as in `apply_rotary_emb`, or a `max_seqlen` that is too short.
         """
-        seqlen = qkv.shape[1]
-        if max_seqlen is None:
-            largest = seqlen_offset if isinstance(seqlen_offset, int) else int(seqlen_offset.max())
-            max_seqlen = seqlen + largest
-        self._update_cos_sin_cache(max_seqlen, device=qkv.device, dtype=qkv.dtype)
-        cos, sin, cos_k, sin_k = self._cos_cached, self._sin_cached, self._cos_k_cached, self._sin_k_cached
+        if kv is None:
+            _check_qkv(qkv, num_heads_q)
+            seqlen = qkv.shape[1]
+        else:
+            check_x(qkv, "qkv", 4)
+            check_x(kv, "kv", 5)
+            seqlen = max(qkv.shape[1], kv.shape[1])
+        length = self._length(seqlen, seqlen_offset, max_seqlen)
+        # Subclasses that make tables of their own assign the attributes and return nothing.
+        tables = self._update_cos_sin_cache(length, device=qkv.device, dtype=qkv.dtype) or self._tables
+        _, cos, sin, cos_k, sin_k, _ = tables
         assert cos is not None and sin is not None
         if kv is None:
             return apply_rotary_emb_qkv_(
                 qkv, cos, sin, cos_k, sin_k, self.interleaved, seqlen_offset, num_heads_q
             )  # fmt: skip
+        cos_k, sin_k = cos if cos_k is None else cos_k, sin if sin_k is None else sin_k
+        part = _part_of_kv(kv, cos_k, sin_k, seqlen_offset)  # before q is written to
         q = apply_rotary_emb(qkv, cos, sin, self.interleaved, True, seqlen_offset)
-        kv = apply_rotary_emb_kv_(kv, cos if cos_k is None else cos_k, sin if sin_k is None else sin_k,
-                                  self.interleaved, seqlen_offset)  # fmt: skip
-        return q, kv
+        return q, rotate_parts(kv, [part], _select_k, self.interleaved)
+
+    @staticmethod
+    def _length(seqlen: int, offset: Any, max_seqlen: Any) -> int:
+        """Return how many positions the tables must hold."""
+        least = seqlen
+        if not isinstance(offset, Tensor):
+            least = seqlen + max(0, as_position(offset, "seqlen_offset"))
+        elif max_seqlen is None and offset.numel():
+            least = seqlen + max(0, as_int(offset.max(), "seqlen_offset"))
+        if max_seqlen is None:
+            return least
+        max_seqlen = as_int(max_seqlen, "max_seqlen")
+        if max_seqlen < least:
+            fail(ValueError, "max_seqlen", f"at least {least} (seqlen + seqlen_offset)", max_seqlen)
+        return max_seqlen

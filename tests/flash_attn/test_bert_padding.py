@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from oracle import Options, assert_within, gradients, varlen_attention
+from refusals import raises
 
 from flash_attn import flash_attn_varlen_func
 from flash_attn.bert_padding import (
@@ -121,3 +122,81 @@ def test_attention_of_a_batch(device, require_backward, layout):
 
 def test_rearrange_is_einops():
     assert rearrange(torch.zeros(2, 3), "a b -> (a b)").shape == (6,)
+
+
+HIDDEN = torch.zeros(3, 4, 2)
+ONES = torch.ones(3, 4, dtype=torch.int64)
+TWO = ONES.clone()
+TWO[1, 2] = 2
+
+
+@pytest.mark.parametrize("unpad", [unpad_input, unpad_input_for_concatenated_sequences])
+def test_bad_masks_of_any_layout(unpad):
+    name = "attention_mask"
+    for mask in (ONES[:, :3], ONES.view(2, 6), ONES[:2], ONES[None], ONES.to("meta")):
+        raises(ValueError, name, unpad, HIDDEN, mask)
+    raises(ValueError, name, unpad, HIDDEN, -ONES)
+    raises(ValueError, name, unpad, HIDDEN, ONES * 0.5)
+    raises(ValueError, name, unpad, HIDDEN, ONES * torch.nan)
+    raises(TypeError, name, unpad, HIDDEN, ONES.tolist())
+    raises(TypeError, name, unpad, HIDDEN, ONES * 1j)
+    raises(TypeError, "hidden_states", unpad, None, ONES)
+    raises(ValueError, "hidden_states", unpad, HIDDEN[0, 0], ONES)
+
+
+def test_bad_entries_of_masks():
+    raises(ValueError, "attention_mask", unpad_input, HIDDEN, TWO)
+    raises(ValueError, "unused_mask", unpad_input, HIDDEN, 0 * ONES, TWO)
+    raises(ValueError, "unused_mask", unpad_input, HIDDEN, ONES, ONES)
+    raises(ValueError, "unused_mask", unpad_input, HIDDEN, ONES, ONES[:2])
+    too_long = 0 * ONES
+    too_long[2, :2] = torch.tensor([4, 1])
+    name = "attention_mask_in_length"
+    raises(ValueError, name, unpad_input_for_concatenated_sequences, HIDDEN, too_long)
+    assert unpad_input(HIDDEN, ONES.float())[3] == 4
+
+
+@pytest.mark.parametrize(
+    "kind, indices",
+    [
+        (ValueError, torch.tensor([0, 12])),
+        (ValueError, torch.tensor([-1, 3])),
+        (ValueError, torch.tensor([[0, 1]])),
+        (ValueError, torch.tensor(1)),
+        (ValueError, torch.tensor([0, 1], device="meta")),
+        (TypeError, torch.tensor([0.0, 1.7])),
+        (TypeError, torch.tensor([True, False])),
+        (TypeError, [0, 1]),
+    ],
+    ids=str,
+)
+def test_bad_indices(kind, indices):
+    values = torch.zeros(2, 5)
+    raises(kind, "indices", index_first_axis, torch.zeros(12, 5), indices)
+    raises(kind, "indices", index_put_first_axis, values, indices, 12)
+    raises(kind, "indices", pad_input, values, indices, 3, 4)
+
+
+def test_bad_sizes():
+    values, indices = torch.zeros(2, 5), torch.tensor([0, 11])
+    raises(ValueError, "indices", pad_input, values, indices, 2, 4)
+    raises(ValueError, "indices", pad_input, torch.zeros(3, 5), indices, 3, 4)
+    raises(ValueError, "batch", pad_input, values, indices, -3, -4)
+    raises(TypeError, "seqlen", pad_input, values, indices, 3, 4.0)
+    raises(TypeError, "first_axis_dim", index_put_first_axis, values, indices, None)
+    raises(TypeError, "values", index_put_first_axis, [1, 2], indices, 12)
+    raises(TypeError, "hidden_states", pad_input, [1, 2], indices, 3, 4)
+    raises(ValueError, "input", index_first_axis, torch.tensor(1.0), indices)
+    assert pad_input(values, indices, torch.tensor(3), True * 4).shape == (3, 4, 5)
+
+
+def test_padding_under_a_compiler():
+    x = torch.randn(4, 5, 3)
+
+    def through(x, mask):
+        hidden, indices, *_ = unpad_input(x, mask)
+        return pad_input(hidden * 2, indices, 4, 5)
+
+    with torch._dynamo.config.patch(capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(through, backend="aot_eager", fullgraph=True)
+        assert torch.equal(compiled(x, MASK), through(x, MASK))

@@ -9,11 +9,15 @@ the z-loss (Chowdhery et al., "PaLM", section 5). Logits may be split over a pro
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from math import nan
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from flash_attn._arguments import check_device, check_floating, check_integers
+from flash_attn._tracing import are_entries_known
+from flash_attn._validation import as_flag, as_float, as_int, fail, refuse_gradients
 
 LOGITS_AT_ONCE = 2**22
 
@@ -59,23 +63,35 @@ class _Shard:
         return x
 
 
+class _Terms(NamedTuple):
+    """What the loss is made of beside logits, labels and LSE."""
+
+    shard: _Shard
+    smoothing: float
+    logit_scale: float
+    lse_square_scale: float
+    ignore_index: int
+
+    @property
+    def total(self) -> int:
+        """The number of classes of all processes."""
+        return self.shard.num_classes * self.shard.world
+
+
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, precomputed_lse: Tensor | None, smoothing: float,
-                logit_scale: float, lse_square_scale: float, ignore_index: int, inplace_backward: bool,
-                process_group: Any) -> tuple[Tensor, Tensor]:  # fmt: skip
-        shard = _Shard(logits.shape[1], process_group)
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, known_lse: Tensor | None, terms: _Terms,
+                inplace_backward: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
+        shard, smoothing, logit_scale, lse_square_scale, ignore_index = terms
         index, here = shard.locate(labels, ignore_index)
         ignored = labels == ignore_index
-        total = shard.num_classes * shard.world
         lse_parts, picked_parts = [], []
-        known_lse = precomputed_lse if smoothing == 0.0 and logit_scale == 1.0 else None
         for rows in _row_blocks(logits):
             x = _widened(logits[rows], logit_scale)
             if known_lse is None:
                 lse_parts.append(x.logsumexp(-1))
             picked = x.gather(1, index[rows, None]).squeeze(1) * here[rows] * (1.0 - smoothing)
-            picked_parts.append(picked + x.sum(-1) * (smoothing / total) if smoothing else picked)
+            picked_parts.append(picked + x.sum(-1) * (smoothing / terms.total) if smoothing else picked)
         empty = _widened(logits.new_empty(0), 1.0)
         lse = torch.cat(lse_parts) if lse_parts else empty
         if known_lse is not None:
@@ -84,27 +100,62 @@ class _CrossEntropy(torch.autograd.Function):
         picked = shard.sum(torch.cat(picked_parts) if picked_parts else empty)
         z_losses = (lse_square_scale * lse.square()).masked_fill(ignored, 0.0)
         losses = (lse - picked).masked_fill(ignored, 0.0) + z_losses
+        losses = losses.masked_fill(~(ignored | (labels >= 0) & (labels < terms.total)), nan)
         ctx.save_for_backward(logits, labels, lse)
-        ctx.shard, ctx.total, ctx.smoothing, ctx.logit_scale = shard, total, smoothing, logit_scale
-        ctx.lse_square_scale, ctx.ignore_index, ctx.inplace = lse_square_scale, ignore_index, inplace_backward
+        ctx.terms, ctx.inplace = terms, inplace_backward
         ctx.mark_non_differentiable(z_losses)
         return losses, z_losses
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dlosses: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
-        logits, labels, lse = ctx.saved_tensors
-        index, here = ctx.shard.locate(labels, ctx.ignore_index)
-        weight = (dlosses * ctx.logit_scale).masked_fill(labels == ctx.ignore_index, 0.0).to(lse.dtype)
-        dlogits = logits if ctx.inplace else torch.empty_like(logits)
+        return _Gradient.apply(dlosses, *ctx.saved_tensors, ctx.terms, ctx.inplace), *(None,) * 4
+
+
+class _Gradient(torch.autograd.Function):
+    """The gradient of the logits, written over them or not; a derivative of it is always an error."""
+
+    @staticmethod
+    def forward(ctx: Any, dlosses: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, terms: _Terms,
+                inplace: bool) -> Tensor:  # fmt: skip
+        shard, smoothing, logit_scale, lse_square_scale, ignore_index = terms
+        index, here = shard.locate(labels, ignore_index)
+        weight = (dlosses * logit_scale).masked_fill(labels == ignore_index, 0.0).to(lse.dtype)
+        dlogits = logits.detach() if inplace else torch.empty_like(logits)
         for rows in _row_blocks(logits):
-            x = _widened(logits[rows], ctx.logit_scale)
-            dx = (x - lse[rows, None]).exp_() * (1.0 + 2.0 * ctx.lse_square_scale * lse[rows, None])
-            if ctx.smoothing:
-                dx -= ctx.smoothing / ctx.total
-            dx.scatter_add_(1, index[rows, None], here[rows, None].to(dx.dtype) * (ctx.smoothing - 1.0))
+            x = _widened(logits[rows], logit_scale)
+            dx = (x - lse[rows, None]).exp_() * (1.0 + 2.0 * lse_square_scale * lse[rows, None])
+            if smoothing:
+                dx -= smoothing / terms.total
+            dx.scatter_add_(1, index[rows, None], here[rows, None].to(dx.dtype) * (smoothing - 1.0))
             dlogits[rows] = (dx * weight[rows, None]).to(logits.dtype)
-        return dlogits, *(None,) * 8
+        return dlogits
+
+    @staticmethod
+    def backward(ctx: Any, *unused: Tensor) -> NoReturn:
+        raise NotImplementedError("cross_entropy_loss has no second derivative")
+
+
+def _check_tensors(logits: Any, labels: Any, lse: Any) -> None:
+    check_floating(logits, "logits")
+    check_integers(labels, "labels")
+    if logits.dim() != 2 or labels.shape != logits.shape[:1] or logits.shape[1] == 0:
+        shapes = f"{tuple(logits.shape)} and {tuple(labels.shape)}"
+        fail(ValueError, "logits", "(n, V) with V > 0 and labels (n,)", shapes)
+    check_device(labels, "labels", logits, "logits")
+    if lse is not None:
+        check_floating(lse, "precomputed_lse")
+        check_device(lse, "precomputed_lse", logits, "logits")
+        if lse.shape != labels.shape:
+            fail(ValueError, "precomputed_lse", f"of shape {tuple(labels.shape)}", tuple(lse.shape))
+
+
+def _check_labels(labels: Tensor, total: int, ignore_index: int) -> None:
+    """Check on CPU that labels are classes, or `ignore_index`."""
+    if not are_entries_known(labels):
+        return
+    wrong = labels[(labels != ignore_index) & ((labels < 0) | (labels >= total))]
+    if wrong.numel():
+        fail(ValueError, "labels", f"in [0, {total - 1}], or ignore_index ({ignore_index})", int(wrong[0]))
 
 
 def cross_entropy_loss(
@@ -122,20 +173,36 @@ def cross_entropy_loss(
 
     Args:
         logits: (n, V), or this process's (n, V / world size) of them with `process_group`.
-        labels: int64 (n,); rows of `ignore_index` give zero loss and gradient.
+        labels: integers (n,); rows of `ignore_index` give zero loss and gradient.
         precomputed_lse: fp32 (n,), taken instead of computing it where there is neither smoothing nor scale.
-        label_smoothing: weight of the uniform distribution over the classes.
+        label_smoothing: weight of the uniform distribution over the classes, in [0, 1].
         logit_scale: factor of the logits.
         lse_square_scale: weight of the z-loss.
         inplace_backward: write the gradient over `logits`.
         process_group: torch.distributed group over which the vocabulary is split.
     Raises:
-        ValueError: logits that are not (n, V), or labels that are not (n,).
+        TypeError: tensors or numbers of a wrong type.
+        ValueError: wrong shapes or devices, a smoothing outside of [0, 1], or labels that are (known on CPU)
+            no classes; on CUDA their loss is NaN.
+        NotImplementedError: a number that requires grad; and in the backward of a gradient.
     """
-    if logits.dim() != 2 or labels.shape != logits.shape[:1]:
-        shapes = f"{tuple(logits.shape)} and {tuple(labels.shape)}"
-        raise ValueError(f"logits must be (n, V) and labels (n,), got {shapes}")
+    _check_tensors(logits, labels, precomputed_lse)
+    refuse_gradients(
+        label_smoothing=label_smoothing, logit_scale=logit_scale, lse_square_scale=lse_square_scale
+    )
+    smoothing, ignore_index = (
+        as_float(label_smoothing, "label_smoothing"),
+        as_int(ignore_index, "ignore_index"),
+    )
+    if not 0.0 <= smoothing <= 1.0:
+        fail(ValueError, "label_smoothing", "in [0, 1]", smoothing)
+    logit_scale = as_float(logit_scale, "logit_scale")
+    lse_square_scale = as_float(lse_square_scale, "lse_square_scale")
+    shard = _Shard(logits.shape[1], process_group)
+    terms = _Terms(shard, smoothing, logit_scale, lse_square_scale, ignore_index)
+    labels = labels.long()
+    _check_labels(labels, terms.total, ignore_index)
+    known_lse = precomputed_lse if smoothing == 0.0 and logit_scale == 1.0 else None
     return _CrossEntropy.apply(
-        logits, labels, precomputed_lse, label_smoothing, logit_scale, lse_square_scale, ignore_index,
-        inplace_backward, process_group,
+        logits, labels, known_lse, terms, as_flag(inplace_backward, "inplace_backward")
     )  # fmt: skip

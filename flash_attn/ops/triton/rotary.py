@@ -1,10 +1,11 @@
-"""Rotary embedding under the name of flash-attn's own kernel, without autograd of its own."""
+"""Rotary embedding under the name of flash-attn's own kernel; differentiable like the layer's."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from flash_attn.layers.rotary import Offsets, angles_of
+from flash_attn._rotary import Offsets
+from flash_attn.layers.rotary import rotate_all
 
 
 def apply_rotary(
@@ -16,7 +17,6 @@ def apply_rotary(
     Shapes and other arguments as in `flash_attn.layers.rotary.apply_rotary_emb`.
 
     Raises:
-        ValueError: as there.
+        TypeError, ValueError: as there.
     """
-    angles = angles_of(x, cos, sin, seqlen_offsets, cu_seqlens)
-    return angles.rotate(x, interleaved, conjugate, inplace)
+    return rotate_all(x, cos, sin, seqlen_offsets, cu_seqlens, interleaved, conjugate, inplace)

@@ -7,9 +7,9 @@ import torch
 from oracle import assert_within
 
 from flash_attn import _library
+from flash_attn._rotary import Angles
 from flash_attn.layers import rotary
 from flash_attn.layers.rotary import (
-    RotaryEmbedding,
     apply_rotary_emb,
     apply_rotary_emb_func,
     apply_rotary_emb_kv_,
@@ -69,7 +69,7 @@ def test_varlen(offsets):
 @pytest.mark.parametrize("packed", [False, True])
 def test_unknown_positions_past_the_tables_do_not_rotate(monkeypatch, offsets, packed):
     """On CUDA positions are not read; the tables must not be read past their end either."""
-    monkeypatch.setattr(rotary, "_check_positions", lambda *arguments: None)
+    monkeypatch.setattr(Angles, "check_contents", lambda *arguments: None)
     x, (angles, cos, sin) = torch.randn(2, 7, 3, 16), tables(6, 8)
     sequences = {"cu_seqlens": torch.tensor([0, 7, 14], dtype=torch.int32)} if packed else {}
     out = apply_rotary_emb(x.flatten(0, 1) if packed else x, cos, sin, seqlen_offsets=offsets, **sequences)
@@ -120,7 +120,7 @@ def require_library(device):
 def test_half_types(device, interleaved, head_dim, rotary_dim, table_dtype, offsets, inplace, monkeypatch):
     """Five bf16 heads, so that a thread's last ones are missing; positions past the tables."""
     require_library(device)
-    monkeypatch.setattr(rotary, "_check_positions", lambda *arguments: None)
+    monkeypatch.setattr(Angles, "check_contents", lambda *arguments: None)
     with torch.device(device):
         x = torch.randn(2, 7, 9, head_dim).bfloat16()[:, :, 2:7]
         _, cos, sin = tables(12, rotary_dim // 2)
@@ -216,68 +216,3 @@ def test_packed_gradients():
     qkv = torch.randn(1, 5, 3, 2, 8, dtype=torch.float64, requires_grad=True)
     torch.autograd.gradcheck(lambda y: apply_rotary_emb_qkv_(y * 1.0, cos, sin, seqlen_offsets=1), qkv)
     torch.autograd.gradcheck(lambda y: apply_rotary_emb_kv_(y[:, :, 1:] * 1.0, cos, sin), qkv)
-
-
-@pytest.mark.parametrize("scale_base", [None, 512.0])
-def test_module(scale_base):
-    module = RotaryEmbedding(8, base=100.0, scale_base=scale_base)
-    qkv = torch.randn(2, 6, 3, 4, 16)
-    angles = torch.outer(torch.arange(2, 8), 100.0 ** (-torch.arange(0, 8, 2) / 8))
-    out = module(qkv.clone(), seqlen_offset=2)
-    q, kv = module(qkv[:, :, 0].clone(), qkv[:, :, 1:].clone(), seqlen_offset=2)
-    torch.testing.assert_close(q, out[:, :, 0])
-    torch.testing.assert_close(kv, out[:, :, 1:])
-    if scale_base is None:
-        for i in range(2):
-            expected = reference(qkv[:, :, i], angles, False).float()
-            torch.testing.assert_close(out[:, :, i], expected, atol=1e-5, rtol=1e-4)
-        return
-    scores = torch.einsum("bihd,bjhd->bhij", out[:, :, 0, :, :8], out[:, :, 1, :, :8])
-    shifted = module(qkv.clone(), seqlen_offset=0, max_seqlen=8)
-    torch.testing.assert_close(
-        scores,
-        torch.einsum("bihd,bjhd->bhij", shifted[:, :, 0, :, :8], shifted[:, :, 1, :, :8]),
-        atol=1e-4,
-        rtol=1e-4,
-    )
-
-
-def test_module_uses_its_frequencies():
-    """Models rescale `inv_freq`; rounded to half precision it would be too coarse."""
-    module, qkv = RotaryEmbedding(8), torch.randn(1, 900, 3, 1, 8)
-    original = module(qkv.clone())
-    module.inv_freq /= 4
-    scaled = module(qkv.clone(), seqlen_offset=torch.zeros(1, dtype=torch.int64), max_seqlen=901)
-    angles = torch.outer(torch.arange(900), 10000.0 ** (-torch.arange(0, 8, 2) / 8) / 4)
-    expected = reference(qkv[:, :, 0], angles, False).float()
-    torch.testing.assert_close(scaled[:, :, 0], expected, atol=1e-4, rtol=1e-4)
-    module = RotaryEmbedding(8).bfloat16()
-    assert torch.equal(module(qkv.clone()), original)
-    assert module._seq_len_cached == 900
-
-
-@pytest.mark.parametrize(
-    "call, name",
-    [
-        (lambda x, c: apply_rotary_emb(x, c, c[:3]), "cos and sin"),
-        (lambda x, c: apply_rotary_emb(x[..., :6], c, c), "cos"),
-        (lambda x, c: apply_rotary_emb(x, c, c, seqlen_offsets=5), "seqlen_offsets"),
-        (lambda x, c: apply_rotary_emb(x, c, c, seqlen_offsets=-1), "seqlen_offsets"),
-        (lambda x, c: apply_rotary_emb(x, c, c, seqlen_offsets=torch.tensor([0, 5])), "seqlen_offsets"),
-        (lambda x, c: apply_rotary_emb(x, c, c, seqlen_offsets=torch.tensor([1])), "seqlen_offsets"),
-        (lambda x, c: apply_rotary_emb(x, c, c, seqlen_offsets=torch.tensor(1)), "seqlen_offsets"),
-        (
-            lambda x, c: apply_rotary_emb(x, c, c, seqlen_offsets=torch.ones(2, device="meta").long()),
-            "seqlen_offsets",
-        ),
-        (lambda x, c: apply_rotary_emb(x[0], c, c), "x"),
-        (lambda x, c: apply_rotary_emb(x, c, c, cu_seqlens=torch.tensor([0, 5])), "x"),
-        (lambda x, c: apply_rotary_emb(x[0], c, c, cu_seqlens=torch.tensor([0.0, 5.0])), "cu_seqlens"),
-        (lambda x, c: apply_rotary_emb_qkv_(x, c, c), "qkv"),
-        (lambda x, c: apply_rotary_emb_qkv_(x, c, c, num_heads_q=2), "num_heads_q"),
-        (lambda x, c: apply_rotary_emb_kv_(x, c, c), "kv"),
-    ],
-)
-def test_bad_input(call, name):
-    with pytest.raises(ValueError, match=f"^{name} "):
-        call(torch.randn(2, 5, 3, 8), torch.rand(9, 4))

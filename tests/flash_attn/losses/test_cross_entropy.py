@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from refusals import raises
 from torch.nn import functional as F
 
 from flash_attn.losses.cross_entropy import CrossEntropyLoss
@@ -63,12 +64,56 @@ def test_bf16():
     assert logits.grad.dtype == torch.bfloat16
 
 
-def test_a_second_derivative_is_an_error():
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_second_derivative_is_an_error(inplace):
+    """Also where the incoming gradient requires none, and where it is one of several terms."""
+    logits, labels = make()
+    losses, _ = cross_entropy_loss(logits * 1, labels, inplace_backward=inplace)
+    (gradient,) = torch.autograd.grad(losses.sum(), logits, create_graph=True)
+    message = "cross_entropy_loss has no second derivative"
+    with pytest.raises(NotImplementedError, match=message):
+        (losses.sum() + gradient.square().sum()).backward()
+    losses, _ = cross_entropy_loss(logits * 1, labels, inplace_backward=inplace)
+    (gradient,) = torch.autograd.grad(losses.square().sum(), logits, create_graph=True)
+    with pytest.raises(NotImplementedError, match=message):
+        torch.autograd.grad(gradient.square().sum(), logits)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager"])
+def test_under_a_compiler(backend):
     logits, labels = make()
     losses, _ = cross_entropy_loss(logits, labels)
-    (gradient,) = torch.autograd.grad(losses.square().sum(), logits, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        gradient.square().sum().backward()
+    compiled = torch.compile(cross_entropy_loss, backend=backend, fullgraph=True)
+    actual, _ = compiled(logits, labels)
+    torch.testing.assert_close(actual, losses)
+    (truth,) = torch.autograd.grad(losses.sum(), logits)
+    torch.testing.assert_close(torch.autograd.grad(actual.sum(), logits)[0], truth)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.int16])
+def test_kinds_of_labels(dtype):
+    logits, labels = make()
+    labels = labels.clamp(min=0)
+    assert torch.equal(cross_entropy_loss(logits, labels.to(dtype))[0], cross_entropy_loss(logits, labels)[0])
+
+
+@pytest.mark.parametrize("name", ["label_smoothing", "logit_scale", "lse_square_scale"])
+def test_numbers_get_no_gradient(name):
+    trained = torch.tensor(0.5, requires_grad=True)
+    with pytest.raises(NotImplementedError, match=f"^{name} "):
+        cross_entropy_loss(*make(), **{name: trained})
+    with torch.no_grad():
+        expected = cross_entropy_loss(*make(), **{name: 0.5})[0]
+        assert cross_entropy_loss(*make(), **{name: trained})[0].shape == expected.shape
+
+
+def test_labels_that_cannot_be_read_give_nan(monkeypatch):
+    """As on CUDA: no class must not look like a loss."""
+    monkeypatch.setattr(cross_entropy, "are_entries_known", lambda labels: False)
+    logits, labels = make()
+    labels[1:3] = torch.tensor([-1, CLASSES])
+    losses, _ = cross_entropy_loss(logits, labels)
+    assert losses.isnan().nonzero().flatten().tolist() == [1, 2]
 
 
 def test_precomputed_lse_is_not_computed_again():
@@ -108,8 +153,36 @@ def test_no_rows():
 def test_bad_input():
     with pytest.raises(ValueError, match=r"^reduction must be one of"):
         CrossEntropyLoss(reduction="median")
-    with pytest.raises(ValueError, match=r"^logits must be"):
-        cross_entropy_loss(torch.zeros(3, 5), torch.zeros(4, dtype=torch.long))
+    logits, labels = make()
+
+    def refuses(kind, name, **named):
+        raises(kind, name, cross_entropy_loss, **{"logits": logits, "labels": labels} | named)
+
+    refuses(ValueError, "logits", labels=labels[1:])
+    refuses(ValueError, "logits", logits=torch.zeros(ROWS, 0))
+    refuses(ValueError, "logits", logits=logits[None])
+    refuses(TypeError, "logits", logits=logits.tolist())
+    refuses(TypeError, "logits", logits=logits.long())
+    refuses(TypeError, "logits", logits=logits * 1j)
+    refuses(TypeError, "labels", labels=labels.float())
+    refuses(TypeError, "labels", labels=labels.tolist())
+    refuses(ValueError, "labels", labels=labels.to("meta"))
+    refuses(ValueError, "labels", labels=torch.full((ROWS,), CLASSES))
+    refuses(ValueError, "labels", ignore_index=-1)
+    refuses(TypeError, "ignore_index", ignore_index=1.5)
+    for smoothing in (-0.1, 1.1):
+        refuses(ValueError, "label_smoothing", label_smoothing=smoothing)
+    refuses(TypeError, "label_smoothing", label_smoothing="0.1")
+    refuses(ValueError, "logit_scale", logit_scale=torch.inf)
+    refuses(TypeError, "lse_square_scale", lse_square_scale=None)
+    refuses(TypeError, "inplace_backward", inplace_backward="no")
+    lse = torch.zeros(ROWS)
+    for smoothing in (0.0, 0.1):
+        refuses(ValueError, "precomputed_lse", precomputed_lse=lse[:, None], label_smoothing=smoothing)
+        refuses(ValueError, "precomputed_lse", precomputed_lse=lse[:1], label_smoothing=smoothing)
+        refuses(ValueError, "precomputed_lse", precomputed_lse=lse.to("meta"), label_smoothing=smoothing)
+        refuses(TypeError, "precomputed_lse", precomputed_lse="lse", label_smoothing=smoothing)
+        refuses(TypeError, "precomputed_lse", precomputed_lse=lse.long(), label_smoothing=smoothing)
 
 
 def worker(rank, path, logits, labels, results):
