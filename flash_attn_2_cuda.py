@@ -59,7 +59,7 @@ def _like(given: Any, x: Any) -> Any:
 
 
 def _refuse_generator(gen: Any) -> None:
-    from flash_attn._validation import fail
+    from flash_attn._arguments import fail
 
     if gen is not None:
         fail(ValueError, "gen", "None in a backward, which is given the forward's rng_state", gen)

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from flash_attn import _abi, _gpu, _library
+from flash_attn._arguments import check_memory
 from flash_attn._layout import empty_out, probs_shape, round_multiple, write
 from flash_attn._philox import new_rng_state
-from flash_attn._validation import Scoring, Shapes, check_memory
+from flash_attn._validation import Scoring, Shapes
 
 Outputs = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 Sizes = tuple[int, int, int, int, int, int]

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from flash_attn import _abi, _cuda, _gpu, _library
+from flash_attn._arguments import check_memory
 from flash_attn._layout import PROBS_BLOCK, empty_softmax_d, padded_rows, round_multiple, write
 from flash_attn._splits import choose_key_parts
-from flash_attn._validation import GRADIENTS, Gradients, Scoring, check_memory
+from flash_attn._validation import GRADIENTS, Gradients, Scoring
 
 ABSENT = (0, 0, 0, 0)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flash_attn import _abi, _cuda, _gpu
 from flash_attn import _validation as check
+from flash_attn._arguments import check_memory, fail
 from flash_attn._cpu_kvcache import Cache, Rotary
 from flash_attn._layout import empty_out, write
 from flash_attn._splits import LONG_FROM, long_tiles, plan
@@ -46,13 +47,13 @@ def kvcache_num_splits(q: Tensor, k_cache: Tensor, block_table: Tensor | None = 
 def _check_in_place(cache: Cache, names: tuple[str, str]) -> None:
     """Refuse a cache that kernels cannot read where it is, not even element by element."""
     for x, name in zip((cache.k, cache.v), names, strict=True):
-        check.check_memory(x, name)
+        check_memory(x, name)
         if x.is_neg():
-            check.fail(ValueError, name, "no negative view (it is not copied)", "one")
+            fail(ValueError, name, "no negative view (it is not copied)", "one")
         if (x.stride(-1) != 1 and x.shape[-1] > 1) or x.data_ptr() % x.element_size():
             allowed = "contiguous in its last dimension, at an address of whole elements (it is not copied)"
             got = f"strides {x.stride()}, address % {x.element_size()} = {x.data_ptr() % x.element_size()}"
-            check.fail(ValueError, name, allowed, got)
+            fail(ValueError, name, allowed, got)
 
 
 def _attend(
@@ -94,8 +95,8 @@ def _attend(
         new_strides = kn_batch, kn_row, kn_head, vn_batch, vn_row, vn_head
         elements |= kn_batch | kn_row | kn_head | vn_batch | vn_row | vn_head
         contiguous &= kn_last == vn_last == 1
-        check.check_memory(k, "k")
-        check.check_memory(v, "v")
+        check_memory(k, "k")
+        check_memory(v, "v")
         contiguous &= not (k.is_neg() or v.is_neg())
         new_at, seqlen_new = (k.data_ptr(), v.data_ptr()), k.shape[1]
         addresses |= new_at[0] | new_at[1]
@@ -177,7 +178,7 @@ def _attend_copies(
     One that is not aligned has a kernel of its own, which reads it element by element.
     """
     _check_in_place(cache, names)
-    check.check_memory(out, "out")
+    check_memory(out, "out")
     target = out if _cuda.readable(out) else _cuda.writable(out)
     q = _cuda.aligned(q, "q")
     k, v = (None if x is None else _cuda.aligned(x, name) for x, name in ((k, "k"), (v, "v")))

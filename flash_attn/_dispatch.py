@@ -12,6 +12,7 @@ PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None)})
 """Types of arguments that are what they seem: memory on a device, or nothing."""
 
 is_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", torch.jit.is_tracing)
+_transforms_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 _dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
 
 
@@ -27,3 +28,13 @@ def needs_dispatcher(*tensors: Any) -> bool:
         if type(x) not in PLAIN and isinstance(x, Tensor):
             return True
     return bool(tensors) and isinstance(tensors[0], Tensor) and tensors[0].is_meta
+
+
+def is_traced(*tensors: Tensor | None) -> bool:
+    """Return whether torch must see the operations of a call, so that entries of its tensors are unknown."""
+    return needs_dispatcher(*tensors) or _transforms_active()
+
+
+def are_entries_known(x: Tensor, *others: Tensor | None) -> bool:
+    """Return whether tensors of one device can be read: on CPU, where that costs no synchronisation."""
+    return x.device.type == "cpu" and not is_traced(x, *others)

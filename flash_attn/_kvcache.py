@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flash_attn import _cuda_kvcache, _gpu
 from flash_attn import _validation as check
+from flash_attn._arguments import as_flag, as_int, check_memory, check_tensor, fail
 from flash_attn._cpu_kvcache import Cache, Rotary
 from flash_attn._cpu_kvcache import forward_kvcache as forward_on_cpu
 from flash_attn._dispatch import is_tracing
@@ -27,12 +28,12 @@ def _check_cache(q: Tensor, cache: Cache, batch: int, entries: int) -> None:
             if x is not None:
                 check.check_index(x, name, q, (batch,))
                 if block_table is not None:
-                    check.fail(ValueError, name, "None with a block_table", "a tensor")
+                    fail(ValueError, name, "None with a block_table", "a tensor")
     if block_table is not None:
         check.check_index(block_table, "block_table", q, (batch, -1))
         check.check_page_size(k, "k_cache")
     elif batch_idx is None and entries < batch:
-        check.fail(ValueError, "k_cache", f"of at least q's batch size ({batch})", entries)
+        fail(ValueError, "k_cache", f"of at least q's batch size ({batch})", entries)
 
 
 def _check_new(q: Tensor, cache: Cache, k: Tensor | None, v: Tensor | None) -> int:
@@ -41,9 +42,9 @@ def _check_new(q: Tensor, cache: Cache, k: Tensor | None, v: Tensor | None) -> i
         return 0
     if k is None or v is None:
         missing = "k" if k is None else "v"
-        check.fail(ValueError, missing, "given together with its pair", None)
+        fail(ValueError, missing, "given together with its pair", None)
     if cache.seqlens is None:
-        check.fail(ValueError, "cache_seqlens", "given where k and v are appended", None)
+        fail(ValueError, "cache_seqlens", "given where k and v are appended", None)
     if isinstance(k, Tensor) and isinstance(v, Tensor):
         k_shape, cache_shape, device = k.shape, cache.k.shape, q.device
         if (
@@ -55,9 +56,9 @@ def _check_new(q: Tensor, cache: Cache, k: Tensor | None, v: Tensor | None) -> i
     check.check_qkv(q, k, v, 4, 4)
     check.check_batch(k, q.shape[0])
     if k.shape[2] != cache.k.shape[2]:
-        check.fail(ValueError, "k", f"of k_cache's number of heads ({cache.k.shape[2]})", k.shape[2])
+        fail(ValueError, "k", f"of k_cache's number of heads ({cache.k.shape[2]})", k.shape[2])
     if v.shape[3] != cache.v.shape[3]:
-        check.fail(ValueError, "v", f"of v_cache's head dim ({cache.v.shape[3]})", v.shape[3])
+        fail(ValueError, "v", f"of v_cache's head dim ({cache.v.shape[3]})", v.shape[3])
     return k.shape[1]
 
 
@@ -66,13 +67,13 @@ def _check_written(cache: Cache) -> None:
     for x, name in ((cache.k, "k_cache"), (cache.v, "v_cache")):
         check.check_apart(x, name)
     if overlap(cache.k, cache.v):
-        check.fail(ValueError, "v_cache", "apart from k_cache, to be appended to", "memory that they share")
+        fail(ValueError, "v_cache", "apart from k_cache, to be appended to", "memory that they share")
 
 
 def _refuse_without_memory(**given: Any) -> None:
     """Refuse tensors, given by name, without memory to read or to append to: there is no custom op."""
     for name, x in given.items():
-        check.check_memory(x, name)
+        check_memory(x, name)
 
 
 def _check_on_cpu(cache: Cache, s_new: int) -> None:
@@ -82,7 +83,7 @@ def _check_on_cpu(cache: Cache, s_new: int) -> None:
     """
     for x, name in ((cache.k, "k_cache"), (cache.v, "v_cache")):
         if x.stride(3) != 1 and x.shape[3] > 1:
-            check.fail(ValueError, name, "contiguous in its last dimension", f"strides {x.stride()}")
+            fail(ValueError, name, "contiguous in its last dimension", f"strides {x.stride()}")
     if isinstance(cache.seqlens, Tensor):
         check.check_range(cache.seqlens, "cache_seqlens", 0, cache.capacity - s_new)
     if cache.batch_idx is not None:
@@ -94,7 +95,7 @@ def _check_on_cpu(cache: Cache, s_new: int) -> None:
     if cache.leftpad is not None:
         filled = cache.capacity if cache.seqlens is None else cache.seqlens
         if bool(((cache.leftpad < 0) | (cache.leftpad > filled)).any()):
-            check.fail(ValueError, "cache_leftpad", "between 0 and cache_seqlens", cache.leftpad.tolist())
+            fail(ValueError, "cache_leftpad", "between 0 and cache_seqlens", cache.leftpad.tolist())
 
 
 def _check_rotary(
@@ -103,25 +104,25 @@ def _check_rotary(
     """Check the rotary tables; `last` is the largest position that they must hold, where it is known."""
     if cos is None or sin is None:
         missing, given = ("rotary_cos", "rotary_sin") if cos is None else ("rotary_sin", "rotary_cos")
-        check.fail(ValueError, given, f"None where {missing} is", "a tensor")
+        fail(ValueError, given, f"None where {missing} is", "a tensor")
     for x, name in ((cos, "rotary_cos"), (sin, "rotary_sin")):
-        check.check_tensor(x, name)
+        check_tensor(x, name)
         if x.dtype != q.dtype:
-            check.fail(TypeError, name, f"of q's dtype ({q.dtype})", x.dtype)
+            fail(TypeError, name, f"of q's dtype ({q.dtype})", x.dtype)
         if x.device != q.device:
-            check.fail(ValueError, name, f"on the device of q ({q.device})", x.device)
+            fail(ValueError, name, f"on the device of q ({q.device})", x.device)
     if not appends:
-        check.fail(ValueError, "rotary_cos", "None where no k is appended", "a tensor")
+        fail(ValueError, "rotary_cos", "None where no k is appended", "a tensor")
     if cos.dim() != 2 or cos.shape != sin.shape:
         allowed = "of rotary_cos's shape, (s_ro, rotary_dim / 2)"
-        check.fail(ValueError, "rotary_sin", allowed, tuple(sin.shape))
+        fail(ValueError, "rotary_sin", allowed, tuple(sin.shape))
     rotary_dim = 2 * cos.shape[1]
     if rotary_dim % ROTARY_MULTIPLE or rotary_dim > q.shape[-1]:
         allowed = f"of a rotary_dim that is a multiple of {ROTARY_MULTIPLE} and at most {q.shape[-1]}"
-        check.fail(ValueError, "rotary_cos", allowed, rotary_dim)
+        fail(ValueError, "rotary_cos", allowed, rotary_dim)
     if last is not None and last >= cos.shape[0]:
-        check.fail(ValueError, "rotary_cos", f"of more than {last} rows", cos.shape[0])
-    return Rotary(cos, sin, check.as_flag(interleaved, "rotary_interleaved"))
+        fail(ValueError, "rotary_cos", f"of more than {last} rows", cos.shape[0])
+    return Rotary(cos, sin, as_flag(interleaved, "rotary_interleaved"))
 
 
 def forward_kvcache(
@@ -151,7 +152,7 @@ def forward_kvcache(
         raise NotImplementedError("flash_attn_with_kvcache is not implemented for meta tensors")
     batch, seqlen_q, _, head_dim = q_shape
     if cache_seqlens is not None and not isinstance(cache_seqlens, Tensor):
-        cache_seqlens = check.as_int(cache_seqlens, "cache_seqlens")
+        cache_seqlens = as_int(cache_seqlens, "cache_seqlens")
     fields = k_cache, v_cache, cache_seqlens, cache_batch_idx, cache_leftpad, block_table
     cache = tuple.__new__(Cache, fields)  # as in check_scoring
     _check_cache(q, cache, batch, k_shape[0])
@@ -159,14 +160,14 @@ def forward_kvcache(
     num_splits = check.check_num_splits(num_splits)
     capacity = k_shape[1] if block_table is None else cache.capacity
     if capacity > check.MAX_SEQLEN:
-        check.fail(ValueError, "k_cache", f"of room for at most {check.MAX_SEQLEN} keys a sequence", capacity)
+        fail(ValueError, "k_cache", f"of room for at most {check.MAX_SEQLEN} keys a sequence", capacity)
     scoring = check.check_scoring(
         q, head_dim, batch, seqlen_q, capacity, 0.0, softmax_scale, causal, window_left, window_right,
         softcap, alibi_slopes, s_aux, keeps_window=rotary_cos is not None,
     )  # fmt: skip
     last = None
     if isinstance(cache_seqlens, int) and not 0 <= cache_seqlens <= capacity - s_new:
-        check.fail(ValueError, "cache_seqlens", f"in [0, {capacity - s_new}]", cache_seqlens)
+        fail(ValueError, "cache_seqlens", f"in [0, {capacity - s_new}]", cache_seqlens)
     if not on_cuda:
         _check_on_cpu(cache, s_new)
     if rotary_cos is not None and batch and (not on_cuda or isinstance(cache_seqlens, int)):

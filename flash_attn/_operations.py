@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flash_attn import _cpu, _cuda, _cuda_backward, _cuda_kvcache, _gpu
 from flash_attn import _validation as check
+from flash_attn._arguments import as_flag, check_memory, fail
 
 Outputs = tuple[Tensor, Any, Tensor | None, Tensor | None]
 """(out, lse, S_dmask, rng_state); lse is a Tensor, or None where the caller did not need one."""
@@ -67,7 +68,7 @@ def check_key_bounds(
         check.check_index(block_table, "block_table", q, (batch, -1))
         check.check_page_size(k, "k")
         if leftpad_k is not None:
-            check.fail(ValueError, "leftpad_k", "None with a block_table", "a tensor")
+            fail(ValueError, "leftpad_k", "None with a block_table", "a tensor")
 
 
 def _check_varlen(
@@ -79,8 +80,8 @@ def _check_varlen(
     max_seqlen_q = check.check_max_seqlen(max_seqlen_q, "max_seqlen_q")
     max_seqlen_k = check.check_max_seqlen(max_seqlen_k, "max_seqlen_k")
     if q.is_cpu and not _gpu.serves(q):
-        check.check_memory(cu_seqlens_q, "cu_seqlens_q")
-        check.check_memory(cu_seqlens_k, "cu_seqlens_k")
+        check_memory(cu_seqlens_q, "cu_seqlens_q")
+        check_memory(cu_seqlens_k, "cu_seqlens_k")
         check.check_lengths(cu_seqlens_q, "cu_seqlens_q", q.shape[0], max_seqlen_q, "max_seqlen_q")
         check.check_lengths(cu_seqlens_k, "cu_seqlens_k", total_k, max_seqlen_k, "max_seqlen_k")
     return batch, max_seqlen_q, max_seqlen_k
@@ -92,7 +93,7 @@ def _check_used_keys(
 ) -> None:  # fmt: skip
     """Check on CPU that the keys used lie in their sequences, and those in pages that exist."""
     for x, name in ((block_table, "block_table"), (leftpad_k, "leftpad_k"), (seqused_k, "seqused_k")):
-        check.check_memory(x, name)
+        check_memory(x, name)
     lengths = cu_seqlens_k.diff()
     if block_table is not None:
         capacity = block_table.shape[1] * k.shape[1]
@@ -102,7 +103,7 @@ def _check_used_keys(
     for x, name in ((leftpad_k, "leftpad_k"), (seqused_k, "seqused_k")):
         if x is not None and bool(((x < 0) | (x > lengths)).any()):
             allowed = f"between 0 and each sequence's length {lengths.tolist()}"
-            check.fail(ValueError, name, allowed, x.tolist())
+            fail(ValueError, name, allowed, x.tolist())
 
 
 def varlen_forward(
@@ -199,7 +200,7 @@ def backward(
         softmax_lse,
         gradients,
         scoring,
-        check.as_flag(deterministic, "deterministic"),
+        as_flag(deterministic, "deterministic"),
         state,
     )
 
@@ -226,6 +227,6 @@ def varlen_backward(
     )  # fmt: skip
     run = _cuda_backward.varlen_backward if _gpu.serves(q) else _cpu.varlen_backward
     return run(
-        dout, q, k, v, out, softmax_lse, gradients, scoring, check.as_flag(deterministic, "deterministic"),
+        dout, q, k, v, out, softmax_lse, gradients, scoring, as_flag(deterministic, "deterministic"),
         state, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
     )  # fmt: skip

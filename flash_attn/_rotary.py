@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flash_attn._arguments import as_position, check_device, check_floating, check_integers
-from flash_attn._validation import check_lengths, fail
+from flash_attn._arguments import as_position, check_device, check_floating, check_integers, fail
+from flash_attn._validation import check_lengths
 
 Offsets = int | Tensor
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from flash_attn import _cuda_rotary
+from flash_attn._arguments import as_flag
+from flash_attn._dispatch import are_entries_known, is_traced
 from flash_attn._rotary import Angles, Offsets, kept, rotate
-from flash_attn._tracing import are_entries_known, is_traced
-from flash_attn._validation import as_flag
 
 Select = Callable[[Tensor], tuple[Tensor, ...]]
 

@@ -1,30 +1,35 @@
-"""Every check of every argument, before anything is allocated or launched.
+"""Every check of every argument of attention, before anything is allocated or launched.
 
-Each failure is an exception whose message starts with the argument's name, then says what is allowed and what
-was given: TypeError for a wrong type or dtype, ValueError for a wrong value, shape or device. Contents of
-device tensors are checked on CPU only, where reading them costs no synchronisation.
+Contents of device tensors are checked on CPU only, where reading them costs no synchronisation.
 """
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from itertools import combinations, pairwise
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from flash_attn import _gpu
+from flash_attn._arguments import (
+    FP32_MAX,
+    as_flag,
+    as_float,
+    as_int,
+    check_device,
+    check_tensor,
+    fail,
+    refuse_gradients,
+)
 from flash_attn._layout import lse_dtype, overlap, overlaps_itself, storage_address
 
-Number = TypeVar("Number")
 INT32_MAX = 2**31 - 1
 MAX_HEAD_DIM = 256
 MAX_SEQLEN = 2**31 - 128  # int32, also when rounded up to 128
 PAGE_MULTIPLE = 16
 MAX_SPLITS = 128
-FP32_MAX = (2.0 - 2.0**-23) * 2.0**127
 FP32_TINY = 2.0**-126
 MAX_SCALE = 2.0**100  # scores up to 2^27 before scaling stay finite in fp32
 MAX_DROPOUT_P = 1.0 - 2.0**-24  # the last fp32 number below 1
@@ -49,39 +54,8 @@ class Scoring(NamedTuple):
     sinks: Tensor | None = None
 
 
-def fail(kind: type[Exception], name: str, allowed: str, got: object) -> NoReturn:
-    """Raise `kind`, naming the argument, what it may be and what it was."""
-    raise kind(f"{name} must be {allowed}, got {got}")
-
-
 def _dtype_names(dtypes: frozenset[torch.dtype]) -> str:
     return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-
-
-def check_tensor(x: Any, name: str) -> None:
-    """Check that `x` is a tensor, and a dense one."""
-    if not isinstance(x, Tensor):
-        fail(TypeError, name, "a torch.Tensor", type(x).__name__)
-    if x.layout != torch.strided or x.is_nested or x.is_quantized:
-        kind = "nested" if x.is_nested else "quantized" if x.is_quantized else x.layout
-        fail(TypeError, name, "a dense tensor", kind)
-
-
-def check_memory(x: Any, name: str) -> None:
-    """Refuse a tensor without memory of its own (fake, distributed, functional), which no kernel can read."""
-    if not isinstance(x, Tensor):
-        return
-    try:
-        at = x.data_ptr()
-    except RuntimeError:
-        at = 0
-    if at == 0 and x.numel():
-        fail(TypeError, name, "a tensor with memory of its own", type(x).__name__)
-
-
-def _check_same_device(x: Tensor, name: str, q: Tensor, q_name: str = "q") -> None:
-    if x.device != q.device:
-        fail(ValueError, name, f"on the device of {q_name} ({q.device})", x.device)
 
 
 def _check_dtype(q: Tensor, name: str) -> None:
@@ -132,7 +106,7 @@ def _check_kind(q: Tensor, k: Tensor, v: Tensor, labels: Labels) -> None:
         if x.dtype != q.dtype:
             fail(TypeError, name, f"of {labels[0]}'s dtype ({q.dtype})", x.dtype)
     for x, name in ((k, labels[1]), (v, labels[2])):
-        _check_same_device(x, name, q, labels[0])
+        check_device(x, name, q, labels[0])
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor, rank_q: int, rank_k: int, labels: Labels) -> None:
@@ -176,44 +150,6 @@ def check_parts(x: Tensor, name: str, q: Tensor | None = None) -> None:
     check_qkv(q, part, part, part.dim(), part.dim(), labels)
     if part.dim() == 4:
         check_batch(part, q.shape[0], name)
-
-
-def _convert(x: Any, name: str, kind: Callable[[Any], Number], allowed: str) -> Number:
-    """Return `kind(x)`: the one way of an argument that is a number (numpy's, or a tensor of one, too)."""
-    if isinstance(x, (str, bytes, bytearray, memoryview, Set, Mapping)):
-        fail(TypeError, name, allowed, f"{type(x).__name__} {x!r}")
-    refuse_gradients(**{name: x})
-    try:
-        return kind(x)
-    except (TypeError, ValueError, OverflowError, RuntimeError):
-        fail(TypeError, name, allowed, f"{type(x).__name__} {x!r}")
-
-
-def as_int(x: Any, name: str) -> int:
-    """Return `x` (int, numpy integer or integer tensor of one element) as int."""
-    return _convert(x, name, operator.index, "an integer")
-
-
-def as_float(x: Any, name: str) -> float:
-    """Return `x` (any real number, or tensor of one) as a float that is finite in fp32."""
-    value = _convert(x, name, float, "a number")
-    if not abs(value) <= FP32_MAX:
-        fail(ValueError, name, "finite in fp32", value)
-    return value
-
-
-def as_flag(x: Any, name: str) -> bool:
-    """Return `x` (a bool, None for False, a number, or a tensor of one) as bool."""
-    if isinstance(x, Sequence):
-        fail(TypeError, name, "a bool", f"{type(x).__name__} {x!r}")
-    return x is not None and bool(_convert(x, name, float, "a bool"))
-
-
-def refuse_gradients(**given: Any) -> None:
-    """Refuse tensors, given by name, to which no gradient is computed where autograd would record one."""
-    for name, x in given.items():
-        if x is not None and isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled():
-            raise NotImplementedError(f"{name} must not require grad: it gets no gradient, so detach it")
 
 
 def as_window(window_size: Any) -> tuple[int, int]:
@@ -288,7 +224,7 @@ def check_sinks(s_aux: Tensor, q: Tensor) -> Tensor:
     check_tensor(s_aux, "s_aux")
     if not s_aux.dtype.is_floating_point:
         fail(TypeError, "s_aux", "of a floating dtype", s_aux.dtype)
-    _check_same_device(s_aux, "s_aux", q)
+    check_device(s_aux, "s_aux", q, "q")
     if s_aux.shape != q.shape[-2:-1]:
         fail(ValueError, "s_aux", f"of shape ({q.shape[-2]},)", tuple(s_aux.shape))
     return s_aux.detach().to(lse_dtype(q.dtype)).contiguous().resolve_neg()
@@ -299,7 +235,7 @@ def check_alibi(slopes: Tensor, q: Tensor, batch: int) -> None:
     check_tensor(slopes, "alibi_slopes")
     if slopes.dtype != torch.float32:
         fail(TypeError, "alibi_slopes", "of dtype torch.float32", slopes.dtype)
-    _check_same_device(slopes, "alibi_slopes", q)
+    check_device(slopes, "alibi_slopes", q, "q")
     num_heads = q.shape[-2]
     if tuple(slopes.shape) not in ((num_heads,), (batch, num_heads)):
         allowed = f"of shape ({num_heads},) or ({batch}, {num_heads})"
@@ -313,7 +249,7 @@ def check_index(x: Tensor, name: str, q: Tensor, shape: tuple[int, ...]) -> None
     check_tensor(x, name)
     if x.dtype != torch.int32:
         fail(TypeError, name, "of dtype torch.int32", x.dtype)
-    _check_same_device(x, name, q)
+    check_device(x, name, q, "q")
     actual = x.shape
     if len(actual) != len(shape) or any(a != s for a, s in zip(actual, shape, strict=True) if s >= 0):
         expected = f"({', '.join('any' if s < 0 else str(s) for s in shape)})"
@@ -387,7 +323,7 @@ def check_like(
     check_tensor(x, name)
     if x.dtype != like.dtype:
         fail(TypeError, name, f"of {like_name}'s dtype ({like.dtype})", x.dtype)
-    _check_same_device(x, name, like, like_name)
+    check_device(x, name, like, like_name)
     shape = tuple(like.shape) if shape is None else shape
     if tuple(x.shape) != shape:
         fail(ValueError, name, f"of shape {shape}", tuple(x.shape))
@@ -419,7 +355,7 @@ def check_lse(lse: Tensor, shape: tuple[int, ...], q: Tensor) -> None:
     check_tensor(lse, "softmax_lse")
     if lse.dtype != torch.float32 and (_gpu.serves(q) or lse.dtype != torch.float64):
         fail(TypeError, "softmax_lse", "of dtype torch.float32", lse.dtype)
-    _check_same_device(lse, "softmax_lse", q)
+    check_device(lse, "softmax_lse", q, "q")
     if tuple(lse.shape) != shape:
         fail(ValueError, "softmax_lse", f"of shape {shape}", tuple(lse.shape))
 
@@ -431,7 +367,7 @@ def check_rng_state(rng_state: Tensor | None, q: Tensor) -> Tensor:
     if rng_state.dtype != torch.int64 or tuple(rng_state.shape) != (2,):
         got = f"{rng_state.dtype} of shape {tuple(rng_state.shape)}"
         fail(ValueError, "rng_state", "int64 of shape (2,)", got)
-    _check_same_device(rng_state, "rng_state", q)
+    check_device(rng_state, "rng_state", q, "q")
     return rng_state
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from flash_attn._arguments import as_size, check_device
-from flash_attn._tracing import are_entries_known, is_traced
-from flash_attn._validation import check_range, check_tensor, fail
+from flash_attn._arguments import as_size, check_device, check_tensor, fail
+from flash_attn._dispatch import are_entries_known, is_traced
+from flash_attn._validation import check_range
 
 __all__ = [
     "index_first_axis",

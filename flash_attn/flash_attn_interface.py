@@ -16,6 +16,7 @@ from torch import Tensor
 import flash_attn_2_cuda as flash_attn_gpu
 from flash_attn import _kvcache, _operations
 from flash_attn import _validation as check
+from flash_attn._arguments import as_flag, as_float, refuse_gradients
 from flash_attn._autograd import FlashAttention, VarlenFlashAttention, must_record, record, split
 from flash_attn._cuda_kvcache import kvcache_num_splits
 from flash_attn._custom_ops import (
@@ -86,19 +87,19 @@ def _scoring(
 ) -> Scoring:
     """Return the arguments as the numbers that they stand for."""
     return (
-        dropout_p if type(dropout_p) is float else check.as_float(dropout_p, "dropout_p"),
+        dropout_p if type(dropout_p) is float else as_float(dropout_p, "dropout_p"),
         softmax_scale
         if softmax_scale is None or type(softmax_scale) is float
-        else check.as_float(softmax_scale, "softmax_scale"),
-        causal if type(causal) is bool else check.as_flag(causal, "causal"),
+        else as_float(softmax_scale, "softmax_scale"),
+        causal if type(causal) is bool else as_flag(causal, "causal"),
         *_window(window_size),
-        softcap if type(softcap) is float else check.as_float(softcap, "softcap"),
+        softcap if type(softcap) is float else as_float(softcap, "softcap"),
     )
 
 
 def _records(inputs: tuple[Tensor, ...], out: Tensor | None, alibi_slopes: Tensor | None) -> bool:
     """Return whether autograd must record a call, in which case no `out` may be given."""
-    check.refuse_gradients(alibi_slopes=alibi_slopes)
+    refuse_gradients(alibi_slopes=alibi_slopes)
     if not must_record(inputs):
         return False
     if out is not None:
@@ -121,11 +122,11 @@ def _attend(
 ) -> Result:  # fmt: skip
     """`flash_attn_func` of (q, k, v), (q, kv) or (qkv,)."""
     if type(return_attn_probs) is not bool:
-        return_attn_probs = check.as_flag(return_attn_probs, "return_attn_probs")
+        return_attn_probs = as_flag(return_attn_probs, "return_attn_probs")
     scoring = _scoring(dropout_p, softmax_scale, causal, window_size, softcap)
     if _records(inputs if s_aux is None else (*inputs, s_aux), out, alibi_slopes):
         result = record(
-            FlashAttention, s_aux, alibi_slopes, scoring, check.as_flag(deterministic, "deterministic"),
+            FlashAttention, s_aux, alibi_slopes, scoring, as_flag(deterministic, "deterministic"),
             return_attn_probs, *inputs,
         )  # fmt: skip
         return result if return_attn_probs else result[0]
@@ -150,8 +151,8 @@ def _attend_varlen(
 ) -> Result:  # fmt: skip
     """`flash_attn_varlen_func` of (q, k, v), (q, kv) or (qkv,); `need_lse` makes it (out, softmax_lse)."""
     if type(return_attn_probs) is not bool or type(need_lse) is not bool:
-        return_attn_probs = check.as_flag(return_attn_probs, "return_attn_probs")
-        need_lse = check.as_flag(need_lse, "return_softmax_lse")
+        return_attn_probs = as_flag(return_attn_probs, "return_attn_probs")
+        need_lse = as_flag(need_lse, "return_softmax_lse")
     scoring = _scoring(dropout_p, softmax_scale, causal, window_size, softcap)
     max_seqlen_q = check.check_max_seqlen(max_seqlen_q, "max_seqlen_q")
     max_seqlen_k = check.check_max_seqlen(max_seqlen_k, "max_seqlen_k")
@@ -160,7 +161,7 @@ def _attend_varlen(
     if records and block_table is None and seqused_k is None:
         result = record(
             VarlenFlashAttention, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, s_aux, alibi_slopes,
-            scoring, check.as_flag(deterministic, "deterministic"), return_attn_probs, *inputs,
+            scoring, as_flag(deterministic, "deterministic"), return_attn_probs, *inputs,
         )  # fmt: skip
         return result if return_attn_probs else result[:2] if need_lse else result[0]
     q, k, v = split(inputs)
@@ -462,7 +463,7 @@ def flash_attn_with_kvcache(
         NotImplementedError: meta tensors.
     """
     if type(return_softmax_lse) is not bool:
-        return_softmax_lse = check.as_flag(return_softmax_lse, "return_softmax_lse")
+        return_softmax_lse = as_flag(return_softmax_lse, "return_softmax_lse")
     window_left, window_right = _window(window_size)
     arguments = (
         q, k_cache, v_cache, k, v, cache_seqlens, rotary_cos, rotary_sin, cache_batch_idx, cache_leftpad,
@@ -470,9 +471,9 @@ def flash_attn_with_kvcache(
         rotary_interleaved, num_splits, return_softmax_lse, s_aux,
     )  # fmt: skip
     if torch.is_grad_enabled():
-        check.refuse_gradients(alibi_slopes=alibi_slopes, rotary_cos=rotary_cos, rotary_sin=rotary_sin)
+        refuse_gradients(alibi_slopes=alibi_slopes, rotary_cos=rotary_cos, rotary_sin=rotary_sin)
         if k is not None:
-            check.refuse_gradients(k_cache=k_cache, v_cache=v_cache)
+            refuse_gradients(k_cache=k_cache, v_cache=v_cache)
         run = partial(_kvcache.forward_kvcache, *arguments)
         out, lse = forward_only("flash_attn_with_kvcache", run, q, k_cache, v_cache, k, v, s_aux)
     else:

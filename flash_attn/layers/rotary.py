@@ -15,10 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from flash_attn._arguments import as_position, check_floating
+from flash_attn._arguments import as_flag, as_float, as_int, as_position, check_floating, fail
 from flash_attn._rotary import Angles, Offsets, angles_of, check_x, turned
 from flash_attn._rotary_autograd import rotate_parts
-from flash_attn._validation import as_flag, as_float, as_int, fail
 
 
 def apply_rotary_emb_torch(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:

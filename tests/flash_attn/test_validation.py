@@ -479,3 +479,688 @@ def test_the_number_of_splits_is_told_for_right_arguments_only():
 @pytest.mark.parametrize("make", [torch.Tensor.to_sparse, lambda x: torch.nested.nested_tensor(list(x))])
 def test_tensors_that_are_not_dense(make):
     raises(TypeError, "k", flash_attn.flash_attn_func, Q.float(), make(K.float()), K.float())
+
+
+NUMBERS = [5, np.int64(5), np.uint8(5), torch.tensor(5), torch.tensor([5])]
+SETS = [5], {5}, {5: 5}, np.array([1, 2]), torch.ones(2)
+NO_NUMBERS = ["5", b"5", bytearray(b"5"), None, object(), 1j, *SETS]
+
+
+class TestNumbers:
+    """Arguments that are numbers go through one conversion."""
+
+    @pytest.mark.parametrize("x", [*NUMBERS, True, np.array(5)], ids=repr)
+    def test_integers(self, x):
+        assert type(_validation.as_int(x, "x")) is int and _validation.as_int(x, "x") == int(x)
+
+    @pytest.mark.parametrize("x", [*NO_NUMBERS, 5.0, np.float32(5), torch.tensor(5.0)], ids=repr)
+    def test_no_integers(self, x):
+        raises(TypeError, "x", _validation.as_int, x, "x")
+
+    @pytest.mark.parametrize(
+        "x", [*NUMBERS, 5.0, np.float32(5), torch.tensor(5.0), Fraction(5), Decimal(5)], ids=repr
+    )
+    def test_floats(self, x):
+        assert _validation.as_float(x, "x") == 5.0
+
+    @pytest.mark.parametrize("x", NO_NUMBERS, ids=repr)
+    def test_no_floats(self, x):
+        raises(TypeError, "x", _validation.as_float, x, "x")
+
+    @pytest.mark.parametrize("x", [*NUMBERS, True, np.bool_(1), 1.0, torch.tensor(True)], ids=repr)
+    def test_flags(self, x):
+        assert _validation.as_flag(x, "x") is True
+
+    @pytest.mark.parametrize("x", [None, False, np.bool_(0), 0, 0.0, torch.tensor(False)], ids=repr)
+    def test_flags_that_are_not_set(self, x):
+        assert _validation.as_flag(x, "x") is False
+
+    @pytest.mark.parametrize("x", [x for x in NO_NUMBERS if x is not None] + ["False", ()], ids=repr)
+    def test_no_flags(self, x):
+        raises(TypeError, "x", _validation.as_flag, x, "x")
+
+    @pytest.mark.parametrize("name", ["causal", "rotary_interleaved"])
+    def test_flags_of_calls(self, name):
+        if name == "causal":
+            raises(TypeError, name, flash_attn.flash_attn_func, Q, K, K, causal="False")
+        tables = {"rotary_cos": zeros(40, 8), "rotary_sin": zeros(40, 8), "cache_seqlens": 1}
+        cache = Q, zeros(2, 40, 2, 32), zeros(2, 40, 2, 32), K, K
+        if name == "rotary_interleaved":
+            raises(TypeError, name, flash_attn.flash_attn_with_kvcache, *cache, **tables, **{name: "False"})
+
+    @pytest.mark.parametrize("kind", [tuple, list, torch.tensor, np.array], ids=lambda kind: kind.__name__)
+    def test_windows(self, kind):
+        assert _validation.as_window(kind([1, 2])) == (1, 2)
+
+    def test_windows_of_any_size(self):
+        assert _validation.as_window((2**70, -(2**70))) == (2**31 - 1, -1)
+
+    @pytest.mark.parametrize("x", [{1, 2}, {1: 0, 2: 0}, "12", None, 3, (1,), (1, 2, 3), (1.0, 2)], ids=repr)
+    def test_no_windows(self, x):
+        raises(TypeError, "window_size", _validation.as_window, x)
+
+    @pytest.mark.parametrize("scale", [1e38, -1e38, 2.0**101])
+    def test_a_scale_whose_scores_overflow(self, scale):
+        raises(ValueError, "softmax_scale", flash_attn.flash_attn_func, Q, K, K, softmax_scale=scale)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("seqlen_q, seqlen_k", [(1, 1), (1, 5), (5, 1), (4, 7), (7, 4), (5, 5)])
+def test_a_window_is_unlimited_only_where_it_hides_no_key(causal, seqlen_q, seqlen_k):
+    for left in range(-1, seqlen_k + 2):
+        for right in range(-1, seqlen_q + 2):
+            options = Options(causal=causal, window_size=(left, right))
+            found = _validation.normalise_window(causal, left, right, seqlen_q, seqlen_k)
+            normal = Options(window_size=found)
+            seen, expected = (visible(seqlen_q, seqlen_k, x, torch.device("cpu")) for x in (normal, options))
+            assert torch.equal(seen, expected), (left, right, found)
+            assert (found[0] < 0) == (left < 0 or left >= seqlen_k - 1)
+
+
+class TestOut:
+    """What a result is to be written to."""
+
+    def test_expanded(self):
+        out = zeros(1, *Q.shape[1:]).expand(Q.shape)
+        raises(ValueError, "out", flash_attn.flash_attn_func, Q, K, K, out=out)
+
+    def test_overlapping_itself(self):
+        out = zeros(4 * Q.numel()).as_strided(Q.shape, (1, 1, 1, 1))
+        raises(ValueError, "out", flash_attn.flash_attn_func, Q, K, K, out=out)
+
+    @pytest.mark.parametrize("name", ["q", "k", "v"])
+    def test_an_input(self, name):
+        given = {n: zeros(2, 12, 2, 32) for n in "qkv"}
+        raises(ValueError, "out", flash_attn.flash_attn_func, **given, out=given[name])
+
+    def test_parts_of_one_tensor_are_apart(self):
+        whole = torch.randn(2, 12, 4, 2, 32)
+        q, k, v, out = whole.unbind(2)
+        expected = flash_attn.flash_attn_func(*(x.clone() for x in (q, k, v)))
+        assert flash_attn.flash_attn_func(q, k, v, out=out) is out and torch.equal(out, expected)
+
+    def test_a_cache(self):
+        q, k, v = (zeros(1, 16, 2, 32) for _ in range(3))
+        raises(ValueError, "out", flash_attn.flash_attn_with_kvcache, q, k, v, out=k)
+
+    def test_made_in_inference_mode(self):
+        with torch.inference_mode():
+            out = torch.empty(Q.shape, dtype=Q.dtype)
+        assert torch.equal(flash_attn.flash_attn_func(Q, K, K, out=out), flash_attn.flash_attn_func(Q, K, K))
+
+
+def test_a_cache_that_is_appended_to_has_every_element_once():
+    q, new, cache = zeros(2, 1, 2, 32), zeros(2, 1, 2, 32), zeros(2, 16, 2, 32)
+    call = flash_attn.flash_attn_with_kvcache
+    expanded = cache[:1].expand(2, -1, -1, -1)
+    raises(ValueError, "k_cache", call, q, expanded, cache, new, new, cache_seqlens=3)
+    raises(ValueError, "v_cache", call, q, cache, cache, new, new, cache_seqlens=3)
+    call(q, expanded, expanded, cache_seqlens=3)
+
+
+def test_a_gradient_that_is_an_input():
+    arguments = backward_arguments({})
+    raises(ValueError, "dk", _flash_attn_backward, **arguments | {"dk": arguments["k"]})
+    raises(ValueError, "dq", _flash_attn_backward, **arguments | {"dq": arguments["dout"]})
+
+
+def test_the_number_of_splits_is_told_for_right_arguments_only():
+    from flash_attn.flash_attn_interface import kvcache_num_splits
+
+    assert kvcache_num_splits(Q, K) == 1
+    raises(TypeError, "q", kvcache_num_splits, 3, K)
+    raises(ValueError, "k_cache", kvcache_num_splits, Q, zeros(2, 12, 3, 32))
+    raises(TypeError, "block_table", kvcache_num_splits, Q, zeros(2, 16, 2, 32), 3)
+
+
+@pytest.mark.parametrize("make", [torch.Tensor.to_sparse, lambda x: torch.nested.nested_tensor(list(x))])
+def test_tensors_that_are_not_dense(make):
+    raises(TypeError, "k", flash_attn.flash_attn_func, Q.float(), make(K.float()), K.float())
+
+
+NUMBERS = [5, np.int64(5), np.uint8(5), torch.tensor(5), torch.tensor([5])]
+SETS = [5], {5}, {5: 5}, np.array([1, 2]), torch.ones(2)
+NO_NUMBERS = ["5", b"5", bytearray(b"5"), None, object(), 1j, *SETS]
+
+
+class TestNumbers:
+    """Arguments that are numbers go through one conversion."""
+
+    @pytest.mark.parametrize("x", [*NUMBERS, True, np.array(5)], ids=repr)
+    def test_integers(self, x):
+        assert type(_validation.as_int(x, "x")) is int and _validation.as_int(x, "x") == int(x)
+
+    @pytest.mark.parametrize("x", [*NO_NUMBERS, 5.0, np.float32(5), torch.tensor(5.0)], ids=repr)
+    def test_no_integers(self, x):
+        raises(TypeError, "x", _validation.as_int, x, "x")
+
+    @pytest.mark.parametrize(
+        "x", [*NUMBERS, 5.0, np.float32(5), torch.tensor(5.0), Fraction(5), Decimal(5)], ids=repr
+    )
+    def test_floats(self, x):
+        assert _validation.as_float(x, "x") == 5.0
+
+    @pytest.mark.parametrize("x", NO_NUMBERS, ids=repr)
+    def test_no_floats(self, x):
+        raises(TypeError, "x", _validation.as_float, x, "x")
+
+    @pytest.mark.parametrize("x", [*NUMBERS, True, np.bool_(1), 1.0, torch.tensor(True)], ids=repr)
+    def test_flags(self, x):
+        assert _validation.as_flag(x, "x") is True
+
+    @pytest.mark.parametrize("x", [None, False, np.bool_(0), 0, 0.0, torch.tensor(False)], ids=repr)
+    def test_flags_that_are_not_set(self, x):
+        assert _validation.as_flag(x, "x") is False
+
+    @pytest.mark.parametrize("x", [x for x in NO_NUMBERS if x is not None] + ["False", ()], ids=repr)
+    def test_no_flags(self, x):
+        raises(TypeError, "x", _validation.as_flag, x, "x")
+
+    @pytest.mark.parametrize("name", ["causal", "rotary_interleaved"])
+    def test_flags_of_calls(self, name):
+        if name == "causal":
+            raises(TypeError, name, flash_attn.flash_attn_func, Q, K, K, causal="False")
+        tables = {"rotary_cos": zeros(40, 8), "rotary_sin": zeros(40, 8), "cache_seqlens": 1}
+        cache = Q, zeros(2, 40, 2, 32), zeros(2, 40, 2, 32), K, K
+        if name == "rotary_interleaved":
+            raises(TypeError, name, flash_attn.flash_attn_with_kvcache, *cache, **tables, **{name: "False"})
+
+    @pytest.mark.parametrize("kind", [tuple, list, torch.tensor, np.array], ids=lambda kind: kind.__name__)
+    def test_windows(self, kind):
+        assert _validation.as_window(kind([1, 2])) == (1, 2)
+
+    def test_windows_of_any_size(self):
+        assert _validation.as_window((2**70, -(2**70))) == (2**31 - 1, -1)
+
+    @pytest.mark.parametrize("x", [{1, 2}, {1: 0, 2: 0}, "12", None, 3, (1,), (1, 2, 3), (1.0, 2)], ids=repr)
+    def test_no_windows(self, x):
+        raises(TypeError, "window_size", _validation.as_window, x)
+
+    @pytest.mark.parametrize("scale", [1e38, -1e38, 2.0**101])
+    def test_a_scale_whose_scores_overflow(self, scale):
+        raises(ValueError, "softmax_scale", flash_attn.flash_attn_func, Q, K, K, softmax_scale=scale)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("seqlen_q, seqlen_k", [(1, 1), (1, 5), (5, 1), (4, 7), (7, 4), (5, 5)])
+def test_a_window_is_unlimited_only_where_it_hides_no_key(causal, seqlen_q, seqlen_k):
+    for left in range(-1, seqlen_k + 2):
+        for right in range(-1, seqlen_q + 2):
+            options = Options(causal=causal, window_size=(left, right))
+            found = _validation.normalise_window(causal, left, right, seqlen_q, seqlen_k)
+            normal = Options(window_size=found)
+            seen, expected = (visible(seqlen_q, seqlen_k, x, torch.device("cpu")) for x in (normal, options))
+            assert torch.equal(seen, expected), (left, right, found)
+            assert (found[0] < 0) == (left < 0 or left >= seqlen_k - 1)
+
+
+class TestOut:
+    """What a result is to be written to."""
+
+    def test_expanded(self):
+        out = zeros(1, *Q.shape[1:]).expand(Q.shape)
+        raises(ValueError, "out", flash_attn.flash_attn_func, Q, K, K, out=out)
+
+    def test_overlapping_itself(self):
+        out = zeros(4 * Q.numel()).as_strided(Q.shape, (1, 1, 1, 1))
+        raises(ValueError, "out", flash_attn.flash_attn_func, Q, K, K, out=out)
+
+    @pytest.mark.parametrize("name", ["q", "k", "v"])
+    def test_an_input(self, name):
+        given = {n: zeros(2, 12, 2, 32) for n in "qkv"}
+        raises(ValueError, "out", flash_attn.flash_attn_func, **given, out=given[name])
+
+    def test_parts_of_one_tensor_are_apart(self):
+        whole = torch.randn(2, 12, 4, 2, 32)
+        q, k, v, out = whole.unbind(2)
+        expected = flash_attn.flash_attn_func(*(x.clone() for x in (q, k, v)))
+        assert flash_attn.flash_attn_func(q, k, v, out=out) is out and torch.equal(out, expected)
+
+    def test_a_cache(self):
+        q, k, v = (zeros(1, 16, 2, 32) for _ in range(3))
+        raises(ValueError, "out", flash_attn.flash_attn_with_kvcache, q, k, v, out=k)
+
+    def test_made_in_inference_mode(self):
+        with torch.inference_mode():
+            out = torch.empty(Q.shape, dtype=Q.dtype)
+        assert torch.equal(flash_attn.flash_attn_func(Q, K, K, out=out), flash_attn.flash_attn_func(Q, K, K))
+
+
+def test_a_cache_that_is_appended_to_has_every_element_once():
+    q, new, cache = zeros(2, 1, 2, 32), zeros(2, 1, 2, 32), zeros(2, 16, 2, 32)
+    call = flash_attn.flash_attn_with_kvcache
+    expanded = cache[:1].expand(2, -1, -1, -1)
+    raises(ValueError, "k_cache", call, q, expanded, cache, new, new, cache_seqlens=3)
+    raises(ValueError, "v_cache", call, q, cache, cache, new, new, cache_seqlens=3)
+    call(q, expanded, expanded, cache_seqlens=3)
+
+
+def test_a_gradient_that_is_an_input():
+    arguments = backward_arguments({})
+    raises(ValueError, "dk", _flash_attn_backward, **arguments | {"dk": arguments["k"]})
+    raises(ValueError, "dq", _flash_attn_backward, **arguments | {"dq": arguments["dout"]})
+
+
+def test_the_number_of_splits_is_told_for_right_arguments_only():
+    from flash_attn.flash_attn_interface import kvcache_num_splits
+
+    assert kvcache_num_splits(Q, K) == 1
+    raises(TypeError, "q", kvcache_num_splits, 3, K)
+    raises(ValueError, "k_cache", kvcache_num_splits, Q, zeros(2, 12, 3, 32))
+    raises(TypeError, "block_table", kvcache_num_splits, Q, zeros(2, 16, 2, 32), 3)
+
+
+@pytest.mark.parametrize("make", [torch.Tensor.to_sparse, lambda x: torch.nested.nested_tensor(list(x))])
+def test_tensors_that_are_not_dense(make):
+    raises(TypeError, "k", flash_attn.flash_attn_func, Q.float(), make(K.float()), K.float())
+
+
+NUMBERS = [5, np.int64(5), np.uint8(5), torch.tensor(5), torch.tensor([5])]
+SETS = [5], {5}, {5: 5}, np.array([1, 2]), torch.ones(2)
+NO_NUMBERS = ["5", b"5", bytearray(b"5"), None, object(), 1j, *SETS]
+
+
+class TestNumbers:
+    """Arguments that are numbers go through one conversion."""
+
+    @pytest.mark.parametrize("x", [*NUMBERS, True, np.array(5)], ids=repr)
+    def test_integers(self, x):
+        assert type(_validation.as_int(x, "x")) is int and _validation.as_int(x, "x") == int(x)
+
+    @pytest.mark.parametrize("x", [*NO_NUMBERS, 5.0, np.float32(5), torch.tensor(5.0)], ids=repr)
+    def test_no_integers(self, x):
+        raises(TypeError, "x", _validation.as_int, x, "x")
+
+    @pytest.mark.parametrize(
+        "x", [*NUMBERS, 5.0, np.float32(5), torch.tensor(5.0), Fraction(5), Decimal(5)], ids=repr
+    )
+    def test_floats(self, x):
+        assert _validation.as_float(x, "x") == 5.0
+
+    @pytest.mark.parametrize("x", NO_NUMBERS, ids=repr)
+    def test_no_floats(self, x):
+        raises(TypeError, "x", _validation.as_float, x, "x")
+
+    @pytest.mark.parametrize("x", [*NUMBERS, True, np.bool_(1), 1.0, torch.tensor(True)], ids=repr)
+    def test_flags(self, x):
+        assert _validation.as_flag(x, "x") is True
+
+    @pytest.mark.parametrize("x", [None, False, np.bool_(0), 0, 0.0, torch.tensor(False)], ids=repr)
+    def test_flags_that_are_not_set(self, x):
+        assert _validation.as_flag(x, "x") is False
+
+    @pytest.mark.parametrize("x", [x for x in NO_NUMBERS if x is not None] + ["False", ()], ids=repr)
+    def test_no_flags(self, x):
+        raises(TypeError, "x", _validation.as_flag, x, "x")
+
+    @pytest.mark.parametrize("name", ["causal", "rotary_interleaved"])
+    def test_flags_of_calls(self, name):
+        if name == "causal":
+            raises(TypeError, name, flash_attn.flash_attn_func, Q, K, K, causal="False")
+        tables = {"rotary_cos": zeros(40, 8), "rotary_sin": zeros(40, 8), "cache_seqlens": 1}
+        cache = Q, zeros(2, 40, 2, 32), zeros(2, 40, 2, 32), K, K
+        if name == "rotary_interleaved":
+            raises(TypeError, name, flash_attn.flash_attn_with_kvcache, *cache, **tables, **{name: "False"})
+
+    @pytest.mark.parametrize("kind", [tuple, list, torch.tensor, np.array], ids=lambda kind: kind.__name__)
+    def test_windows(self, kind):
+        assert _validation.as_window(kind([1, 2])) == (1, 2)
+
+    def test_windows_of_any_size(self):
+        assert _validation.as_window((2**70, -(2**70))) == (2**31 - 1, -1)
+
+    @pytest.mark.parametrize("x", [{1, 2}, {1: 0, 2: 0}, "12", None, 3, (1,), (1, 2, 3), (1.0, 2)], ids=repr)
+    def test_no_windows(self, x):
+        raises(TypeError, "window_size", _validation.as_window, x)
+
+    @pytest.mark.parametrize("scale", [1e38, -1e38, 2.0**101])
+    def test_a_scale_whose_scores_overflow(self, scale):
+        raises(ValueError, "softmax_scale", flash_attn.flash_attn_func, Q, K, K, softmax_scale=scale)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("seqlen_q, seqlen_k", [(1, 1), (1, 5), (5, 1), (4, 7), (7, 4), (5, 5)])
+def test_a_window_is_unlimited_only_where_it_hides_no_key(causal, seqlen_q, seqlen_k):
+    for left in range(-1, seqlen_k + 2):
+        for right in range(-1, seqlen_q + 2):
+            options = Options(causal=causal, window_size=(left, right))
+            found = _validation.normalise_window(causal, left, right, seqlen_q, seqlen_k)
+            normal = Options(window_size=found)
+            seen, expected = (visible(seqlen_q, seqlen_k, x, torch.device("cpu")) for x in (normal, options))
+            assert torch.equal(seen, expected), (left, right, found)
+            assert (found[0] < 0) == (left < 0 or left >= seqlen_k - 1)
+
+
+class TestOut:
+    """What a result is to be written to."""
+
+    def test_expanded(self):
+        out = zeros(1, *Q.shape[1:]).expand(Q.shape)
+        raises(ValueError, "out", flash_attn.flash_attn_func, Q, K, K, out=out)
+
+    def test_overlapping_itself(self):
+        out = zeros(4 * Q.numel()).as_strided(Q.shape, (1, 1, 1, 1))
+        raises(ValueError, "out", flash_attn.flash_attn_func, Q, K, K, out=out)
+
+    @pytest.mark.parametrize("name", ["q", "k", "v"])
+    def test_an_input(self, name):
+        given = {n: zeros(2, 12, 2, 32) for n in "qkv"}
+        raises(ValueError, "out", flash_attn.flash_attn_func, **given, out=given[name])
+
+    def test_parts_of_one_tensor_are_apart(self):
+        whole = torch.randn(2, 12, 4, 2, 32)
+        q, k, v, out = whole.unbind(2)
+        expected = flash_attn.flash_attn_func(*(x.clone() for x in (q, k, v)))
+        assert flash_attn.flash_attn_func(q, k, v, out=out) is out and torch.equal(out, expected)
+
+    def test_a_cache(self):
+        q, k, v = (zeros(1, 16, 2, 32) for _ in range(3))
+        raises(ValueError, "out", flash_attn.flash_attn_with_kvcache, q, k, v, out=k)
+
+    def test_made_in_inference_mode(self):
+        with torch.inference_mode():
+            out = torch.empty(Q.shape, dtype=Q.dtype)
+        assert torch.equal(flash_attn.flash_attn_func(Q, K, K, out=out), flash_attn.flash_attn_func(Q, K, K))
+
+
+def test_a_cache_that_is_appended_to_has_every_element_once():
+    q, new, cache = zeros(2, 1, 2, 32), zeros(2, 1, 2, 32), zeros(2, 16, 2, 32)
+    call = flash_attn.flash_attn_with_kvcache
+    expanded = cache[:1].expand(2, -1, -1, -1)
+    raises(ValueError, "k_cache", call, q, expanded, cache, new, new, cache_seqlens=3)
+    raises(ValueError, "v_cache", call, q, cache, cache, new, new, cache_seqlens=3)
+    call(q, expanded, expanded, cache_seqlens=3)
+
+
+def test_a_gradient_that_is_an_input():
+    arguments = backward_arguments({})
+    raises(ValueError, "dk", _flash_attn_backward, **arguments | {"dk": arguments["k"]})
+    raises(ValueError, "dq", _flash_attn_backward, **arguments | {"dq": arguments["dout"]})
+
+
+def test_the_number_of_splits_is_told_for_right_arguments_only():
+    from flash_attn.flash_attn_interface import kvcache_num_splits
+
+    assert kvcache_num_splits(Q, K) == 1
+    raises(TypeError, "q", kvcache_num_splits, 3, K)
+    raises(ValueError, "k_cache", kvcache_num_splits, Q, zeros(2, 12, 3, 32))
+    raises(TypeError, "block_table", kvcache_num_splits, Q, zeros(2, 16, 2, 32), 3)
+
+
+@pytest.mark.parametrize("make", [torch.Tensor.to_sparse, lambda x: torch.nested.nested_tensor(list(x))])
+def test_tensors_that_are_not_dense(make):
+    raises(TypeError, "k", flash_attn.flash_attn_func, Q.float(), make(K.float()), K.float())
+
+
+NUMBERS = [5, np.int64(5), np.uint8(5), torch.tensor(5), torch.tensor([5])]
+SETS = [5], {5}, {5: 5}, np.array([1, 2]), torch.ones(2)
+NO_NUMBERS = ["5", b"5", bytearray(b"5"), None, object(), 1j, *SETS]
+
+
+class TestNumbers:
+    """Arguments that are numbers go through one conversion."""
+
+    @pytest.mark.parametrize("x", [*NUMBERS, True, np.array(5)], ids=repr)
+    def test_integers(self, x):
+        assert type(_validation.as_int(x, "x")) is int and _validation.as_int(x, "x") == int(x)
+
+    @pytest.mark.parametrize("x", [*NO_NUMBERS, 5.0, np.float32(5), torch.tensor(5.0)], ids=repr)
+    def test_no_integers(self, x):
+        raises(TypeError, "x", _validation.as_int, x, "x")
+
+    @pytest.mark.parametrize(
+        "x", [*NUMBERS, 5.0, np.float32(5), torch.tensor(5.0), Fraction(5), Decimal(5)], ids=repr
+    )
+    def test_floats(self, x):
+        assert _validation.as_float(x, "x") == 5.0
+
+    @pytest.mark.parametrize("x", NO_NUMBERS, ids=repr)
+    def test_no_floats(self, x):
+        raises(TypeError, "x", _validation.as_float, x, "x")
+
+    @pytest.mark.parametrize("x", [*NUMBERS, True, np.bool_(1), 1.0, torch.tensor(True)], ids=repr)
+    def test_flags(self, x):
+        assert _validation.as_flag(x, "x") is True
+
+    @pytest.mark.parametrize("x", [None, False, np.bool_(0), 0, 0.0, torch.tensor(False)], ids=repr)
+    def test_flags_that_are_not_set(self, x):
+        assert _validation.as_flag(x, "x") is False
+
+    @pytest.mark.parametrize("x", [x for x in NO_NUMBERS if x is not None] + ["False", ()], ids=repr)
+    def test_no_flags(self, x):
+        raises(TypeError, "x", _validation.as_flag, x, "x")
+
+    @pytest.mark.parametrize("name", ["causal", "rotary_interleaved"])
+    def test_flags_of_calls(self, name):
+        if name == "causal":
+            raises(TypeError, name, flash_attn.flash_attn_func, Q, K, K, causal="False")
+        tables = {"rotary_cos": zeros(40, 8), "rotary_sin": zeros(40, 8), "cache_seqlens": 1}
+        cache = Q, zeros(2, 40, 2, 32), zeros(2, 40, 2, 32), K, K
+        if name == "rotary_interleaved":
+            raises(TypeError, name, flash_attn.flash_attn_with_kvcache, *cache, **tables, **{name: "False"})
+
+    @pytest.mark.parametrize("kind", [tuple, list, torch.tensor, np.array], ids=lambda kind: kind.__name__)
+    def test_windows(self, kind):
+        assert _validation.as_window(kind([1, 2])) == (1, 2)
+
+    def test_windows_of_any_size(self):
+        assert _validation.as_window((2**70, -(2**70))) == (2**31 - 1, -1)
+
+    @pytest.mark.parametrize("x", [{1, 2}, {1: 0, 2: 0}, "12", None, 3, (1,), (1, 2, 3), (1.0, 2)], ids=repr)
+    def test_no_windows(self, x):
+        raises(TypeError, "window_size", _validation.as_window, x)
+
+    @pytest.mark.parametrize("scale", [1e38, -1e38, 2.0**101])
+    def test_a_scale_whose_scores_overflow(self, scale):
+        raises(ValueError, "softmax_scale", flash_attn.flash_attn_func, Q, K, K, softmax_scale=scale)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("seqlen_q, seqlen_k", [(1, 1), (1, 5), (5, 1), (4, 7), (7, 4), (5, 5)])
+def test_a_window_is_unlimited_only_where_it_hides_no_key(causal, seqlen_q, seqlen_k):
+    for left in range(-1, seqlen_k + 2):
+        for right in range(-1, seqlen_q + 2):
+            options = Options(causal=causal, window_size=(left, right))
+            found = _validation.normalise_window(causal, left, right, seqlen_q, seqlen_k)
+            normal = Options(window_size=found)
+            seen, expected = (visible(seqlen_q, seqlen_k, x, torch.device("cpu")) for x in (normal, options))
+            assert torch.equal(seen, expected), (left, right, found)
+            assert (found[0] < 0) == (left < 0 or left >= seqlen_k - 1)
+
+
+class TestOut:
+    """What a result is to be written to."""
+
+    def test_expanded(self):
+        out = zeros(1, *Q.shape[1:]).expand(Q.shape)
+        raises(ValueError, "out", flash_attn.flash_attn_func, Q, K, K, out=out)
+
+    def test_overlapping_itself(self):
+        out = zeros(4 * Q.numel()).as_strided(Q.shape, (1, 1, 1, 1))
+        raises(ValueError, "out", flash_attn.flash_attn_func, Q, K, K, out=out)
+
+    @pytest.mark.parametrize("name", ["q", "k", "v"])
+    def test_an_input(self, name):
+        given = {n: zeros(2, 12, 2, 32) for n in "qkv"}
+        raises(ValueError, "out", flash_attn.flash_attn_func, **given, out=given[name])
+
+    def test_parts_of_one_tensor_are_apart(self):
+        whole = torch.randn(2, 12, 4, 2, 32)
+        q, k, v, out = whole.unbind(2)
+        expected = flash_attn.flash_attn_func(*(x.clone() for x in (q, k, v)))
+        assert flash_attn.flash_attn_func(q, k, v, out=out) is out and torch.equal(out, expected)
+
+    def test_a_cache(self):
+        q, k, v = (zeros(1, 16, 2, 32) for _ in range(3))
+        raises(ValueError, "out", flash_attn.flash_attn_with_kvcache, q, k, v, out=k)
+
+    def test_made_in_inference_mode(self):
+        with torch.inference_mode():
+            out = torch.empty(Q.shape, dtype=Q.dtype)
+        assert torch.equal(flash_attn.flash_attn_func(Q, K, K, out=out), flash_attn.flash_attn_func(Q, K, K))
+
+
+def test_a_cache_that_is_appended_to_has_every_element_once():
+    q, new, cache = zeros(2, 1, 2, 32), zeros(2, 1, 2, 32), zeros(2, 16, 2, 32)
+    call = flash_attn.flash_attn_with_kvcache
+    expanded = cache[:1].expand(2, -1, -1, -1)
+    raises(ValueError, "k_cache", call, q, expanded, cache, new, new, cache_seqlens=3)
+    raises(ValueError, "v_cache", call, q, cache, cache, new, new, cache_seqlens=3)
+    call(q, expanded, expanded, cache_seqlens=3)
+
+
+def test_a_gradient_that_is_an_input():
+    arguments = backward_arguments({})
+    raises(ValueError, "dk", _flash_attn_backward, **arguments | {"dk": arguments["k"]})
+    raises(ValueError, "dq", _flash_attn_backward, **arguments | {"dq": arguments["dout"]})
+
+
+def test_the_number_of_splits_is_told_for_right_arguments_only():
+    from flash_attn.flash_attn_interface import kvcache_num_splits
+
+    assert kvcache_num_splits(Q, K) == 1
+    raises(TypeError, "q", kvcache_num_splits, 3, K)
+    raises(ValueError, "k_cache", kvcache_num_splits, Q, zeros(2, 12, 3, 32))
+    raises(TypeError, "block_table", kvcache_num_splits, Q, zeros(2, 16, 2, 32), 3)
+
+
+@pytest.mark.parametrize("make", [torch.Tensor.to_sparse, lambda x: torch.nested.nested_tensor(list(x))])
+def test_tensors_that_are_not_dense(make):
+    raises(TypeError, "k", flash_attn.flash_attn_func, Q.float(), make(K.float()), K.float())
+
+
+NUMBERS = [5, np.int64(5), np.uint8(5), torch.tensor(5), torch.tensor([5])]
+SETS = [5], {5}, {5: 5}, np.array([1, 2]), torch.ones(2)
+NO_NUMBERS = ["5", b"5", bytearray(b"5"), None, object(), 1j, *SETS]
+
+
+class TestNumbers:
+    """Arguments that are numbers go through one conversion."""
+
+    @pytest.mark.parametrize("x", [*NUMBERS, True, np.array(5)], ids=repr)
+    def test_integers(self, x):
+        assert type(_validation.as_int(x, "x")) is int and _validation.as_int(x, "x") == int(x)
+
+    @pytest.mark.parametrize("x", [*NO_NUMBERS, 5.0, np.float32(5), torch.tensor(5.0)], ids=repr)
+    def test_no_integers(self, x):
+        raises(TypeError, "x", _validation.as_int, x, "x")
+
+    @pytest.mark.parametrize(
+        "x", [*NUMBERS, 5.0, np.float32(5), torch.tensor(5.0), Fraction(5), Decimal(5)], ids=repr
+    )
+    def test_floats(self, x):
+        assert _validation.as_float(x, "x") == 5.0
+
+    @pytest.mark.parametrize("x", NO_NUMBERS, ids=repr)
+    def test_no_floats(self, x):
+        raises(TypeError, "x", _validation.as_float, x, "x")
+
+    @pytest.mark.parametrize("x", [*NUMBERS, True, np.bool_(1), 1.0, torch.tensor(True)], ids=repr)
+    def test_flags(self, x):
+        assert _validation.as_flag(x, "x") is True
+
+    @pytest.mark.parametrize("x", [None, False, np.bool_(0), 0, 0.0, torch.tensor(False)], ids=repr)
+    def test_flags_that_are_not_set(self, x):
+        assert _validation.as_flag(x, "x") is False
+
+    @pytest.mark.parametrize("x", [x for x in NO_NUMBERS if x is not None] + ["False", ()], ids=repr)
+    def test_no_flags(self, x):
+        raises(TypeError, "x", _validation.as_flag, x, "x")
+
+    @pytest.mark.parametrize("name", ["causal", "rotary_interleaved"])
+    def test_flags_of_calls(self, name):
+        if name == "causal":
+            raises(TypeError, name, flash_attn.flash_attn_func, Q, K, K, causal="False")
+        tables = {"rotary_cos": zeros(40, 8), "rotary_sin": zeros(40, 8), "cache_seqlens": 1}
+        cache = Q, zeros(2, 40, 2, 32), zeros(2, 40, 2, 32), K, K
+        if name == "rotary_interleaved":
+            raises(TypeError, name, flash_attn.flash_attn_with_kvcache, *cache, **tables, **{name: "False"})
+
+    @pytest.mark.parametrize("kind", [tuple, list, torch.tensor, np.array], ids=lambda kind: kind.__name__)
+    def test_windows(self, kind):
+        assert _validation.as_window(kind([1, 2])) == (1, 2)
+
+    def test_windows_of_any_size(self):
+        assert _validation.as_window((2**70, -(2**70))) == (2**31 - 1, -1)
+
+    @pytest.mark.parametrize("x", [{1, 2}, {1: 0, 2: 0}, "12", None, 3, (1,), (1, 2, 3), (1.0, 2)], ids=repr)
+    def test_no_windows(self, x):
+        raises(TypeError, "window_size", _validation.as_window, x)
+
+    @pytest.mark.parametrize("scale", [1e38, -1e38, 2.0**101])
+    def test_a_scale_whose_scores_overflow(self, scale):
+        raises(ValueError, "softmax_scale", flash_attn.flash_attn_func, Q, K, K, softmax_scale=scale)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("seqlen_q, seqlen_k", [(1, 1), (1, 5), (5, 1), (4, 7), (7, 4), (5, 5)])
+def test_a_window_is_unlimited_only_where_it_hides_no_key(causal, seqlen_q, seqlen_k):
+    for left in range(-1, seqlen_k + 2):
+        for right in range(-1, seqlen_q + 2):
+            options = Options(causal=causal, window_size=(left, right))
+            found = _validation.normalise_window(causal, left, right, seqlen_q, seqlen_k)
+            normal = Options(window_size=found)
+            seen, expected = (visible(seqlen_q, seqlen_k, x, torch.device("cpu")) for x in (normal, options))
+            assert torch.equal(seen, expected), (left, right, found)
+            assert (found[0] < 0) == (left < 0 or left >= seqlen_k - 1)
+
+
+class TestOut:
+    """What a result is to be written to."""
+
+    def test_expanded(self):
+        out = zeros(1, *Q.shape[1:]).expand(Q.shape)
+        raises(ValueError, "out", flash_attn.flash_attn_func, Q, K, K, out=out)
+
+    def test_overlapping_itself(self):
+        out = zeros(4 * Q.numel()).as_strided(Q.shape, (1, 1, 1, 1))
+        raises(ValueError, "out", flash_attn.flash_attn_func, Q, K, K, out=out)
+
+    @pytest.mark.parametrize("name", ["q", "k", "v"])
+    def test_an_input(self, name):
+        given = {n: zeros(2, 12, 2, 32) for n in "qkv"}
+        raises(ValueError, "out", flash_attn.flash_attn_func, **given, out=given[name])
+
+    def test_parts_of_one_tensor_are_apart(self):
+        whole = torch.randn(2, 12, 4, 2, 32)
+        q, k, v, out = whole.unbind(2)
+        expected = flash_attn.flash_attn_func(*(x.clone() for x in (q, k, v)))
+        assert flash_attn.flash_attn_func(q, k, v, out=out) is out and torch.equal(out, expected)
+
+    def test_a_cache(self):
+        q, k, v = (zeros(1, 16, 2, 32) for _ in range(3))
+        raises(ValueError, "out", flash_attn.flash_attn_with_kvcache, q, k, v, out=k)
+
+    def test_made_in_inference_mode(self):
+        with torch.inference_mode():
+            out = torch.empty(Q.shape, dtype=Q.dtype)
+        assert torch.equal(flash_attn.flash_attn_func(Q, K, K, out=out), flash_attn.flash_attn_func(Q, K, K))
+
+
+def test_a_cache_that_is_appended_to_has_every_element_once():
+    q, new, cache = zeros(2, 1, 2, 32), zeros(2, 1, 2, 32), zeros(2, 16, 2, 32)
+    call = flash_attn.flash_attn_with_kvcache
+    expanded = cache[:1].expand(2, -1, -1, -1)
+    raises(ValueError, "k_cache", call, q, expanded, cache, new, new, cache_seqlens=3)
+    raises(ValueError, "v_cache", call, q, cache, cache, new, new, cache_seqlens=3)
+    call(q, expanded, expanded, cache_seqlens=3)
+
+
+def test_a_gradient_that_is_an_input():
+    arguments = backward_arguments({})
+    raises(ValueError, "dk", _flash_attn_backward, **arguments | {"dk": arguments["k"]})
+    raises(ValueError, "dq", _flash_attn_backward, **arguments | {"dq": arguments["dout"]})
+
+
+def test_the_number_of_splits_is_told_for_right_arguments_only():
+    from flash_attn.flash_attn_interface import kvcache_num_splits
+
+    assert kvcache_num_splits(Q, K) == 1
+    raises(TypeError, "q", kvcache_num_splits, 3, K)
+    raises(ValueError, "k_cache", kvcache_num_splits, Q, zeros(2, 12, 3, 32))
+    raises(TypeError, "block_table", kvcache_num_splits, Q, zeros(2, 16, 2, 32), 3)
+
+
+@pytest.mark.parametrize("make", [torch.Tensor.to_sparse, lambda x: torch.nested.nested_tensor(list(x))])
+def test_tensors_that_are_not_dense(make):
+    raises(TypeError, "k", flash_attn.flash_attn_func, Q.float(), make(K.float()), K.float())

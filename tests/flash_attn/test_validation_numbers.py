@@ -12,7 +12,7 @@ from oracle import Options, visible
 from refusals import raises, zeros
 
 import flash_attn
-from flash_attn import _validation
+from flash_attn import _arguments, _validation
 
 Q, K = zeros(2, 10, 4, 32), zeros(2, 12, 2, 32)
 NUMBERS = [5, np.int64(5), np.uint8(5), torch.tensor(5), torch.tensor([5])]
@@ -25,33 +25,33 @@ class TestNumbers:
 
     @pytest.mark.parametrize("x", [*NUMBERS, True, np.array(5)], ids=repr)
     def test_integers(self, x):
-        assert type(_validation.as_int(x, "x")) is int and _validation.as_int(x, "x") == int(x)
+        assert type(_arguments.as_int(x, "x")) is int and _arguments.as_int(x, "x") == int(x)
 
     @pytest.mark.parametrize("x", [*NO_NUMBERS, 5.0, np.float32(5), torch.tensor(5.0)], ids=repr)
     def test_no_integers(self, x):
-        raises(TypeError, "x", _validation.as_int, x, "x")
+        raises(TypeError, "x", _arguments.as_int, x, "x")
 
     @pytest.mark.parametrize(
         "x", [*NUMBERS, 5.0, np.float32(5), torch.tensor(5.0), Fraction(5), Decimal(5)], ids=repr
     )
     def test_floats(self, x):
-        assert _validation.as_float(x, "x") == 5.0
+        assert _arguments.as_float(x, "x") == 5.0
 
     @pytest.mark.parametrize("x", NO_NUMBERS, ids=repr)
     def test_no_floats(self, x):
-        raises(TypeError, "x", _validation.as_float, x, "x")
+        raises(TypeError, "x", _arguments.as_float, x, "x")
 
     @pytest.mark.parametrize("x", [*NUMBERS, True, np.bool_(1), 1.0, torch.tensor(True)], ids=repr)
     def test_flags(self, x):
-        assert _validation.as_flag(x, "x") is True
+        assert _arguments.as_flag(x, "x") is True
 
     @pytest.mark.parametrize("x", [None, False, np.bool_(0), 0, 0.0, torch.tensor(False)], ids=repr)
     def test_flags_that_are_not_set(self, x):
-        assert _validation.as_flag(x, "x") is False
+        assert _arguments.as_flag(x, "x") is False
 
     @pytest.mark.parametrize("x", [x for x in NO_NUMBERS if x is not None] + ["False", ()], ids=repr)
     def test_no_flags(self, x):
-        raises(TypeError, "x", _validation.as_flag, x, "x")
+        raises(TypeError, "x", _arguments.as_flag, x, "x")
 
     @pytest.mark.parametrize("name", ["causal", "rotary_interleaved"])
     def test_flags_of_calls(self, name):

@@ -10,14 +10,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from math import nan
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from flash_attn._arguments import check_device, check_floating, check_integers
-from flash_attn._tracing import are_entries_known
-from flash_attn._validation import as_flag, as_float, as_int, fail, refuse_gradients
+from flash_attn._arguments import (
+    as_flag,
+    as_float,
+    as_int,
+    check_device,
+    check_floating,
+    check_integers,
+    fail,
+    refuse_gradients,
+)
+from flash_attn._dispatch import are_entries_known
+from flash_attn._forward_only import differentiable_once
 
 LOGITS_AT_ONCE = 2**22
 
@@ -107,32 +116,28 @@ class _CrossEntropy(torch.autograd.Function):
         return losses, z_losses
 
     @staticmethod
+    @differentiable_once("cross_entropy_loss")
     def backward(ctx: Any, dlosses: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
-        return _Gradient.apply(dlosses, *ctx.saved_tensors, ctx.terms, ctx.inplace), *(None,) * 4
+        logits, labels, lse = ctx.saved_tensors
+        return _gradient(dlosses, logits, labels, lse, ctx.terms, ctx.inplace), *(None,) * 4
 
 
-class _Gradient(torch.autograd.Function):
-    """The gradient of the logits, written over them or not; a derivative of it is always an error."""
-
-    @staticmethod
-    def forward(ctx: Any, dlosses: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, terms: _Terms,
-                inplace: bool) -> Tensor:  # fmt: skip
-        shard, smoothing, logit_scale, lse_square_scale, ignore_index = terms
-        index, here = shard.locate(labels, ignore_index)
-        weight = (dlosses * logit_scale).masked_fill(labels == ignore_index, 0.0).to(lse.dtype)
-        dlogits = logits.detach() if inplace else torch.empty_like(logits)
-        for rows in _row_blocks(logits):
-            x = _widened(logits[rows], logit_scale)
-            dx = (x - lse[rows, None]).exp_() * (1.0 + 2.0 * lse_square_scale * lse[rows, None])
-            if smoothing:
-                dx -= smoothing / terms.total
-            dx.scatter_add_(1, index[rows, None], here[rows, None].to(dx.dtype) * (smoothing - 1.0))
-            dlogits[rows] = (dx * weight[rows, None]).to(logits.dtype)
-        return dlogits
-
-    @staticmethod
-    def backward(ctx: Any, *unused: Tensor) -> NoReturn:
-        raise NotImplementedError("cross_entropy_loss has no second derivative")
+def _gradient(
+    dlosses: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, terms: _Terms, inplace: bool
+) -> Tensor:
+    """Return the gradient of the logits, written over them if `inplace`."""
+    shard, smoothing, logit_scale, lse_square_scale, ignore_index = terms
+    index, here = shard.locate(labels, ignore_index)
+    weight = (dlosses * logit_scale).masked_fill(labels == ignore_index, 0.0).to(lse.dtype)
+    dlogits = logits.detach() if inplace else torch.empty_like(logits)
+    for rows in _row_blocks(logits):
+        x = _widened(logits[rows], logit_scale)
+        dx = (x - lse[rows, None]).exp_() * (1.0 + 2.0 * lse_square_scale * lse[rows, None])
+        if smoothing:
+            dx -= smoothing / terms.total
+        dx.scatter_add_(1, index[rows, None], here[rows, None].to(dx.dtype) * (smoothing - 1.0))
+        dlogits[rows] = (dx * weight[rows, None]).to(logits.dtype)
+    return dlogits
 
 
 def _check_tensors(logits: Any, labels: Any, lse: Any) -> None:
