@@ -63,12 +63,12 @@ def _convert(x: Any, name: str, kind: Callable[[Any], Number], allowed: str) -> 
 
 def as_int(x: Any, name: str) -> int:
     """Return `x` (int, numpy integer or integer tensor of one element) as int."""
-    return _convert(x, name, operator.index, "an integer")
+    return x if type(x) is int else _convert(x, name, operator.index, "an integer")
 
 
 def as_float(x: Any, name: str) -> float:
     """Return `x` (any real number, or tensor of one) as a float that is finite in fp32."""
-    value = _convert(x, name, float, "a number")
+    value = x if type(x) is float else _convert(x, name, float, "a number")
     if not abs(value) <= FP32_MAX:
         fail(ValueError, name, "finite in fp32", value)
     return value
@@ -76,6 +76,8 @@ def as_float(x: Any, name: str) -> float:
 
 def as_flag(x: Any, name: str) -> bool:
     """Return `x` (a bool, None for False, a number, or a tensor of one) as bool."""
+    if type(x) is bool:
+        return x
     if isinstance(x, Sequence):
         fail(TypeError, name, "a bool", f"{type(x).__name__} {x!r}")
     return x is not None and bool(_convert(x, name, float, "a bool"))

@@ -89,16 +89,14 @@ def contiguous(x: Tensor, name: str, alignment: int = 4) -> Tensor:
     Raises:
         TypeError: x has no memory of its own.
     """
-    check_memory(x, name)
-    if x.is_contiguous() and not x.data_ptr() & alignment - 1 and not x.is_neg():
+    try:
+        at = x.data_ptr()
+    except RuntimeError:
+        at = 0
+    if at and not at & alignment - 1 and x.is_contiguous() and not x.is_neg():
         return x
+    check_memory(x, name)
     return torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x)
-
-
-def addresses_of(**indices: Tensor | None) -> tuple[list[Tensor | None], list[int]]:
-    """Return tensors, given by name, as `contiguous` does, and where they lie, 0 for None."""
-    found = [None if x is None else contiguous(x, name) for name, x in indices.items()]
-    return found, [0 if x is None else x.data_ptr() for x in found]
 
 
 def readable_scoring(scoring: Scoring) -> Scoring:
@@ -172,12 +170,13 @@ def _attend(
     if (
         elements & 7 or (q_at | k_at | v_at | o_at) & 15 or not q_last == k_last == v_last == o_last == 1
         or not (q_at and k_at and v_at and o_at)
-        or q.is_neg() or k.is_neg() or v.is_neg() or out.is_neg()
+        or q.is_neg() or k.is_neg() or v.is_neg()
     ):  # fmt: skip
         return _attend_copies(
             q, k, v, out, lse, scoring, sizes, head_dims, lse_strides, sequences, return_softmax, generator
         )  # fmt: skip
-    scoring = readable_scoring(scoring)
+    if scoring.alibi_slopes is not None or scoring.sinks is not None:
+        scoring = readable_scoring(scoring)
     rng_at = 0
     probs = rng_state = None
     if scoring.dropout_p:
@@ -261,9 +260,16 @@ def varlen_forward(
     if out is None:
         out = empty_out(q, head_dim_v)
     lse = empty_lse((num_heads, total_q), (total_q, 1), q) if need_lse else None
-    _indices, at = addresses_of(
-        cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k, leftpad_k=leftpad_k
-    )  # fmt: skip
+    cu_seqlens_q = contiguous(cu_seqlens_q, "cu_seqlens_q")
+    cu_seqlens_k = contiguous(cu_seqlens_k, "cu_seqlens_k")
+    used_at = pad_at = 0
+    if seqused_k is not None:
+        seqused_k = contiguous(seqused_k, "seqused_k")
+        used_at = seqused_k.data_ptr()
+    if leftpad_k is not None:
+        leftpad_k = contiguous(leftpad_k, "leftpad_k")
+        pad_at = leftpad_k.data_ptr()
+    at = cu_seqlens_q.data_ptr(), cu_seqlens_k.data_ptr(), used_at, pad_at
     sizes = cu_seqlens_q.numel() - 1, max_seqlen_q, max_seqlen_k, total_q, num_heads, num_heads_k
     probs, rng_state = _attend(
         q, k, v, out, lse, scoring, sizes, (head_dim, head_dim_v), (0, total_q), at, return_softmax, generator

@@ -162,8 +162,9 @@ def varlen_backward(
     batch = cu_seqlens_q.numel() - 1
     (total_q, num_heads, _), (_, num_heads_k, _) = q.shape, k.shape
     softmax_d = empty_softmax_d(q, batch)
-    _bounds, at = _cuda.addresses_of(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
-    sequences = *at, 0, 0
+    cu_seqlens_q = _cuda.contiguous(cu_seqlens_q, "cu_seqlens_q")
+    cu_seqlens_k = _cuda.contiguous(cu_seqlens_k, "cu_seqlens_k")
+    sequences = cu_seqlens_q.data_ptr(), cu_seqlens_k.data_ptr(), 0, 0
     sizes = batch, max_seqlen_q, max_seqlen_k, total_q, num_heads, num_heads_k
     _differentiate(
         dout, q, k, v, out, lse, gradients, softmax_d, scoring, sizes, sequences, deterministic, rng_state

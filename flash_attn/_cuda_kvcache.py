@@ -95,15 +95,19 @@ def _attend(
         new_strides = kn_batch, kn_row, kn_head, vn_batch, vn_row, vn_head
         elements |= kn_batch | kn_row | kn_head | vn_batch | vn_row | vn_head
         contiguous &= kn_last == vn_last == 1
-        check_memory(k, "k")
-        check_memory(v, "v")
-        contiguous &= not (k.is_neg() or v.is_neg())
         new_at, seqlen_new = (k.data_ptr(), v.data_ptr()), k.shape[1]
+        contiguous &= new_at[0] > 0 < new_at[1] and not (k.is_neg() or v.is_neg())
+        nested = (
+            k_head >= cache_head_dim and k_row >= num_heads_k * k_head and k_batch >= rows * k_row
+            and v_head >= cache_head_dim_v and v_row >= num_heads_k * v_head and v_batch >= rows * v_row
+        )  # fmt: skip
+        if not nested or abs(v_at - k_at) < 2 * entries * max(k_batch, v_batch):
+            check.check_appended(k_cache, v_cache)
         addresses |= new_at[0] | new_at[1]
     aligned = contiguous and not (elements & 7 or addresses & 15)
     if not copied and (
         not aligned or not (q_at and k_at and v_at and o_at)
-        or q.is_neg() or k_cache.is_neg() or v_cache.is_neg() or out.is_neg()
+        or q.is_neg() or k_cache.is_neg() or v_cache.is_neg()
     ):  # fmt: skip
         return _attend_copies(
             q, cache, k, v, rotary, scoring, out, lse, lse_strides, shapes, sizes, num_splits, names,
@@ -143,15 +147,24 @@ def _attend(
         rotated = torch.empty(q_shape, dtype=q.dtype, device=q.device)
         rotary_at = cos.data_ptr(), sin.data_ptr(), rotated.data_ptr()
         rotary_sizes = cos.shape[0], 2 * cos.shape[1], rotary.interleaved
-    seqlen = 0
-    if not isinstance(seqlens, Tensor):
-        seqlen, seqlens = capacity if seqlens is None else seqlens, None
-    cu_seqlens_q, cu_seqlens_k = (None, None) if cu_seqlens is None else cu_seqlens
-    _indices, (seqlens_at, batch_idx_at, leftpad_at, *packed_at) = _cuda.addresses_of(
-        cache_seqlens=seqlens, cache_batch_idx=batch_idx, cache_leftpad=leftpad, cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-    )  # fmt: skip
-    scoring = _cuda.readable_scoring(scoring)
+    seqlen, seqlens_at, batch_idx_at, leftpad_at, packed_at = 0, 0, 0, 0, (0, 0)
+    if isinstance(seqlens, Tensor):
+        seqlens = _cuda.contiguous(seqlens, "cache_seqlens")
+        seqlens_at = seqlens.data_ptr()
+    else:
+        seqlen = capacity if seqlens is None else seqlens
+    if batch_idx is not None:
+        batch_idx = _cuda.contiguous(batch_idx, "cache_batch_idx")
+        batch_idx_at = batch_idx.data_ptr()
+    if leftpad is not None:
+        leftpad = _cuda.contiguous(leftpad, "cache_leftpad")
+        leftpad_at = leftpad.data_ptr()
+    if cu_seqlens is not None:
+        cu_seqlens_q = _cuda.contiguous(cu_seqlens[0], "cu_seqlens_q")
+        cu_seqlens_k = _cuda.contiguous(cu_seqlens[1], "cu_seqlens_k")
+        packed_at = cu_seqlens_q.data_ptr(), cu_seqlens_k.data_ptr()
+    if scoring.alibi_slopes is not None or scoring.sinks is not None:
+        scoring = _cuda.readable_scoring(scoring)
     forward = _cuda.pack_forward(
         (q_at, k_at, v_at, o_at), 0 if lse is None else lse.data_ptr(), (*packed_at, 0, leftpad_at), 0,
         counter_at, strides, lse_strides, (batch, seqlen_q, capacity, total_q, num_heads, num_heads_k),

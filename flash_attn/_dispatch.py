@@ -16,13 +16,18 @@ _transforms_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_trans
 _dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
 
 
+def is_watched() -> bool:
+    """Return whether a compiler, a tracer or a dispatch mode must see what is called."""
+    return torch.compiler.is_compiling() or _dispatch_modes() > 0 or is_tracing()
+
+
 def needs_dispatcher(*tensors: Any) -> bool:
     """Return whether a call with these arguments, some of them None perhaps, needs its custom op.
 
     It does for a compiler, a tracer, a dispatch mode, and where an argument is a tensor subclass or the first
     one is on the meta device: only the dispatcher knows what these are made of.
     """
-    if torch.compiler.is_compiling() or _dispatch_modes() > 0 or is_tracing():
+    if is_watched():
         return True
     for x in tensors:
         if type(x) not in PLAIN and isinstance(x, Tensor):

@@ -35,7 +35,7 @@ def forward_only(what: str, run: Callable[[], Any], *inputs: Any) -> Any:
 def _refusing(refusal: str, run: Callable[[], Any], inputs: Iterable[Any]) -> Any:
     if not torch.is_grad_enabled():
         return run()
-    recorded = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
+    recorded = [x for x in inputs if x is not None and isinstance(x, Tensor) and x.requires_grad]
     return _ForwardOnly.apply(refusal, run, *recorded) if recorded else run()
 
 

@@ -13,7 +13,6 @@ from flash_attn._arguments import as_flag, as_int, check_memory, check_tensor, f
 from flash_attn._cpu_kvcache import Cache, Rotary
 from flash_attn._cpu_kvcache import forward_kvcache as forward_on_cpu
 from flash_attn._dispatch import is_tracing
-from flash_attn._layout import overlap
 
 ROTARY_MULTIPLE = 16
 
@@ -60,14 +59,6 @@ def _check_new(q: Tensor, cache: Cache, k: Tensor | None, v: Tensor | None) -> i
     if v.shape[3] != cache.v.shape[3]:
         fail(ValueError, "v", f"of v_cache's head dim ({cache.v.shape[3]})", v.shape[3])
     return k.shape[1]
-
-
-def _check_written(cache: Cache) -> None:
-    """Check the cache that keys are appended to: no element may be there twice, nor be in the other one."""
-    for x, name in ((cache.k, "k_cache"), (cache.v, "v_cache")):
-        check.check_apart(x, name)
-    if overlap(cache.k, cache.v):
-        fail(ValueError, "v_cache", "apart from k_cache, to be appended to", "memory that they share")
 
 
 def _refuse_without_memory(**given: Any) -> None:
@@ -157,7 +148,8 @@ def forward_kvcache(
     cache = tuple.__new__(Cache, fields)  # as in check_scoring
     _check_cache(q, cache, batch, k_shape[0])
     s_new = _check_new(q, cache, k, v)
-    num_splits = check.check_num_splits(num_splits)
+    if type(num_splits) is not int or num_splits:
+        num_splits = check.check_num_splits(num_splits)
     capacity = k_shape[1] if block_table is None else cache.capacity
     if capacity > check.MAX_SEQLEN:
         fail(ValueError, "k_cache", f"of room for at most {check.MAX_SEQLEN} keys a sequence", capacity)
@@ -180,8 +172,8 @@ def forward_kvcache(
     if out is not None:
         read = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "k": k, "v": v}
         check.check_out(out, q, v_shape, read)
-    if s_new:
-        _check_written(cache)
+    if s_new and not on_cuda:
+        check.check_appended(k_cache, v_cache)
     if on_cuda:
         shapes = q_shape, k_shape, v_shape
         return _cuda_kvcache.forward_kvcache(

@@ -129,7 +129,8 @@ def varlen_forward(
         check_key_bounds(q, k, batch, block_table, leftpad_k, seqused_k)
         if q.is_cpu and not on_gpu:
             _check_used_keys(k, cu_seqlens_k, block_table, leftpad_k, seqused_k)
-    num_splits = check.check_num_splits(num_splits)
+    if type(num_splits) is not int or num_splits:
+        num_splits = check.check_num_splits(num_splits)
     longest_k = min(max_seqlen_k, k.shape[0])
     if block_table is not None:
         longest_k = block_table.shape[1] * k.shape[1]

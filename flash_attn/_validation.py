@@ -30,6 +30,7 @@ MAX_HEAD_DIM = 256
 MAX_SEQLEN = 2**31 - 128  # int32, also when rounded up to 128
 PAGE_MULTIPLE = 16
 MAX_SPLITS = 128
+NO_PAIRS = (str, bytes, bytearray, Set, Mapping)
 FP32_TINY = 2.0**-126
 MAX_SCALE = 2.0**100  # scores up to 2^27 before scaling stay finite in fp32
 MAX_DROPOUT_P = 1.0 - 2.0**-24  # the last fp32 number below 1
@@ -77,12 +78,11 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, rank_q: int, rank_k: int, labels:
         try:
             dtype, device, q_shape, k_shape, v_shape = q.dtype, q.device, q.shape, k.shape, v.shape
         except RuntimeError:  # of a nested tensor, which has no shape
-            device = torch.device("meta")
+            q_shape = torch.Size()
         if (
-            device.type in ("cuda", "cpu")
+            len(q_shape) == rank_q and len(k_shape) == rank_k
             and dtype in CUDA_DTYPES and k.dtype is dtype and v.dtype is dtype
-            and k.device == device and v.device == device
-            and len(q_shape) == rank_q and len(k_shape) == rank_k
+            and (q.is_cuda or q.is_cpu) and k.device == device and v.device == device
             and (v_shape == k_shape or _differ_in_head_dim(v_shape, k_shape))
             and 0 < q_shape[-1] <= MAX_HEAD_DIM and q_shape[-1] == k_shape[-1]
             and k_shape[-2] and not q_shape[-2] % k_shape[-2]
@@ -155,7 +155,7 @@ def check_parts(x: Tensor, name: str, q: Tensor | None = None) -> None:
 def as_window(window_size: Any) -> tuple[int, int]:
     """Return `window_size` as two integers from -1 to the largest of int32, which is more than any length."""
     try:
-        if isinstance(window_size, (str, bytes, bytearray, Set, Mapping)):
+        if type(window_size) is not tuple and isinstance(window_size, NO_PAIRS):
             raise TypeError
         left, right = window_size
     except (TypeError, ValueError):
@@ -337,6 +337,8 @@ def check_output(x: Tensor, name: str, q: Tensor, v_shape: Sequence[int]) -> Non
 def check_out(out: Tensor, q: Tensor, v_shape: Sequence[int], read: dict[str, Tensor | None]) -> None:
     """Check the tensor that a result is to be written to, apart from all that the call reads."""
     check_output(out, "out", q, v_shape)
+    if out.is_neg():
+        fail(ValueError, "out", "no negative view", "one")
     refuse_gradients(out=out)
     check_apart(out, "out")
     for name, x in read.items():
@@ -348,6 +350,14 @@ def check_apart(x: Tensor, name: str) -> None:
     """Check that no element of a tensor that is written to is there twice."""
     if overlaps_itself(x):
         fail(ValueError, name, "a tensor that is not expanded", f"strides {x.stride()}")
+
+
+def check_appended(k_cache: Tensor, v_cache: Tensor) -> None:
+    """Check a cache that keys are appended to: no element may be there twice, nor be in the other one."""
+    check_apart(k_cache, "k_cache")
+    check_apart(v_cache, "v_cache")
+    if overlap(k_cache, v_cache):
+        fail(ValueError, "v_cache", "apart from k_cache, to be appended to", "memory that they share")
 
 
 def check_lse(lse: Tensor, shape: tuple[int, ...], q: Tensor) -> None:

@@ -3,21 +3,23 @@
 b = batch, s = sequence length, h = query heads, hk = key/value heads (h is a multiple of hk), d = head dim, 1
 to 256. fp16 and bf16 on CUDA; those, fp32 and fp64 on CPU. Exact attention without the score matrix in
 memory: Dao et al., "FlashAttention" (2022); Dao, "FlashAttention-2" (2023). From here a call goes to
-`_operations`, then to `_cuda` or `_cpu`.
+`_calls`, then to `_operations`, then to `_cuda` or `_cpu`.
 """
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import flash_attn_2_cuda as flash_attn_gpu
-from flash_attn import _kvcache, _operations
+from flash_attn import _kvcache
 from flash_attn import _validation as check
-from flash_attn._arguments import as_flag, as_float, refuse_gradients
-from flash_attn._autograd import FlashAttention, VarlenFlashAttention, must_record, record, split
+from flash_attn._arguments import as_flag
+from flash_attn._autograd import must_record
+from flash_attn._calls import Result, Window, attend, attend_varlen, record_cache, window
 from flash_attn._cuda_kvcache import kvcache_num_splits
 from flash_attn._custom_ops import (
     _flash_attn_backward,
@@ -29,8 +31,6 @@ from flash_attn._custom_ops import (
     _wrapped_flash_attn_varlen_backward,
     _wrapped_flash_attn_varlen_forward,
 )
-from flash_attn._dispatch import needs_dispatcher
-from flash_attn._forward_only import forward_only
 from flash_attn._layout import PROBS_BLOCK, maybe_contiguous, round_multiple
 
 __all__ = [
@@ -56,133 +56,12 @@ __all__ = [
     "round_multiple",
 ]
 
-Window = tuple[int, int]
-Scoring = tuple[float, float | None, bool, int, int, float]
-Result = Tensor | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
 REFUSALS = (TypeError, ValueError, NotImplementedError)
-MAX_WINDOW = 2**31
 
 
 def _get_block_size_n(device: torch.device, head_dim: int, is_dropout: bool, is_causal: bool) -> int:
     """Return the number of keys that S_dmask is rounded up to."""
     return PROBS_BLOCK
-
-
-def _result(return_attn_probs: bool, out: Tensor, lse: Tensor, probs: Tensor | None) -> Result:
-    if not return_attn_probs:
-        return out
-    return out, lse, torch.empty(0, dtype=out.dtype, device=out.device) if probs is None else probs
-
-
-def _window(window_size: Window) -> tuple[int, int]:
-    if type(window_size) is tuple and len(window_size) == 2:
-        left, right = window_size
-        if type(left) is int and type(right) is int and -1 <= left < MAX_WINDOW and -1 <= right < MAX_WINDOW:
-            return left, right
-    return check.as_window(window_size)
-
-
-def _scoring(
-    dropout_p: float, softmax_scale: float | None, causal: bool, window_size: Window, softcap: float
-) -> Scoring:
-    """Return the arguments as the numbers that they stand for."""
-    return (
-        dropout_p if type(dropout_p) is float else as_float(dropout_p, "dropout_p"),
-        softmax_scale
-        if softmax_scale is None or type(softmax_scale) is float
-        else as_float(softmax_scale, "softmax_scale"),
-        causal if type(causal) is bool else as_flag(causal, "causal"),
-        *_window(window_size),
-        softcap if type(softcap) is float else as_float(softcap, "softcap"),
-    )
-
-
-def _records(inputs: tuple[Tensor, ...], out: Tensor | None, alibi_slopes: Tensor | None) -> bool:
-    """Return whether autograd must record a call, in which case no `out` may be given."""
-    refuse_gradients(alibi_slopes=alibi_slopes)
-    if not must_record(inputs):
-        return False
-    if out is not None:
-        raise NotImplementedError("out must be None where a tensor requires grad: forward only")
-    return True
-
-
-def _written(made: Tensor, out: Tensor | None) -> Tensor:
-    """Return `out`, if given, with what the custom op has made."""
-    if out is None:
-        return made
-    check.check_like(out, "out", made, "the result")
-    return out.copy_(made)
-
-
-def _attend(
-    inputs: tuple[Tensor, ...], dropout_p: float, softmax_scale: float | None, causal: bool,
-    window_size: Window, softcap: float, alibi_slopes: Tensor | None, deterministic: bool,
-    return_attn_probs: bool, out: Tensor | None = None, s_aux: Tensor | None = None,
-) -> Result:  # fmt: skip
-    """`flash_attn_func` of (q, k, v), (q, kv) or (qkv,)."""
-    if type(return_attn_probs) is not bool:
-        return_attn_probs = as_flag(return_attn_probs, "return_attn_probs")
-    scoring = _scoring(dropout_p, softmax_scale, causal, window_size, softcap)
-    if _records(inputs if s_aux is None else (*inputs, s_aux), out, alibi_slopes):
-        result = record(
-            FlashAttention, s_aux, alibi_slopes, scoring, as_flag(deterministic, "deterministic"),
-            return_attn_probs, *inputs,
-        )  # fmt: skip
-        return result if return_attn_probs else result[0]
-    q, k, v = split(inputs)
-    arguments = q, k, v, *scoring, alibi_slopes, return_attn_probs
-    if needs_dispatcher(*inputs, alibi_slopes, out, s_aux):
-        made, lse, probs, _ = _wrapped_flash_attn_forward(*arguments, s_aux=s_aux)
-        out = _written(made, out)
-    else:
-        out, lse, probs, _ = _operations.forward(
-            *arguments, out=out, need_lse=return_attn_probs, s_aux=s_aux
-        )  # fmt: skip
-    return _result(return_attn_probs, out, lse, probs)
-
-
-def _attend_varlen(
-    inputs: tuple[Tensor, ...], cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
-    max_seqlen_k: int, dropout_p: float, softmax_scale: float | None, causal: bool, window_size: Window,
-    softcap: float, alibi_slopes: Tensor | None, deterministic: bool, return_attn_probs: bool,
-    block_table: Tensor | None = None, out: Tensor | None = None, seqused_k: Tensor | None = None,
-    need_lse: bool = False, s_aux: Tensor | None = None,
-) -> Result:  # fmt: skip
-    """`flash_attn_varlen_func` of (q, k, v), (q, kv) or (qkv,); `need_lse` makes it (out, softmax_lse)."""
-    if type(return_attn_probs) is not bool or type(need_lse) is not bool:
-        return_attn_probs = as_flag(return_attn_probs, "return_attn_probs")
-        need_lse = as_flag(need_lse, "return_softmax_lse")
-    scoring = _scoring(dropout_p, softmax_scale, causal, window_size, softcap)
-    max_seqlen_q = check.check_max_seqlen(max_seqlen_q, "max_seqlen_q")
-    max_seqlen_k = check.check_max_seqlen(max_seqlen_k, "max_seqlen_k")
-    recorded = inputs if s_aux is None else (*inputs, s_aux)
-    records = _records(recorded, out, alibi_slopes)
-    if records and block_table is None and seqused_k is None:
-        result = record(
-            VarlenFlashAttention, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, s_aux, alibi_slopes,
-            scoring, as_flag(deterministic, "deterministic"), return_attn_probs, *inputs,
-        )  # fmt: skip
-        return result if return_attn_probs else result[:2] if need_lse else result[0]
-    q, k, v = split(inputs)
-    arguments = (
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *scoring, alibi_slopes,
-        return_attn_probs, block_table,
-    )  # fmt: skip
-    indices = cu_seqlens_q, cu_seqlens_k, block_table, seqused_k
-    if needs_dispatcher(*inputs, *indices, alibi_slopes, out, s_aux):
-        made, lse, probs, _ = _wrapped_flash_attn_varlen_forward(
-            *arguments, seqused_k=seqused_k, s_aux=s_aux
-        )  # fmt: skip
-        out = _written(made, out)
-    else:
-        run = partial(
-            _operations.varlen_forward, *arguments, seqused_k=seqused_k, out=out,
-            need_lse=return_attn_probs or need_lse, s_aux=s_aux,
-        )  # fmt: skip
-        what = "flash_attn_varlen_func with a block_table or seqused_k"
-        out, lse, probs, _ = forward_only(what, run, *recorded) if records else run()
-    return (out, lse) if need_lse and not return_attn_probs else _result(return_attn_probs, out, lse, probs)
 
 
 def flash_attn_func(
@@ -237,7 +116,7 @@ def flash_attn_func(
             missing.
         NotImplementedError: forward-mode derivatives.
     """
-    return _attend(
+    return attend(
         (q, k, v), dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
         return_attn_probs, out, s_aux,
     )  # fmt: skip
@@ -257,7 +136,7 @@ def flash_attn_qkvpacked_func(
     """`flash_attn_func` of q, k, v packed in one tensor qkv (b, s, 3, h, d), uncopied."""
     check.check_packed(qkv, "qkv", 5, 3)
     try:
-        return _attend(
+        return attend(
             (qkv,), dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
             return_attn_probs,
         )  # fmt: skip
@@ -282,7 +161,7 @@ def flash_attn_kvpacked_func(
     """`flash_attn_func` of q (b, sq, h, d) and k, v packed in one tensor kv (b, sk, 2, hk, d), uncopied."""
     check.check_packed(kv, "kv", 5, 2)
     try:
-        return _attend(
+        return attend(
             (q, kv), dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
             return_attn_probs,
         )  # fmt: skip
@@ -340,7 +219,7 @@ def flash_attn_varlen_func(
         out (total_q, h, dv), or with `return_softmax_lse` (out, softmax_lse), or with `return_attn_probs`
         (out, softmax_lse, S_dmask): softmax_lse (h, total_q), S_dmask as in `flash_attn_func`.
     """
-    return _attend_varlen(
+    return attend_varlen(
         (q, k, v), cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
         window_size, softcap, alibi_slopes, deterministic, return_attn_probs, block_table, out, seqused_k,
         return_softmax_lse, s_aux,
@@ -363,7 +242,7 @@ def flash_attn_varlen_qkvpacked_func(
     """`flash_attn_varlen_func` of q, k, v packed in qkv (total, 3, h, d), cu_seqlens int32 (b + 1,)."""
     check.check_packed(qkv, "qkv", 4, 3)
     try:
-        return _attend_varlen(
+        return attend_varlen(
             (qkv,), cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale, causal,
             window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
         )  # fmt: skip
@@ -396,7 +275,7 @@ def flash_attn_varlen_kvpacked_func(
     """`flash_attn_varlen_func` of q (total_q, h, d) and k, v packed in one tensor kv (total_k, 2, hk, d)."""
     check.check_packed(kv, "kv", 4, 2)
     try:
-        return _attend_varlen(
+        return attend_varlen(
             (q, kv), cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
             window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
         )  # fmt: skip
@@ -464,18 +343,17 @@ def flash_attn_with_kvcache(
     """
     if type(return_softmax_lse) is not bool:
         return_softmax_lse = as_flag(return_softmax_lse, "return_softmax_lse")
-    window_left, window_right = _window(window_size)
-    arguments = (
+    run: Callable[..., tuple[Tensor, Any]] = _kvcache.forward_kvcache
+    if torch.is_grad_enabled():
+        wanting = alibi_slopes is not None or rotary_cos is not None or s_aux is not None
+        if wanting or must_record(
+            (q, k_cache, v_cache) if k is None or v is None else (q, k_cache, v_cache, k, v)
+        ):
+            run = record_cache
+    window_left, window_right = window(window_size)
+    out, lse = run(
         q, k_cache, v_cache, k, v, cache_seqlens, rotary_cos, rotary_sin, cache_batch_idx, cache_leftpad,
         block_table, alibi_slopes, out, softmax_scale, causal, window_left, window_right, softcap,
         rotary_interleaved, num_splits, return_softmax_lse, s_aux,
     )  # fmt: skip
-    if torch.is_grad_enabled():
-        refuse_gradients(alibi_slopes=alibi_slopes, rotary_cos=rotary_cos, rotary_sin=rotary_sin)
-        if k is not None:
-            refuse_gradients(k_cache=k_cache, v_cache=v_cache)
-        run = partial(_kvcache.forward_kvcache, *arguments)
-        out, lse = forward_only("flash_attn_with_kvcache", run, q, k_cache, v_cache, k, v, s_aux)
-    else:
-        out, lse = _kvcache.forward_kvcache(*arguments)
     return (out, lse) if return_softmax_lse else out

@@ -148,6 +148,11 @@ void require_cache(Requirements& require, const SplitParams& params) {
   require.that(params.page_size >= 0 && params.page_size % 16 == 0, "page_size", "a multiple of 16",
                params.page_size);
   if (params.page_size > 0 && has_keys(forward)) require.given(params.block_table, "block_table");
+  const auto holds = [](int elements, int head_dim) { return elements > head_dim - 8 && elements <= head_dim; };
+  constexpr const char* kOwn = "the cache's own head dim, of which the other is the next multiple of 8";
+  require.that(holds(params.cache_head_dim, forward.head_dim), "cache_head_dim", kOwn, params.cache_head_dim);
+  require.that(holds(params.cache_head_dim_v, forward.head_dim_v), "cache_head_dim_v", kOwn,
+               params.cache_head_dim_v);
   require.not_negative("cache_seqlen", params.cache_seqlen);
   require.not_negative("seqlen_new", params.seqlen_new);
   if (params.seqlen_new > 0 && forward.batch > 0) {

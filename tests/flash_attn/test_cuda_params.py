@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from checker import Checker
-from recorder import Recorder, install, make
+from recorder import Recorder, make
 
 from flash_attn import _cuda_kvcache, _library, flash_attn_func, flash_attn_varlen_func
 from flash_attn._cpu_kvcache import Cache, Rotary
@@ -22,7 +22,7 @@ def checker(tmp_path_factory):
 
 
 @pytest.fixture
-def seen(monkeypatch, checker):
+def seen(install, checker):
     """Names of the operations that were called, each with parameters that pass."""
     names = []
 
@@ -35,7 +35,7 @@ def seen(monkeypatch, checker):
         return call
 
     operations = {name: operation(name) for name in ("forward", "backward", "split", "dropout_probs")}
-    install(monkeypatch, SimpleNamespace(**operations, family=0, last_error=Recorder().last_error))
+    install(SimpleNamespace(**operations, family=0, last_error=Recorder().last_error))
     return names
 
 
