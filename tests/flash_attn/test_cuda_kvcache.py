@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from recorder import MULTIPROCESSORS, STREAM, Recorder, make, strides
+from standin import MULTIPROCESSORS, STREAM, StandIn, make, strides
 
 from flash_attn import _cuda_kvcache
 from flash_attn._cpu_kvcache import Cache, Rotary
@@ -17,7 +17,7 @@ LENGTHS = torch.tensor([5, 9], dtype=torch.int32)
 
 @pytest.fixture
 def library(install):
-    recorder = Recorder()
+    recorder = StandIn()
     install(recorder)
     return recorder
 
@@ -76,7 +76,7 @@ def test_the_heuristic_chooses_where_nobody_else_does(library):
      (100, 1, False, False)],
 )  # fmt: skip
 def test_hoppers_forward_kernel_has_a_tile_counter(install, seqlen_q, num_splits, hopper, counts):
-    recorder = Recorder()
+    recorder = StandIn()
     install(recorder, hopper=hopper)
     run(*make(batch=1, seqlen_q=seqlen_q, seqlen_k=640), num_splits=num_splits, seqlens=None)
     ((params, _),) = recorder.split_calls
@@ -86,7 +86,7 @@ def test_hoppers_forward_kernel_has_a_tile_counter(install, seqlen_q, num_splits
 
 def test_score_modifiers_keep_hopper_from_packing_heads(install):
     """48 queries of 4 heads fill a tile, 48 of one do not: another kernel computes them faster."""
-    recorder = Recorder()
+    recorder = StandIn()
     install(recorder, hopper=True)
     problem = make(batch=8, seqlen_q=48, seqlen_k=64, heads=8, heads_k=2)
     run(*problem, num_splits=1, seqlens=None)
