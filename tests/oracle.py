@@ -136,6 +136,34 @@ def gradients(
     return torch.autograd.grad(out, leaves, dout.to(dtype), allow_unused=True, materialize_grads=True)
 
 
+def rotated(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: bool) -> Tensor:
+    """Return x (s, h, d) in fp64, its pairs rotated by rows `positions` of tables (rows, d' / 2)."""
+    out, half = x.double().clone(), cos.shape[1]
+    c, s = (table[positions].double()[:, None] for table in (cos, sin))
+    halves = slice(0, half), slice(half, 2 * half)
+    first, second = (slice(0, 2 * half, 2), slice(1, 2 * half, 2)) if interleaved else halves
+    a, b = out[..., first].clone(), out[..., second].clone()
+    out[..., first], out[..., second] = a * c - b * s, b * c + a * s
+    return out
+
+
+def shift_by_rounding(
+    reference: Callable[..., tuple[Tensor, Tensor]], inputs: tuple[Tensor, ...], dout: Tensor
+) -> tuple[Tensor, ...]:
+    """Return how gradients shift because a backward has the rounded output: D = rowsum(dO * O) of it.
+
+    `reference(*inputs, dtype)` is (out, lse). D enters dS = P * (dP - D), and P is the gradient of the LSE.
+    """
+
+    def compute(*leaves):
+        out, lse = reference(*leaves, torch.float64)
+        lost = (out.to(dout.dtype).double() - out).detach()
+        return lse.masked_fill(lse.isinf(), 0.0) * (dout.double() * lost).sum(-1).mT
+
+    like_lse = torch.ones_like(reference(*inputs, torch.float64)[1])
+    return gradients(compute, inputs, like_lse, torch.float64)
+
+
 def assert_within(actual: Tensor, truth: Tensor, yardstick: Tensor, factor: float = 2.0) -> None:
     """Assert that `actual` is off by at most `factor` times what `yardstick` is, plus 1e-5."""
     assert actual.shape == truth.shape

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from oracle import HEAD_DIM_PAIRS, Options, assert_lse, assert_within, attention
+from oracle import HEAD_DIM_PAIRS, Options, assert_lse, assert_within, attention, rotated
 
 from flash_attn import _cuda_kvcache, _gpu, flash_attn_with_kvcache
 from flash_attn._abi import HEAD_DIMS
@@ -104,19 +104,6 @@ def test_appending(seqlen_q, seqlen_new, mask):
 def test_head_dim_of_v_differs(head_dims, mask, device, require_split):
     require_split(device, torch.bfloat16, *head_dims)
     check_appending(3, 9, mask, head_dims)
-
-
-def rotated(x, cos, sin, positions, interleaved):
-    """Rotate x (s, h, d) in fp64, pair by pair."""
-    out, half = x.double().clone(), cos.shape[1]
-    for i in range(half):
-        a, b = (2 * i, 2 * i + 1) if interleaved else (i, i + half)
-        c, s = (t[positions, i].double()[:, None] for t in (cos, sin))
-        out[..., a], out[..., b] = (
-            x[..., a].double() * c - x[..., b].double() * s,
-            x[..., b].double() * c + x[..., a].double() * s,
-        )
-    return out
 
 
 @pytest.mark.parametrize("interleaved", [False, True])

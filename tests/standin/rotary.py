@@ -1,9 +1,10 @@
-"""Rotation of the stand-in, pair by pair in fp64."""
+"""Rotation of the stand-in, by the oracle."""
 
 from __future__ import annotations
 
 from types import SimpleNamespace
 
+import oracle
 import torch
 from torch import Tensor
 
@@ -15,17 +16,9 @@ def rotated(
     x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: bool, sign: float = 1.0
 ) -> Tensor:
     """Return x (s, h, d) rotated by tables (rows, d' / 2); a row whose position they lack stays as it is."""
-    half = cos.shape[1]
     there = (positions >= 0) & (positions < len(cos))
-    c, s = (table[positions[there]].double()[:, None] for table in (cos, sin))
-    y = x[there].double()
-    first, second = (slice(0, 2 * half, 2), slice(1, 2 * half, 2)) if interleaved else (
-        slice(0, half), slice(half, 2 * half)
-    )  # fmt: skip
-    a, b = y[..., first].clone(), y[..., second].clone()
-    y[..., first], y[..., second] = a * c - sign * b * s, b * c + sign * a * s
     out = x.clone()
-    out[there] = y.to(x.dtype)
+    out[there] = oracle.rotated(x[there], cos, sign * sin, positions[there], interleaved).to(x.dtype)
     return out
 
 
