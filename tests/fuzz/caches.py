@@ -104,6 +104,14 @@ def paged(case: Case) -> None:
     case.check_memory()
 
 
+def rotary_tables(case: Case, rows: int, d: int) -> tuple[Tensor, Tensor, bool]:
+    """Return cos and sin (rows, rotary_dim / 2) and whether pairs are interleaved."""
+    half, interleaved = 8 * case.rng.randint(1, d // 16), case.chance(0.5)
+    case.note(rotary=(2 * half, interleaved))
+    angles = torch.rand((rows, half), generator=case.generator, device=case.device) * 6
+    return angles.cos().to(case.dtype), angles.sin().to(case.dtype), interleaved
+
+
 def kvcache(case: Case) -> None:
     """flash_attn_with_kvcache: appending, rotation, pages, rows by index, padding, split keys."""
     batch, (heads, heads_k), (d, dv) = case.pick(1, 1, 2, 3), case.heads(), cache_head_dims(case)
@@ -135,17 +143,12 @@ def kvcache(case: Case) -> None:
     stores = caches(case, shape, (d, dv))
     for x in stores:
         blot(case, x, where)
-    q, named = (
-        case.tensor(batch, sq, heads, d, layouts=SIGNED),
-        options.arguments() | {"s_aux": options.sinks},
-    )
+    q = case.tensor(batch, sq, heads, d, layouts=SIGNED)
+    named = options.arguments() | {"s_aux": options.sinks}
     del named["dropout_p"]
     news = [] if new is None else [case.tensor(batch, new, heads_k, n, layouts=SIGNED) for n in (d, dv)]
-    tables = None
-    if news and d >= 16 and case.chance(0.5):
-        shape = max(ends) + sq + 1, 8 * case.rng.randint(1, d // 16)
-        angles = torch.rand(shape, generator=case.generator, device=case.device) * 6
-        tables = angles.cos().to(case.dtype), angles.sin().to(case.dtype), case.chance(0.5)
+    tables = rotary_tables(case, max(ends) + sq + 1, d) if news and d >= 16 and case.chance(0.5) else None
+    if tables:
         named |= dict(zip(("rotary_cos", "rotary_sin", "rotary_interleaved"), tables, strict=True))
     if case.chance(0.3):
         named["out"] = case.output(batch, sq, heads, dv)
@@ -159,7 +162,6 @@ def kvcache(case: Case) -> None:
             return_softmax_lse=True, **named,
         )
     )  # fmt: skip
-    case.note(rotary=tables and (tables[0].shape, tables[2]))
     check_appended(case, stores, before, news, tables, lengths, lambda i, keys: places(
         table, page_size, entries[i], i, keys
     ))  # fmt: skip

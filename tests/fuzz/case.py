@@ -113,7 +113,7 @@ class Case:
         return found[0], found[1]
 
     def options(self, heads: int, batch: int, longest: tuple[int, int], plain: bool = False) -> Options:
-        """Draw how scores are formed; `plain` leaves out dropout, and sinks too where there are none."""
+        """Draw how scores are formed, without dropout where `plain`."""
         window = -1, -1
         if self.chance(0.5):
             near = (-1, 0, 1, 5, 30, 100, longest[1] - 1, longest[1], longest[0], longest[0] + 1, *HUGE, -4)
@@ -230,9 +230,9 @@ class Case:
         )
         shifts = shift_by_rounding(reference, plain, dout)
         rows = zip(found, exact, rough, shifts, leaves, strict=True)
-        # dP - D cancels where a row sees one key: each row is off by what sums in fp32 are.
+        # dP - D cancels where a row sees one key: what is left are the errors of sums in fp32, over rows too.
         eps = torch.finfo(torch.promote_types(self.dtype, torch.float32)).eps
-        summed = eps * math.sqrt(dout[..., 0].numel())
+        summed = eps * math.sqrt(dout.numel())
         for i, (gradient, truth, yardstick, shift, leaf) in enumerate(rows):
             if gradient is not None:
                 need(gradient.dtype == leaf.dtype, f"gradient {i} has dtype {gradient.dtype}")
