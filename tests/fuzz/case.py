@@ -201,7 +201,8 @@ class Case:
         rounding = torch.finfo(self.dtype).eps / 2 * largest
         base = max((rough - truth).abs().max().item(), rounding, also)
         error = (actual - truth).abs().max().item()
-        allowed = factor * base * (4 if self.dtype == torch.float32 else 1) + 1e-5  # sums are in fp32 too
+        # In fp32 sums are no more exact than the result, and P comes from an LSE that is rounded as well.
+        allowed = factor * base * (8 if self.dtype == torch.float32 else 1) + 1e-5
         need(error <= allowed, f"{name} is off by {error:.3g}, allowed are {allowed:.3g}")
 
     def check_lse(self, actual: Tensor, truth: Tensor) -> None:
