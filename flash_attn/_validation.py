@@ -209,7 +209,8 @@ def check_scoring(
     if not (causal or window_left >= 0 or window_right >= 0):
         window_left = window_right = -1
     elif keeps_window:
-        window_left, window_right = min(window_left, seqlen_k), 0 if causal else min(window_right, seqlen_q)
+        window_left = max(-1, min(window_left, seqlen_k))
+        window_right = 0 if causal else max(-1, min(window_right, seqlen_q))
     else:
         window_left, window_right = normalise_window(causal, window_left, window_right, seqlen_q, seqlen_k)
     if alibi_slopes is not None:

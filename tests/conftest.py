@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import cache
@@ -11,6 +12,30 @@ import pytest
 
 if TYPE_CHECKING:
     import torch
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of a test's simulated runs, keep as many as give each value of each parameter.
+
+    They take as long as those on CPU. Those that differ in every parameter come first.
+    """
+    simulated = [item for item in items if _parameters(item).get("device") == "simulated"]
+    kept, seen = set(), defaultdict(set)
+    for enough in (all, any):
+        for item in simulated:
+            values = {(name, repr(value)) for name, value in _parameters(item).items() if name != "device"}
+            known = seen[item.nodeid.partition("[")[0]]
+            new = [x not in known for x in values] or [item not in kept]
+            if enough(new) and not item.get_closest_marker("not_simulated"):
+                known |= values
+                kept.add(item)
+    dropped = set(simulated) - kept
+    config.hook.pytest_deselected(items=list(dropped))
+    items[:] = [item for item in items if item not in dropped]
+
+
+def _parameters(item: pytest.Item) -> dict[str, Any]:
+    return item.callspec.params if hasattr(item, "callspec") else {}
 
 
 @cache
@@ -31,11 +56,19 @@ def cuda_problem() -> str | None:
     return None if kernels() else "no kernels are built"
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> str:
-    """The device of the test's tensors: cpu, and cuda where there is a GPU and a library with kernels."""
+@pytest.fixture(params=["cpu", "simulated", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest, install: Callable[..., None]) -> str:
+    """The device of the test's tensors: cpu, and cuda where there is a GPU and a library with kernels.
+
+    "simulated" is cpu again, but down the CUDA path, to a stand-in for a Hopper GPU's library.
+    """
     if request.param == "cuda" and cuda_problem():
         pytest.skip(cuda_problem())
+    if request.param == "simulated":
+        from standin import StandIn
+
+        install(StandIn(), hopper=True)
+        return "cpu"
     return request.param
 
 
@@ -50,7 +83,18 @@ def has_kernel(dtype: torch.dtype, head_dim: int, direction: str = "forward") ->
     return any(key.startswith(direction) and suffix in key for key in kernels())
 
 
+def uses_kernels(device: str) -> bool:
+    """Return whether tensors of a device go down the CUDA path, simulated ones included."""
+    import torch
+
+    from flash_attn import _gpu
+
+    return _gpu.serves(torch.empty(0, device=device))
+
+
 def _require(direction: str, device: str, dtype: torch.dtype, *head_dims: int) -> None:
+    if dtype.itemsize > 2 and uses_kernels(device):
+        pytest.skip(f"{dtype} is for the CPU")
     if device == "cuda" and not has_kernel(dtype, max(head_dims), direction):
         pytest.skip(f"this build has no {direction} kernel for {dtype}, head dim {max(head_dims)}")
 

@@ -21,9 +21,9 @@ HEAD_DIM_PAIRS = ((192, 128), (128, 192), (64, 96), (40, 24), (32, 256))
 
 @dataclass(frozen=True)
 class Options:
-    """Arguments of attention as the public functions name them, and `keep`, which only the oracle needs.
+    """Arguments of attention as the public functions name them; `keep` and `sinks` are not among `arguments`.
 
-    It is the dropout mask (b, h, sq, sk), True where kept.
+    `keep` is the dropout mask (b, h, sq, sk), True where kept; `sinks` (h,) are scores that have no value.
     """
 
     causal: bool = False
@@ -33,6 +33,7 @@ class Options:
     alibi_slopes: Tensor | None = None
     dropout_p: float = 0.0
     keep: Tensor | None = None
+    sinks: Tensor | None = None
 
     def arguments(self) -> dict:
         """Return what a public function takes."""
@@ -55,25 +56,33 @@ def visible(seqlen_q: int, seqlen_k: int, options: Options, device: torch.device
     return seen
 
 
-def probabilities(q: Tensor, k: Tensor, options: Options, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return P before dropout (b, h, sq, sk) and the LSE (b, h, sq) of q (b, sq, h, d), k (b, sk, hk, d)."""
+def scores(q: Tensor, k: Tensor, options: Options, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return S (b, h, sq, sk) of q (b, sq, h, d), k (b, sk, hk, d), -inf where masked, and what is seen."""
     q, k = q.to(dtype), k.to(dtype).repeat_interleave(q.shape[2] // k.shape[2], dim=2)
     scale = q.shape[-1] ** -0.5 if options.softmax_scale is None else options.softmax_scale
-    scores = torch.einsum("bihd,bjhd->bhij", q * scale, k)
+    s = torch.einsum("bihd,bjhd->bhij", q * scale, k)
     if options.softcap > 0:
-        scores = options.softcap * torch.tanh(scores / options.softcap)
+        s = options.softcap * torch.tanh(s / options.softcap)
     seqlen_q, seqlen_k = q.shape[1], k.shape[1]
     if options.alibi_slopes is not None:
         i = torch.arange(seqlen_q, device=q.device)[:, None] + seqlen_k - seqlen_q
         distance = (i - torch.arange(seqlen_k, device=q.device)).abs()
         slopes = options.alibi_slopes.to(dtype).reshape(-1, q.shape[2], 1, 1)
-        scores = scores - slopes * distance.to(dtype)
+        s = s - slopes * distance.to(dtype)
     seen = visible(seqlen_q, seqlen_k, options, q.device)
-    scores = scores.masked_fill(~seen, -math.inf)
+    return s.masked_fill(~seen, -math.inf), seen
+
+
+def probabilities(q: Tensor, k: Tensor, options: Options, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return P before dropout (b, h, sq, sk) and the LSE (b, h, sq); q and k are as in `scores`."""
+    s, seen = scores(q, k, options, dtype)
+    if options.sinks is not None:
+        sinks = options.sinks.to(dtype)[:, None, None].expand(*s.shape[:3], 1)
+        s = torch.cat([s, sinks], dim=-1)
     blind = ~seen.any(-1)
-    probs = scores.masked_fill(blind[:, None], 0.0).softmax(-1).masked_fill(blind[:, None], 0.0)
-    lse = scores.logsumexp(-1) if seqlen_k else scores.new_zeros(scores.shape[:-1])
-    return probs, lse.masked_fill(blind, math.inf)
+    probs = s.masked_fill(blind[:, None], 0.0).softmax(-1).masked_fill(blind[:, None], 0.0)
+    lse = s.logsumexp(-1) if s.shape[-1] else s.new_zeros(s.shape[:-1])
+    return probs[..., : seen.shape[1]], lse.masked_fill(blind, math.inf)
 
 
 def attention(
@@ -125,6 +134,34 @@ def gradients(
     if not out.requires_grad:
         return tuple(torch.zeros_like(x) for x in leaves)
     return torch.autograd.grad(out, leaves, dout.to(dtype), allow_unused=True, materialize_grads=True)
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: bool) -> Tensor:
+    """Return x (s, h, d) in fp64, its pairs rotated by rows `positions` of tables (rows, d' / 2)."""
+    out, half = x.double().clone(), cos.shape[1]
+    c, s = (table[positions].double()[:, None] for table in (cos, sin))
+    halves = slice(0, half), slice(half, 2 * half)
+    first, second = (slice(0, 2 * half, 2), slice(1, 2 * half, 2)) if interleaved else halves
+    a, b = out[..., first].clone(), out[..., second].clone()
+    out[..., first], out[..., second] = a * c - b * s, b * c + a * s
+    return out
+
+
+def shift_by_rounding(
+    reference: Callable[..., tuple[Tensor, Tensor]], inputs: tuple[Tensor, ...], dout: Tensor
+) -> tuple[Tensor, ...]:
+    """Return how gradients shift because a backward has the rounded output: D = rowsum(dO * O) of it.
+
+    `reference(*inputs, dtype)` is (out, lse). D enters dS = P * (dP - D), and P is the gradient of the LSE.
+    """
+
+    def compute(*leaves):
+        out, lse = reference(*leaves, torch.float64)
+        lost = (out.to(dout.dtype).double() - out).detach()
+        return lse.masked_fill(lse.isinf(), 0.0) * (dout.double() * lost).sum(-1).mT
+
+    like_lse = torch.ones_like(reference(*inputs, torch.float64)[1])
+    return gradients(compute, inputs, like_lse, torch.float64)
 
 
 def assert_within(actual: Tensor, truth: Tensor, yardstick: Tensor, factor: float = 2.0) -> None:

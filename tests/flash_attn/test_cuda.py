@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from recorder import FORWARD_FIELDS, STREAM, Recorder, make, strides, unpack_forward
+from standin import FIELDS, STREAM, StandIn, make, strides, unpack
 
 from flash_attn import _abi, _cuda, _gpu, _operations
 from flash_attn._validation import Scoring
@@ -18,7 +18,7 @@ BF16 = torch.bfloat16
 
 @pytest.fixture
 def library(install):
-    recorder = Recorder()
+    recorder = StandIn()
     install(recorder)
     return recorder
 
@@ -52,7 +52,7 @@ def test_packed_fields(library):
 
 def test_an_lse_that_nobody_wants_is_not_allocated(install):
     q, k, v = make()
-    recorder = Recorder()
+    recorder = StandIn()
     install(recorder)
     shapes = q.shape, k.shape, v.shape
     out, lse, _, _ = _cuda.forward(q, k, v, None, shapes, SCORING, False, None, need_lse=False)
@@ -61,7 +61,7 @@ def test_an_lse_that_nobody_wants_is_not_allocated(install):
 
 
 def test_packer_equals_the_structure():
-    values = list(range(1, len(FORWARD_FIELDS) + 1))
+    values = list(range(1, len(FIELDS["forward"]) + 1))
     structure = _abi.ForwardParams(*values)
     assert bytes(structure) == _abi.FORWARD_PARAMS.pack(*values)
 
@@ -212,7 +212,7 @@ def test_given_out(library, contiguous):
 @pytest.mark.parametrize("given", [False, True])
 def test_what_the_kernel_writes_comes_back(library, monkeypatch, head_dim, head_dim_v, step, given):
     def write(packed, stream):
-        params = unpack_forward(packed)
+        params = unpack("forward", packed)
         ctypes.memset(params.out, 0x3F, 2 * params.batch * params.out_batch_stride)
         return 0
 
@@ -284,7 +284,7 @@ def test_varlen_without_a_single_query(library):
 
 
 def test_forced_family(install):
-    recorder = Recorder(family=86)
+    recorder = StandIn(family=86)
     install(recorder)
     run(*make())
     assert recorder.calls[0][0].family == 86
@@ -294,7 +294,7 @@ def test_forced_family(install):
 @pytest.mark.parametrize("family, arch", [(0, "90"), (86, "sm86:90")])
 @pytest.mark.parametrize("head_dims", [(100, 100), (100, 40), (40, 100)], ids=str)
 def test_missing_kernel_comes_with_its_build_command(install, status, family, arch, head_dims):
-    install(Recorder(status, family))
+    install(StandIn(status, family))
     with pytest.raises(RuntimeError) as caught:
         run(*make(head_dim=head_dims[0], head_dim_v=head_dims[1]))
     command = f"FLASH_ATTN_ARCHS={arch} FLASH_ATTN_HEAD_DIMS=128 FLASH_ATTN_DTYPES=bf16 pip install ."
@@ -304,14 +304,14 @@ def test_missing_kernel_comes_with_its_build_command(install, status, family, ar
 
 @pytest.mark.parametrize("status", [_abi.Status.CUDA_ERROR, _abi.Status.INVALID_ARGUMENT])
 def test_other_errors_carry_the_library_text(install, status):
-    install(Recorder(status=status))
+    install(StandIn(status=status))
     with pytest.raises(RuntimeError, match=r"is not built$"):
         run(*make())
 
 
 @pytest.mark.parametrize("hopper", [False, True])
 def test_a_tile_counter_is_given_on_hopper(install, hopper):
-    recorder = Recorder()
+    recorder = StandIn()
     install(recorder, hopper=hopper)
     run(*make())
     run(*make(), dropout_p=0.5, return_softmax=True)
@@ -319,6 +319,6 @@ def test_a_tile_counter_is_given_on_hopper(install, hopper):
 
 
 def test_empty_calls_ask_for_no_tile_counter(install, monkeypatch):
-    install(Recorder(), hopper=True)
+    install(StandIn(), hopper=True)
     monkeypatch.setattr(_gpu, "tile_counter", lambda *where: pytest.fail("asked"))
     run(*make(seqlen_k=0))

@@ -6,7 +6,7 @@ import ctypes
 
 import pytest
 import torch
-from recorder import BACKWARD_FIELDS, MULTIPROCESSORS, STREAM, Recorder, make, strides, unpack_backward
+from standin import FIELDS, MULTIPROCESSORS, STREAM, StandIn, make, strides, unpack
 
 from flash_attn import (
     _abi,
@@ -22,7 +22,7 @@ NAMES = ("dq", "dk", "dv")
 
 @pytest.fixture
 def library(install):
-    recorder = Recorder()
+    recorder = StandIn()
     install(recorder, multiprocessors=MULTIPROCESSORS)
     return recorder
 
@@ -80,7 +80,7 @@ def test_packed_fields(library):
 
 def test_packer_equals_the_structure():
     forward = _abi.ForwardParams(q=5, lse_head_stride=6, dropout_p=0.5)
-    values = list(range(2, len(BACKWARD_FIELDS) + 1))
+    values = list(range(2, len(FIELDS["backward"]) + 1))
     structure = _abi.BackwardParams(forward, *values)
     assert bytes(structure) == _abi.BACKWARD_PARAMS.pack(bytes(forward), *values)
 
@@ -221,7 +221,7 @@ def test_an_expanded_gradient_of_the_output(library):
 @pytest.mark.parametrize("only", [None, 0, 1, 2])
 def test_what_the_kernel_writes_comes_back(library, monkeypatch, head_dim, layout, only):
     def write(packed, stream):
-        params = unpack_backward(packed)
+        params = unpack("backward", packed)
         for name in NAMES:
             if getattr(params, name):
                 batch_stride = getattr(params, f"{name}_batch_stride")
@@ -370,7 +370,7 @@ class TestAutograd:
 
 
 def test_forced_family(install):
-    recorder = Recorder(family=86)
+    recorder = StandIn(family=86)
     install(recorder, multiprocessors=MULTIPROCESSORS)
     q, k, v = make()
     run(q, k, v, like(q, k, v))
@@ -379,7 +379,7 @@ def test_forced_family(install):
 
 @pytest.mark.parametrize("status", [_abi.Status.NOT_BUILT, _abi.Status.UNSUPPORTED_DEVICE])
 def test_a_build_without_backward_says_how_to_build_it(install, status):
-    recorder = Recorder(status)
+    recorder = StandIn(status)
     install(recorder, multiprocessors=MULTIPROCESSORS)
     recorder.last_error = lambda: b"this build holds no backward kernel for bf16, head dim 100"
     q, k, v = make(head_dim=40, head_dim_v=104)

@@ -6,8 +6,8 @@ from functools import partial
 
 import pytest
 import torch
-from recorder import MULTIPROCESSORS, STREAM, Recorder, make, strides
 from refusals import raises
+from standin import MULTIPROCESSORS, STREAM, StandIn, make, strides
 
 from flash_attn import _cuda_kvcache, flash_attn_with_kvcache
 from flash_attn._cpu_kvcache import Cache, Rotary
@@ -20,7 +20,7 @@ LENGTHS = torch.tensor([5, 9], dtype=torch.int32)
 
 @pytest.fixture
 def library(install):
-    recorder = Recorder()
+    recorder = StandIn()
     install(recorder, multiprocessors=MULTIPROCESSORS)
     return recorder
 
@@ -80,7 +80,7 @@ def test_the_heuristic_chooses_where_nobody_else_does(library):
      (100, 1, False, False)],
 )  # fmt: skip
 def test_hoppers_forward_kernel_has_a_tile_counter(install, seqlen_q, num_splits, hopper, counts):
-    recorder = Recorder()
+    recorder = StandIn()
     install(recorder, multiprocessors=MULTIPROCESSORS, hopper=hopper)
     run(*make(batch=1, seqlen_q=seqlen_q, seqlen_k=640), num_splits=num_splits, seqlens=None)
     ((params, _),) = recorder.split_calls
@@ -90,7 +90,7 @@ def test_hoppers_forward_kernel_has_a_tile_counter(install, seqlen_q, num_splits
 
 def test_score_modifiers_keep_hopper_from_packing_heads(install):
     """48 queries of 4 heads fill a tile, 48 of one do not: another kernel computes them faster."""
-    recorder = Recorder()
+    recorder = StandIn()
     install(recorder, multiprocessors=MULTIPROCESSORS, hopper=True)
     problem = make(batch=8, seqlen_q=48, seqlen_k=64, heads=8, heads_k=2)
     run(*problem, num_splits=1, seqlens=None)
@@ -129,7 +129,7 @@ UNALIGNED = {
 @pytest.mark.parametrize("case", UNALIGNED)
 def test_an_unaligned_cache_is_used_where_it_lies(install, case):
     """With everything else copied, head dims padded, and without Hopper's tiles, which TMA copies."""
-    recorder = Recorder()
+    recorder = StandIn()
     install(recorder, hopper=True)
     q, *caches = make(seqlen_q=100, seqlen_k=640)
     k_cache, v_cache = UNALIGNED[case](*caches)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from checker import Checker
-from recorder import Recorder, make
+from standin import StandIn, make
 
 from flash_attn import _cuda_kvcache, _library, flash_attn_func, flash_attn_varlen_func
 from flash_attn._cpu_kvcache import Cache, Rotary
@@ -35,7 +35,7 @@ def seen(install, checker):
         return call
 
     operations = {name: operation(name) for name in ("forward", "backward", "split", "dropout_probs")}
-    install(SimpleNamespace(**operations, family=0, last_error=Recorder().last_error))
+    install(SimpleNamespace(**operations, family=0, last_error=StandIn().last_error))
     return names
 
 

@@ -8,6 +8,7 @@ import torch
 import flash_attn
 from flash_attn import flash_attn_interface as interface
 
+pytestmark = pytest.mark.not_simulated
 SCORES = (0.1, True, -1, -1, 0.0, None)
 
 

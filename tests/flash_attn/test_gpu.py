@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from recorder import Recorder, make
+from standin import StandIn, make
 
 from flash_attn import _abi, _gpu, _library, flash_attn_func
 
@@ -12,7 +12,7 @@ from flash_attn import _abi, _gpu, _library, flash_attn_func
 @pytest.fixture
 def machine(monkeypatch):
     """A machine whose GPUs have the compute capability that is set, and whose library is a recorder."""
-    loads, recorder = [], Recorder()
+    loads, recorder = [], StandIn()
     monkeypatch.setattr(_gpu, "_found", {})
     monkeypatch.setattr(_library, "load", lambda: loads.append(1) or recorder)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
@@ -49,7 +49,7 @@ def test_hopper(machine, capability, family):
 
 
 def test_the_hook_ends_with_its_context():
-    recorder, (q, k, v) = Recorder(), make()
+    recorder, (q, k, v) = StandIn(), make()
     before = {name: value for name, value in vars(_gpu).items() if not name.startswith("__")}
     with pytest.raises(KeyError), _gpu.stand_in(recorder):
         flash_attn_func(q, k, v)

@@ -9,7 +9,15 @@ import torch
 from conftest import cuda_problem, has_kernel
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from oracle import Options, assert_lse, assert_within, attention, gradients, varlen_attention
+from oracle import (
+    Options,
+    assert_lse,
+    assert_within,
+    attention,
+    gradients,
+    shift_by_rounding,
+    varlen_attention,
+)
 
 from flash_attn import _philox, flash_attn_func, flash_attn_varlen_func
 
@@ -125,21 +133,6 @@ def check_forward(run, reference, tensors):
     assert_within(out, truth, worst)
     assert_lse(lse, truth_lse)
     return out
-
-
-def shift_by_rounding(reference, tensors, dout):
-    """Return how the gradients shift because a backward has the rounded output: D = rowsum(dO * O) of it.
-
-    D enters dS = P * (dP - D), and P is the gradient of the LSE.
-    """
-
-    def compute(*leaves):
-        out, lse = reference(*leaves, torch.float64)
-        lost = (out.to(dout.dtype).double() - out).detach()
-        return lse.masked_fill(lse.isinf(), 0.0) * (dout.double() * lost).sum(-1).mT
-
-    like_lse = torch.ones_like(reference(*tensors, torch.float64)[1])
-    return gradients(compute, tuple(tensors), like_lse, torch.float64)
 
 
 def check(run, reference, tensors):

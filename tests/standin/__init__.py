@@ -1,0 +1,91 @@
+"""The library's stand-in for tests without a GPU, installed below the CUDA backend by the fixture `install`.
+
+It has the functions of `_library.Library` and records their unpacked parameters. Unless told not to, it also
+computes what the kernels compute, in fp64 by the oracle's formulas, from the packed parameters alone, and
+refuses what a kernel would fault on or read wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import torch
+
+from flash_attn import _abi
+
+from . import attention, cache, rotary
+from .memory import Memory, Refused
+from .params import FIELDS, unpack
+
+__all__ = ["FIELDS", "MULTIPROCESSORS", "STREAM", "StandIn", "make", "strides", "unpack"]
+
+STREAM = 4242
+MULTIPROCESSORS = 8
+
+
+class StandIn:
+    """Stands in for the loaded library, on CPU memory.
+
+    With a `status` other than 0, or without `computes`, it only records. `calls` and the like are lists of
+    (parameters, stream).
+    """
+
+    kernels = targets = ()
+
+    def __init__(self, status: int = 0, family: int = 0, computes: bool = True) -> None:
+        self.calls, self.probs_calls, self.backward_calls = [], [], []
+        self.split_calls, self.rotary_calls = [], []
+        self.status, self.family, self.computes = status, family, computes
+        self.text = b"kernel forward_sm90_bf16_d64_full is not built"
+        self.last_error: Callable[[], bytes] = lambda: self.text
+
+    def _run(
+        self, kind: str, calls: list, compute: Callable[[Memory, SimpleNamespace], None], packed: bytes,
+        stream: int,
+    ) -> int:  # fmt: skip
+        params = unpack(kind, packed)
+        calls.append((params, stream))
+        if self.status or not self.computes:
+            return self.status
+        try:
+            with torch.no_grad():
+                compute(Memory(), params)
+        except Refused as error:
+            self.text = f"the stand-in refuses {kind}: {error}".encode()
+            return int(_abi.Status.INVALID_ARGUMENT)
+        return int(_abi.Status.OK)
+
+    def forward(self, packed: bytes, stream: int) -> int:
+        return self._run("forward", self.calls, attention.forward, packed, stream)
+
+    def dropout_probs(self, packed: bytes, stream: int) -> int:
+        return self._run("forward", self.probs_calls, attention.dropout_probs, packed, stream)
+
+    def backward(self, packed: bytes, stream: int) -> int:
+        return self._run("backward", self.backward_calls, attention.backward, packed, stream)
+
+    def split(self, packed: bytes, stream: int) -> int:
+        return self._run("split", self.split_calls, cache.split, packed, stream)
+
+    def rotary(self, packed: bytes, stream: int) -> int:
+        return self._run("rotary", self.rotary_calls, rotary.rotate_rows, packed, stream)
+
+    def forward_kernel(self, packed: bytes) -> bytes | None:
+        return b"stand-in"
+
+    backward_kernel = split_kernel = forward_kernel
+
+
+def make(
+    batch=2, seqlen_q=10, seqlen_k=12, heads=4, heads_k=2, head_dim=64, dtype=torch.bfloat16, head_dim_v=None
+):  # fmt: skip
+    """Return random q (b, sq, h, d), k (b, sk, hk, d) and v (b, sk, hk, dv)."""
+    q = torch.randn(batch, seqlen_q, heads, head_dim).to(dtype)
+    dims = head_dim, head_dim if head_dim_v is None else head_dim_v
+    return q, *(torch.randn(batch, seqlen_k, heads_k, dim).to(dtype) for dim in dims)
+
+
+def strides(params: SimpleNamespace, name: str) -> tuple[int, ...]:
+    """Return the strides of batch, row and head that parameters have for a tensor."""
+    return tuple(getattr(params, f"{name}_{axis}_stride") for axis in ("batch", "row", "head"))
