@@ -217,6 +217,7 @@ FORWARD_PARAMS = Struct(
         Field("softmax_scale", "float32", "factor of q k^T"),
         Field("softcap", "float32", "scores are softcap * tanh(score / softcap), 0 = off"),
         Field("dropout_p", "float32", "probability of dropping an element of P"),
+        Field("dropout_rescale", "float32", "factor of those that stay, 1 / (1 - dropout_p) rounded once"),
     ),
 )
 BACKWARD_PARAMS = Struct(
@@ -233,6 +234,7 @@ BACKWARD_PARAMS = Struct(
         Field("dv", "void*", "as v, null iff dk is"),
         Field("softmax_d", "float*", "result: rowsum(dO * O), (batch, num_heads, rows); padding = 0"),
         Field("softmax_lse_log2", "float*", "workspace: LSE in log2 units, the same; padding = +inf"),
+        Field("row_sums", "float*", "workspace: softmax_d as it is subtracted; in bf16 softmax_d itself"),
         Field("dq_accumulator", "float*", "workspace: dq, the same x the kernel's head dim"),
         Field("semaphores", "int32_t*", "workspace as softmax_d: dq is added up in order; or null"),
         Field("key_partials", "float*", "workspace: dk and dv of each of several parts, see key_rows"),

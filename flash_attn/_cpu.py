@@ -255,7 +255,7 @@ def forward(
 ) -> Outputs:  # fmt: skip
     """Return (out, lse, S_dmask, rng_state) of q (b, sq, h, d), k (b, sk, hk, d), v (b, sk, hk, dv)."""
     (batch, seqlen_q, num_heads, _), (_, seqlen_k, _, _), (_, _, _, head_dim_v) = shapes
-    out = empty_out(q, head_dim_v) if out is None else out
+    out = empty_out(q, q.shape[-1], head_dim_v) if out is None else out
     lse = torch.empty(batch, num_heads, seqlen_q, dtype=lse_dtype(q.dtype), device=q.device)
     shape = probs_shape(batch, num_heads, seqlen_q, seqlen_k)
     probs, rng_state = _dropout_buffers(q, shape, scoring, return_softmax, generator)
@@ -291,7 +291,7 @@ def varlen_forward(
     """Return (out, lse (h, total_q), S_dmask, rng_state), by sequence; other rows are 0 with LSE +inf."""
     q_bounds, k_bounds = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     batch, (total_q, num_heads, _) = len(q_bounds) - 1, shapes[0]
-    out = empty_out(q, v.shape[-1]) if out is None else out
+    out = empty_out(q, q.shape[-1], v.shape[-1]) if out is None else out
     write(out, 0.0)
     lse = torch.full((num_heads, total_q), inf, dtype=lse_dtype(q.dtype), device=q.device)
     shape = probs_shape(batch, num_heads, max_seqlen_q, max_seqlen_k)

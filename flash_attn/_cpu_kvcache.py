@@ -82,7 +82,7 @@ def forward_kvcache(
     k is (b, s_new, hk, d), v (b, s_new, hk, dv).
     """
     batch, seqlen_q, num_heads, _ = q.shape
-    out = empty_out(q, cache.v.shape[-1]) if out is None else out
+    out = empty_out(q, q.shape[-1], cache.v.shape[-1]) if out is None else out
     lse = torch.empty(batch, num_heads, seqlen_q, dtype=lse_dtype(q.dtype), device=q.device)
     moving = scoring.window_left >= 0 or scoring.window_right >= 0
     for b in range(batch):

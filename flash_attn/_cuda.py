@@ -126,6 +126,7 @@ def pack_forward(
         counter_at, *strides, *lse_strides, slopes_stride, total_q, total_k, batch, num_heads, num_heads_k,
         seqlen_q, seqlen_k, *head_dims,
         window_left, window_right, DTYPES[dtype], device, family, softmax_scale, softcap, dropout_p,
+        1.0 / (1.0 - dropout_p) if dropout_p else 1.0,
     )  # fmt: skip
 
 
@@ -150,7 +151,8 @@ def _attend(
     cu_seqlens_q, cu_seqlens_k, seqused_k and leftpad_k, 0 for none.
     """
     batch, seqlen_q, seqlen_k, total_q, num_heads, _ = sizes
-    if not (batch and total_q and seqlen_q and seqlen_k and num_heads and k.shape[0]):
+    total_k = k.shape[0] if sequences[0] else batch
+    if not (batch and total_q and seqlen_q and seqlen_k and num_heads and total_k):
         write(out, 0.0)
         if lse is not None:
             lse.fill_(inf)
@@ -175,7 +177,7 @@ def _attend(
         return _attend_copies(
             q, k, v, out, lse, scoring, sizes, head_dims, lse_strides, sequences, return_softmax, generator
         )  # fmt: skip
-    if scoring.alibi_slopes is not None or scoring.sinks is not None:
+    if scoring[-2] is not None or scoring[-1] is not None:  # slopes, sinks
         scoring = readable_scoring(scoring)
     rng_at = 0
     probs = rng_state = None
@@ -191,7 +193,7 @@ def _attend(
     )  # fmt: skip
     packed = pack_forward(
         (q_at, k_at, v_at, o_at), 0 if lse is None else lse.data_ptr(), sequences, rng_at,
-        0 if counter is None else counter.data_ptr(), strides, lse_strides, sizes, k.shape[0], head_dims,
+        0 if counter is None else counter.data_ptr(), strides, lse_strides, sizes, total_k, head_dims,
         scoring, q.dtype, device, library.family,
     )  # fmt: skip
     status = library.forward(packed, stream)
@@ -234,7 +236,7 @@ def forward(
     """
     (batch, seqlen_q, num_heads, head_dim), (_, seqlen_k, num_heads_k, _), (_, _, _, head_dim_v) = shapes
     if out is None:
-        out = empty_out(q, head_dim_v)
+        out = empty_out(q, head_dim, head_dim_v)
     lse_strides = num_heads * seqlen_q, seqlen_q
     lse = empty_lse((batch, num_heads, seqlen_q), (*lse_strides, 1), q) if need_lse else None
     sizes = batch, seqlen_q, seqlen_k, batch * seqlen_q, num_heads, num_heads_k
@@ -258,7 +260,7 @@ def varlen_forward(
     """
     (total_q, num_heads, head_dim), (_, num_heads_k, _), (_, _, head_dim_v) = shapes
     if out is None:
-        out = empty_out(q, head_dim_v)
+        out = empty_out(q, head_dim, head_dim_v)
     lse = empty_lse((num_heads, total_q), (total_q, 1), q) if need_lse else None
     cu_seqlens_q = contiguous(cu_seqlens_q, "cu_seqlens_q")
     cu_seqlens_k = contiguous(cu_seqlens_k, "cu_seqlens_k")

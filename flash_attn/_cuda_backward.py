@@ -27,6 +27,7 @@ class _Workspace(NamedTuple):
 
     memory: Tensor
     lse_log2: int
+    row_sums: int
     dq: int
     semaphores: int
     key_partials: int
@@ -35,13 +36,14 @@ class _Workspace(NamedTuple):
 def _workspace(q: Tensor, rows: int, dq_columns: int, ordered: bool, partials: int) -> _Workspace:
     """Allocate memory for so many rows of queries.
 
-    No dq if `dq_columns` is 0, no semaphores, which put the additions to it in order, unless `ordered`;
-    `partials` is the size of the partial gradients of k and v. As `rows` is a multiple of 128, each part is
-    aligned.
+    No sums of rows in bf16, where they are softmax_d. No dq if `dq_columns` is 0, no semaphores, which put
+    the additions to it in order, unless `ordered`; `partials` is the size of the partial gradients of k and
+    v. As `rows` is a multiple of 128, each part is aligned.
     """
     dq_size = rows * dq_columns
     semaphores = rows if dq_size and ordered else 0
-    sizes = rows, dq_size, semaphores, partials
+    row_sums = rows if q.dtype == torch.float16 else 0
+    sizes = rows, row_sums, dq_size, semaphores, partials
     memory = torch.empty_strided((sum(sizes),), (1,), dtype=torch.float32, device=q.device)
     at, places = memory.data_ptr(), []
     for size in sizes:
@@ -88,7 +90,16 @@ def _launch(
         device, library.family,
     )  # fmt: skip
     packed = _pack(
-        forward, *addresses[4:], softmax_d.data_ptr(), *workspace[1:], *strides[12:], rows, key_rows, parts
+        forward,
+        *addresses[4:],
+        softmax_d.data_ptr(),
+        workspace.lse_log2,
+        workspace.row_sums or softmax_d.data_ptr(),
+        *workspace[3:],
+        *strides[12:],
+        rows,
+        key_rows,
+        parts,
     )
     status = library.backward(packed, _gpu.raw_stream(device))
     del workspace  # no sooner: the next allocation on this stream may be given it

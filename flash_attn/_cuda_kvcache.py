@@ -163,7 +163,7 @@ def _attend(
         cu_seqlens_q = _cuda.contiguous(cu_seqlens[0], "cu_seqlens_q")
         cu_seqlens_k = _cuda.contiguous(cu_seqlens[1], "cu_seqlens_k")
         packed_at = cu_seqlens_q.data_ptr(), cu_seqlens_k.data_ptr()
-    if scoring.alibi_slopes is not None or scoring.sinks is not None:
+    if scoring[-2] is not None or scoring[-1] is not None:  # slopes, sinks
         scoring = _cuda.readable_scoring(scoring)
     forward = _cuda.pack_forward(
         (q_at, k_at, v_at, o_at), 0 if lse is None else lse.data_ptr(), (*packed_at, 0, leftpad_at), 0,
@@ -213,9 +213,9 @@ def forward_kvcache(
         ValueError: a cache whose last dimension is not contiguous, or that is expanded and appended to.
         RuntimeError: as in `_cuda.forward`.
     """
-    (batch, seqlen_q, num_heads, _), _, v_shape = shapes
+    (batch, seqlen_q, num_heads, head_dim), _, v_shape = shapes
     if out is None:
-        out = empty_out(q, v_shape[3])
+        out = empty_out(q, head_dim, v_shape[3])
     strides = num_heads * seqlen_q, seqlen_q
     lse = _cuda.empty_lse((batch, num_heads, seqlen_q), (*strides, 1), q) if need_lse else None
     sizes = batch, seqlen_q, batch * seqlen_q
@@ -236,7 +236,7 @@ def varlen_forward(
     shapes = q.shape, k.shape, v.shape
     total_q, num_heads, _ = shapes[0]
     if out is None:
-        out = empty_out(q, v.shape[3])
+        out = empty_out(q, q.shape[-1], v.shape[3])
     lse = _cuda.empty_lse((num_heads, total_q), (total_q, 1), q) if need_lse else None
     sizes, cu_seqlens = (cu_seqlens_q.numel() - 1, max_seqlen_q, total_q), (cu_seqlens_q, cu_seqlens_k)
     cache = Cache(k, v, seqused_k, None, None, block_table)

@@ -154,7 +154,7 @@ def _flash_attn_varlen_backward(
 def _fake_outputs(
     q: Tensor, v: Tensor, lse_shape: tuple[int, ...], probs: tuple[int, ...], has_probs: bool
 ) -> Outputs:
-    out = empty_out(q, v.shape[-1])
+    out = empty_out(q, q.shape[-1], v.shape[-1])
     lse = q.new_empty(lse_shape, dtype=lse_dtype(q.dtype))
     return out, lse, q.new_empty(probs if has_probs else (0,)), q.new_empty((2,), dtype=torch.int64)
 

@@ -155,7 +155,7 @@ def forward_kvcache(
         fail(ValueError, "k_cache", f"of room for at most {check.MAX_SEQLEN} keys a sequence", capacity)
     scoring = check.check_scoring(
         q, head_dim, batch, seqlen_q, capacity, 0.0, softmax_scale, causal, window_left, window_right,
-        softcap, alibi_slopes, s_aux, keeps_window=rotary_cos is not None,
+        softcap, alibi_slopes, s_aux, rotary_cos is not None,
     )  # fmt: skip
     last = None
     if isinstance(cache_seqlens, int) and not 0 <= cache_seqlens <= capacity - s_new:

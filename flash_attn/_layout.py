@@ -21,17 +21,16 @@ def maybe_contiguous(x: Tensor | None) -> Tensor | None:
     return x.contiguous() if x is not None and x.stride(-1) != 1 else x
 
 
-def empty_out(q: Tensor, head_dim_v: int) -> Tensor:
-    """Allocate the output (..., head_dim_v) for `q` (..., d).
+def empty_out(q: Tensor, head_dim: int, head_dim_v: int) -> Tensor:
+    """Allocate the output (..., head_dim_v) for `q` (..., head_dim).
 
     It is laid out as q is if the head dims are equal and q's last dimension is contiguous, else contiguous.
     """
-    shape = q.shape
-    if shape[-1] == head_dim_v:
+    if head_dim == head_dim_v:
         out = torch.empty_like(q)
-        if out.stride()[-1] == 1:
+        if out.stride(-1) == 1:
             return out
-    return q.new_empty((*shape[:-1], head_dim_v))
+    return q.new_empty((*q.shape[:-1], head_dim_v))
 
 
 def lse_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -78,6 +78,8 @@ void require_scores(Requirements& require, const ForwardParams& params) {
                       "0, or positive and finite", params.softcap);
   require.that_number(params.dropout_p >= 0.0f && params.dropout_p < 1.0f, "dropout_p", "in [0, 1)",
                       params.dropout_p);
+  require.that_number(params.dropout_rescale >= 1.0f && std::isfinite(params.dropout_rescale),
+                      "dropout_rescale", "at least 1", params.dropout_rescale);
   if (params.dropout_p > 0.0f) require.given(params.rng_state, "rng_state");
 }
 
@@ -132,6 +134,7 @@ void require_workspaces(Requirements& require, const BackwardParams& params) {
                kRows, params.rows);
   require.given(params.softmax_d, "softmax_d");
   require.given(params.softmax_lse_log2, "softmax_lse_log2");
+  require.given(params.row_sums, "row_sums");
   if (params.dq != nullptr) require.given(params.dq_accumulator, "dq_accumulator");
   const int64_t parts = params.key_parts;
   require.that(parts >= 1 && forward.num_heads % (forward.num_heads_k * parts) == 0, "key_parts",
@@ -148,7 +151,9 @@ void require_cache(Requirements& require, const SplitParams& params) {
   require.that(params.page_size >= 0 && params.page_size % 16 == 0, "page_size", "a multiple of 16",
                params.page_size);
   if (params.page_size > 0 && has_keys(forward)) require.given(params.block_table, "block_table");
-  const auto holds = [](int elements, int head_dim) { return elements > head_dim - 8 && elements <= head_dim; };
+  const auto holds = [](int elements, int head_dim) {
+    return elements > head_dim - 8 && elements <= head_dim;
+  };
   constexpr const char* kOwn = "the cache's own head dim, of which the other is the next multiple of 8";
   require.that(holds(params.cache_head_dim, forward.head_dim), "cache_head_dim", kOwn, params.cache_head_dim);
   require.that(holds(params.cache_head_dim_v, forward.head_dim_v), "cache_head_dim_v", kOwn,

@@ -26,7 +26,6 @@
 #include <atomic>
 #include <cstdint>
 
-#include "common/backward_prepare.cuh"
 #include "common/schedule.cuh"
 #include "common/scores.cuh"
 #include "common/sequence.cuh"
@@ -36,6 +35,7 @@
 #include "ptx/barrier.cuh"
 #include "sm80/backward_config.cuh"
 #include "sm80/backward_convert.cuh"
+#include "sm80/backward_prepare.cuh"
 #include "sm80/backward_products.cuh"
 #include "sm80/backward_steps.cuh"
 #include "sm80/backward_store.cuh"

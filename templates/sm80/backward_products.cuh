@@ -150,7 +150,7 @@ __device__ __forceinline__ void differentiate_block(uint32_t (&dscores)[4], uint
     float x = dp[0] * kInverse, y = dp[1] * kInverse;
     if constexpr (Config::kModifiers) {
       if (params.dropout_p > 0.0f) {
-        const float rescale = 1.0f / (1.0f - params.dropout_p);
+        const float rescale = params.dropout_rescale;
         x = p.x < 0.0f ? 2.0f * delta.x : x * rescale;
         y = p.y < 0.0f ? 2.0f * delta.y : y * rescale;
       }
@@ -164,7 +164,6 @@ template <class Config>
 __device__ __forceinline__ void add_key_gradient(KeyGradient<Config>& gradient, const KeyBlock<Config>& keys,
                                                  const BackwardPart<Config>& part, int stage,
                                                  int score_stage) {
-  constexpr float kInverse = 1.0f / kProbsFactor<Config::kDtype>;
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int chunk = 0; chunk < Config::kChunks; ++chunk) {
@@ -189,7 +188,6 @@ __device__ __forceinline__ void add_key_gradient(KeyGradient<Config>& gradient, 
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           d[i] = part.row_values(stage, 1, chunk, 2 * k + i);
-          d[i].x *= kInverse, d[i].y *= kInverse;
         }
         differentiate_block<Config>(dscores[m][k], handed[k], dprobs[m][2 * k], dprobs[m][2 * k + 1], d,
                                     keys.params.forward);

@@ -117,7 +117,7 @@ __device__ __forceinline__ void load_step(const KeyBlock<Config>& keys, QuerySte
       .issue(params.dout_row_stride, rows, params.forward.head_dim_v);
   constexpr int kCopies = Config::kRowBytes / 16;
   if (threadIdx.x < 2 * kCopies) {
-    const float* source = threadIdx.x < kCopies ? params.softmax_lse_log2 : params.softmax_d;
+    const float* source = threadIdx.x < kCopies ? params.softmax_lse_log2 : params.row_sums;
     const uint32_t rows_at = shared + Config::kRowsAt + stage * 2 * Config::kRowBytes;
     ptx::cp_async_16(rows_at + threadIdx.x * 16, source + keys.workspace(step) + threadIdx.x % kCopies * 4,
                      true);

@@ -46,7 +46,7 @@ __device__ __forceinline__ void store_key_gradient(const KeyGradient<Config>& gr
                                                    const BackwardPart<Config>& part, bool value_warp) {
   using Element = typename Config::Element;
   const BackwardParams& params = keys.params;
-  const float scale = value_warp ? 1.0f / kProbsFactor<Config::kDtype> / (1.0f - params.forward.dropout_p)
+  const float scale = value_warp ? params.forward.dropout_rescale / kProbsFactor<Config::kDtype>
                                  : params.forward.softmax_scale;
   float factor[2 * Config::kTilesKeys];
 #pragma unroll

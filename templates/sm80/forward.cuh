@@ -85,7 +85,7 @@ __device__ __forceinline__ void finish(const QueryBlock& queries, const WarpPart
     float lse = softmax.log_sum_exp(i, scale_log2);
     if (queries.params->sinks != nullptr) factor[i] *= add_sink(lse, queries.params->sinks[queries.head]);
     if (stores_lse && row < queries.rows) *queries.lse(row) = lse;
-    if constexpr (kModifiers) factor[i] /= 1.0f - queries.params->dropout_p;
+    if constexpr (kModifiers) factor[i] *= queries.params->dropout_rescale;
   }
   store_tile<Config::kDtype, Config::kHeadDim>(
       shared, output, factor, part.row, part.dim, queries.rows, queries.params->head_dim_v,

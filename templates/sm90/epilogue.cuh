@@ -71,7 +71,7 @@ __device__ __forceinline__ void finish(const QueryBlock& queries, OnlineSoftmax<
     if (queries.params->softmax_lse != nullptr && lane % 4 == 0 && row < queries.rows) {
       *queries.lse(row) = lse;
     }
-    if constexpr (kModifiers) factor[i] /= 1.0f - queries.params->dropout_p;
+    if constexpr (kModifiers) factor[i] *= queries.params->dropout_rescale;
   }
   store_output<Config>(queries, first_row, output, factor);
 }

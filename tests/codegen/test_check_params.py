@@ -30,9 +30,11 @@ FORWARD = {
     "q": SOME, "k": SOME, "v": SOME, "out": SOME, "softmax_lse": SOME, "total_q": 16, "total_k": 24,
     "batch": 2, "num_heads": 4, "num_heads_k": 2, "seqlen_q": 8, "seqlen_k": 12, "head_dim": 64,
     "head_dim_v": 72, "window_left": -1, "window_right": 0, "dtype": 1, "softmax_scale": 0.125,
+    "dropout_rescale": 1.0,
 }  # fmt: skip
 BACKWARD = {
     "dout": SOME, "dq": SOME, "dk": SOME, "dv": SOME, "softmax_d": SOME, "softmax_lse_log2": SOME,
+    "row_sums": SOME,
     "dq_accumulator": SOME, "key_partials": SOME, "rows": 128, "key_rows": 128, "key_parts": 2,
 }  # fmt: skip
 SPLIT = {
@@ -54,11 +56,11 @@ OF_CHOICE = {
 OF_CALL = OF_CHOICE | {
     "batch": (-1,), "seqlen_q": (-1, INT_MAX), "seqlen_k": (-5, INT_MAX - 126), "total_q": (-1,),
     "total_k": (-1,), "num_heads_k": (0, -1), "num_heads": (-2, 3, 1), "softmax_scale": (NAN, float("inf")),
-    "softcap": (-1.0, NAN), "dropout_p": (-0.1, 1.0, NAN),
+    "softcap": (-1.0, NAN), "dropout_p": (-0.1, 1.0, NAN), "dropout_rescale": (0.0, 0.5, NAN, float("inf")),
 }  # fmt: skip
 NULLS = {
     "forward": ("q", "k", "v", "out"),
-    "backward": ("q", "k", "v", "out", "softmax_lse", "dout", "softmax_d", "softmax_lse_log2",
+    "backward": ("q", "k", "v", "out", "softmax_lse", "dout", "softmax_d", "softmax_lse_log2", "row_sums",
                  "dq_accumulator", "key_partials", "dk", "dv"),
     "split": ("q", "k", "v", "out", "block_table", "k_new", "v_new", "q_rotated", "out_partial",
               "lse_partial", "rotary_cos", "rotary_sin"),

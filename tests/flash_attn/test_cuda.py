@@ -42,7 +42,8 @@ def test_packed_fields(library):
     assert (params.head_dim, params.head_dim_v) == (64, 64)
     assert (params.window_left, params.window_right) == (-1, 0)
     assert params.dtype == _abi.Dtype.BF16 and params.device == -1 and params.family == 0
-    assert params.softmax_scale == 0.125 and params.softcap == 3.0 and params.dropout_p == 0.0
+    assert params.softmax_scale == 0.125 and params.softcap == 3.0
+    assert (params.dropout_p, params.dropout_rescale) == (0.0, 1.0)
     absent = "cu_seqlens_q", "cu_seqlens_k", "seqused_k", "leftpad_k", "alibi_slopes", "rng_state", "probs"
     assert not any(getattr(params, name) for name in (*absent, "tile_counter"))
     assert params.alibi_batch_stride == 0
@@ -322,3 +323,10 @@ def test_empty_calls_ask_for_no_tile_counter(install, monkeypatch):
     install(StandIn(), hopper=True)
     monkeypatch.setattr(_gpu, "tile_counter", lambda *where: pytest.fail("asked"))
     run(*make(seqlen_k=0))
+
+
+def test_the_factor_of_dropout_is_rounded_once(library):
+    """From a dropout_p in fp32 it would be off by 1.3e-5 at 0.999."""
+    run(*make(), dropout_p=0.999)
+    rescale = library.calls[0][0].dropout_rescale
+    assert rescale == torch.tensor(1.0 / (1.0 - 0.999), dtype=torch.float32).item()

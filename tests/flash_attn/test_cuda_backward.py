@@ -100,13 +100,14 @@ def spaces(monkeypatch):
 
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("with_dq", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "head_dims, kernel", [((64, 64), 64), ((40, 40), 64), ((64, 96), 96), ((256, 32), 256)]
 )
 def test_the_parts_of_the_workspace_lie_apart(
-    library, monkeypatch, deterministic, with_dq, head_dims, kernel
+    library, monkeypatch, deterministic, with_dq, dtype, head_dims, kernel
 ):  # fmt: skip
-    q, k, v = make(seqlen_q=150, heads_k=4, head_dim=head_dims[0], head_dim_v=head_dims[1])
+    q, k, v = make(seqlen_q=150, heads_k=4, head_dim=head_dims[0], head_dim_v=head_dims[1], dtype=dtype)
     dq, dk, dv = like(q, k, v)
     found = spaces(monkeypatch)
     run(q, k, v, (dq if with_dq else None, dk, dv), deterministic=deterministic)
@@ -114,6 +115,10 @@ def test_the_parts_of_the_workspace_lie_apart(
     (memory,) = found
     rows = 2 * 4 * 256
     parts = [(params.softmax_lse_log2, rows)]
+    if dtype == torch.float16:
+        parts.append((params.row_sums, rows))
+    else:
+        assert params.row_sums == params.softmax_d
     if with_dq:
         parts.append((params.dq_accumulator, rows * kernel))
     else:

@@ -90,6 +90,7 @@ CHANGES = [
     ("forward", "dropout_p", 0.5),
     *(("backward", name, a_page_on) for name in ("dq", "dk", "dv", "dout", "softmax_d", "dq_accumulator")),
     *(("backward", name, 0) for name in ("dk", "dout", "softmax_d", "softmax_lse_log2", "dq_accumulator")),
+    ("backward", "row_sums", 0),
     ("backward", "semaphores", a_page_on), ("backward", "rows", 5), ("backward", "rows", 256),
     ("backward", "key_rows", 16), ("backward", "key_parts", 0), ("backward", "key_parts", 3),
     ("backward", "key_partials", 0), ("backward", "dq_row_stride", one_more),

@@ -366,3 +366,27 @@ def test_a_maximal_length_that_is_too_small_does_not_hang():
     found = torch.autograd.grad(out, (q, k, v), torch.randn_like(out))
     torch.cuda.synchronize()
     assert all(x[:64].isfinite().all() for x in found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("head_dims", [*((d, d) for d in HEAD_DIMS), (192, 128), (40, 24)], ids=str)
+@pytest.mark.parametrize(
+    "seqlen_q, seqlen_k, mask",
+    [(300, 1, {}), (300, 300, {"window_size": (0, 0)}), (70, 300, {"window_size": (0, 9), "causal": True}),
+     (200, 100, {"causal": True})],
+    ids=str,
+)  # fmt: skip
+def test_rows_that_see_one_key_have_no_gradient(dtype, head_dims, seqlen_q, seqlen_k, mask):
+    """D is added up as dP is: where one key has all the weight they are equal, bit for bit."""
+    d, dv = head_dims
+    q, k, v, dout = (
+        torch.randn(2, n, h, m, device="cuda").to(dtype)
+        for n, h, m in ((seqlen_q, 4, d), (seqlen_k, 2, d), (seqlen_k, 2, dv), (seqlen_q, 4, dv))
+    )
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = flash_attn_func(*leaves, **mask)
+    dq, dk, _ = torch.autograd.grad(out, leaves, dout)
+    if mask == {"causal": True}:  # queries before the first key see none, the next one sees one
+        assert not dq[:, : seqlen_q - seqlen_k + 1].any() and dq[:, seqlen_q - seqlen_k + 1 :].any()
+    else:
+        assert not dq.any() and not dk.any()

@@ -198,6 +198,8 @@ def _workspaces(memory: Memory, b: SimpleNamespace) -> Tensor:
     head_dim = next(d for d in _abi.HEAD_DIMS if d >= max(p.head_dim, p.head_dim_v))
     shape = batch, p.num_heads, b.rows
     memory.poison("softmax_lse_log2", b.softmax_lse_log2, shape, torch.float32)
+    need(p.dtype == _abi.Dtype.FP16 or b.row_sums == b.softmax_d, "row_sums is not softmax_d")
+    memory.poison("row_sums", b.row_sums, shape, torch.float32)
     if b.dq:
         memory.poison("dq_accumulator", b.dq_accumulator, (*shape, head_dim), torch.float32)
     if b.semaphores:

@@ -4,7 +4,7 @@ import ctypes
 import struct
 from enum import IntEnum
 
-LAYOUT_HASH = 0xE47E1BEA2A19B25E
+LAYOUT_HASH = 0xD446B267D8CD5E2D
 """Must equal flash_attn_layout_hash() of the library."""
 
 HEAD_DIMS = (32, 64, 96, 128, 192, 256)
@@ -122,10 +122,11 @@ class ForwardParams(ctypes.Structure):
         ("softmax_scale", ctypes.c_float),  # factor of q k^T
         ("softcap", ctypes.c_float),  # scores are softcap * tanh(score / softcap), 0 = off
         ("dropout_p", ctypes.c_float),  # probability of dropping an element of P
+        ("dropout_rescale", ctypes.c_float),  # factor of those that stay, 1 / (1 - dropout_p) rounded once
     )
 
 
-FORWARD_PARAMS = struct.Struct("<14Q17q12i3f4x")
+FORWARD_PARAMS = struct.Struct("<14Q17q12i4f")
 """Packs the fields of ForwardParams, in order, into 312 bytes; a pointer is an int, null is 0."""
 
 
@@ -144,6 +145,7 @@ class BackwardParams(ctypes.Structure):
         ("dv", ctypes.c_void_p),  # as v, null iff dk is
         ("softmax_d", ctypes.c_void_p),  # result: rowsum(dO * O), (batch, num_heads, rows); padding = 0
         ("softmax_lse_log2", ctypes.c_void_p),  # workspace: LSE in log2 units, the same; padding = +inf
+        ("row_sums", ctypes.c_void_p),  # workspace: softmax_d as it is subtracted; in bf16 softmax_d itself
         ("dq_accumulator", ctypes.c_void_p),  # workspace: dq, the same x the kernel's head dim
         ("semaphores", ctypes.c_void_p),  # workspace as softmax_d: dq is added up in order; or null
         ("key_partials", ctypes.c_void_p),  # workspace: dk and dv of each of several parts, see key_rows
@@ -165,8 +167,8 @@ class BackwardParams(ctypes.Structure):
     )
 
 
-BACKWARD_PARAMS = struct.Struct("<312s9Q14q1i4x")
-"""Packs the fields of BackwardParams, in order, into 504 bytes; a pointer is an int, null is 0."""
+BACKWARD_PARAMS = struct.Struct("<312s10Q14q1i4x")
+"""Packs the fields of BackwardParams, in order, into 512 bytes; a pointer is an int, null is 0."""
 
 
 class SplitParams(ctypes.Structure):

@@ -7,7 +7,7 @@
 
 namespace flash_attn {
 
-constexpr uint64_t kLayoutHash = 0xE47E1BEA2A19B25Eu;
+constexpr uint64_t kLayoutHash = 0xD446B267D8CD5E2Du;
 
 // Element type of q, k, v and out.
 enum class Dtype : int32_t {
@@ -96,6 +96,7 @@ struct ForwardParams {
   float softmax_scale;  // factor of q k^T
   float softcap;  // scores are softcap * tanh(score / softcap), 0 = off
   float dropout_p;  // probability of dropping an element of P
+  float dropout_rescale;  // factor of those that stay, 1 / (1 - dropout_p) rounded once
 };
 static_assert(sizeof(ForwardParams) == 312);
 static_assert(offsetof(ForwardParams, q) == 0);
@@ -144,6 +145,7 @@ static_assert(offsetof(ForwardParams, family) == 292);
 static_assert(offsetof(ForwardParams, softmax_scale) == 296);
 static_assert(offsetof(ForwardParams, softcap) == 300);
 static_assert(offsetof(ForwardParams, dropout_p) == 304);
+static_assert(offsetof(ForwardParams, dropout_rescale) == 308);
 
 // Arguments of one attention backward call. The workspaces need not be initialised. Per head (and batch
 // entry), they have seqlen_q rows, or if varlen total_q + 128 * batch, rounded up to a multiple of 128.
@@ -157,6 +159,7 @@ struct BackwardParams {
   void* dv;  // as v, null iff dk is
   float* softmax_d;  // result: rowsum(dO * O), (batch, num_heads, rows); padding = 0
   float* softmax_lse_log2;  // workspace: LSE in log2 units, the same; padding = +inf
+  float* row_sums;  // workspace: softmax_d as it is subtracted; in bf16 softmax_d itself
   float* dq_accumulator;  // workspace: dq, the same x the kernel's head dim
   int32_t* semaphores;  // workspace as softmax_d: dq is added up in order; or null
   float* key_partials;  // workspace: dk and dv of each of several parts, see key_rows
@@ -176,7 +179,7 @@ struct BackwardParams {
   int64_t key_rows;  // of key_partials: (key_parts, 2, heads of k, key_rows, head dim)
   int32_t key_parts;  // of the heads that share keys, a divisor of their number
 };
-static_assert(sizeof(BackwardParams) == 504);
+static_assert(sizeof(BackwardParams) == 512);
 static_assert(offsetof(BackwardParams, forward) == 0);
 static_assert(offsetof(BackwardParams, dout) == 312);
 static_assert(offsetof(BackwardParams, dq) == 320);
@@ -184,24 +187,25 @@ static_assert(offsetof(BackwardParams, dk) == 328);
 static_assert(offsetof(BackwardParams, dv) == 336);
 static_assert(offsetof(BackwardParams, softmax_d) == 344);
 static_assert(offsetof(BackwardParams, softmax_lse_log2) == 352);
-static_assert(offsetof(BackwardParams, dq_accumulator) == 360);
-static_assert(offsetof(BackwardParams, semaphores) == 368);
-static_assert(offsetof(BackwardParams, key_partials) == 376);
-static_assert(offsetof(BackwardParams, dout_batch_stride) == 384);
-static_assert(offsetof(BackwardParams, dout_row_stride) == 392);
-static_assert(offsetof(BackwardParams, dout_head_stride) == 400);
-static_assert(offsetof(BackwardParams, dq_batch_stride) == 408);
-static_assert(offsetof(BackwardParams, dq_row_stride) == 416);
-static_assert(offsetof(BackwardParams, dq_head_stride) == 424);
-static_assert(offsetof(BackwardParams, dk_batch_stride) == 432);
-static_assert(offsetof(BackwardParams, dk_row_stride) == 440);
-static_assert(offsetof(BackwardParams, dk_head_stride) == 448);
-static_assert(offsetof(BackwardParams, dv_batch_stride) == 456);
-static_assert(offsetof(BackwardParams, dv_row_stride) == 464);
-static_assert(offsetof(BackwardParams, dv_head_stride) == 472);
-static_assert(offsetof(BackwardParams, rows) == 480);
-static_assert(offsetof(BackwardParams, key_rows) == 488);
-static_assert(offsetof(BackwardParams, key_parts) == 496);
+static_assert(offsetof(BackwardParams, row_sums) == 360);
+static_assert(offsetof(BackwardParams, dq_accumulator) == 368);
+static_assert(offsetof(BackwardParams, semaphores) == 376);
+static_assert(offsetof(BackwardParams, key_partials) == 384);
+static_assert(offsetof(BackwardParams, dout_batch_stride) == 392);
+static_assert(offsetof(BackwardParams, dout_row_stride) == 400);
+static_assert(offsetof(BackwardParams, dout_head_stride) == 408);
+static_assert(offsetof(BackwardParams, dq_batch_stride) == 416);
+static_assert(offsetof(BackwardParams, dq_row_stride) == 424);
+static_assert(offsetof(BackwardParams, dq_head_stride) == 432);
+static_assert(offsetof(BackwardParams, dk_batch_stride) == 440);
+static_assert(offsetof(BackwardParams, dk_row_stride) == 448);
+static_assert(offsetof(BackwardParams, dk_head_stride) == 456);
+static_assert(offsetof(BackwardParams, dv_batch_stride) == 464);
+static_assert(offsetof(BackwardParams, dv_row_stride) == 472);
+static_assert(offsetof(BackwardParams, dv_head_stride) == 480);
+static_assert(offsetof(BackwardParams, rows) == 488);
+static_assert(offsetof(BackwardParams, key_rows) == 496);
+static_assert(offsetof(BackwardParams, key_parts) == 504);
 
 // Arguments of one attention call over a KV cache. Keys that the call appends are written to the cache
 // first; what would lie outside of it is dropped, and read as zero. In forward, k and v are the cache,
