@@ -22,9 +22,7 @@ def draw(*shape, dtype=BF16, device="cpu"):
 @pytest.mark.parametrize("causal", [False, True])
 def test_gradients_where_softcap_saturates(device, require_backward, dtype, worst, causal):
     """Rounding P, dS and O to bf16 is worth 0.07 here; 1 - tanh^2 in fp32 is off by 0.3 and more."""
-    if dtype is FP32 and device == "cuda":
-        pytest.skip("no fp32 kernels")
-    require_backward(device, BF16, 64)
+    require_backward(device, dtype, 64)
     q, k = (1.0 + 0.3 * torch.randn(2, 4, 2, 64, device=device) for _ in range(2))
     inputs = (0.1 * q).to(dtype), k.to(dtype), draw(2, 4, 2, 64, dtype=dtype, device=device)
     options = Options(softcap=0.1, causal=causal)  # tanh is taken at 8 or so: it is 1 - 2e-7
@@ -66,9 +64,7 @@ def test_gradients_of_keys_that_are_seen_weakly(
 @pytest.mark.parametrize("softmax_scale", [None, -0.2, 1e-44, 2.0**100])
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 def test_softcap_over_its_whole_range(device, require_backward, dtype, softmax_scale, softcap):
-    if dtype is FP32 and device == "cuda":
-        pytest.skip("no fp32 kernels")
-    require_backward(device, BF16, 64)
+    require_backward(device, dtype, 64)
     inputs = draw(1, 20, 2, 64), draw(1, 35, 1, 64), draw(1, 35, 1, 64)
     inputs = tuple(x.to(device, dtype).requires_grad_() for x in inputs)
     options = Options(softcap=softcap, softmax_scale=softmax_scale, causal=True)

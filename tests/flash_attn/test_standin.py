@@ -68,18 +68,18 @@ def two_more(x):
     return x + 2
 
 
-def a_page_on(x):
-    return x + 2**20
+def far_away(x):
+    return x + 2**46
 
 
 CHANGES = [
-    *(("forward", name, value) for name in ("q", "k", "v", "out") for value in (0, two_more, a_page_on)),
+    *(("forward", name, value) for name in ("q", "k", "v", "out") for value in (0, two_more, far_away)),
     *(("forward", f"{name}_row_stride", value) for name in "qkv" for value in (one_more, -8, 2**40)),
     ("forward", "out_head_stride", 0), ("forward", "out_batch_stride", 8),
-    ("forward", "softmax_lse", a_page_on), ("forward", "softmax_lse", two_more),
-    ("forward", "lse_head_stride", 2**30), ("forward", "alibi_slopes", a_page_on),
+    ("forward", "softmax_lse", far_away), ("forward", "softmax_lse", two_more),
+    ("forward", "lse_head_stride", 2**30), ("forward", "alibi_slopes", far_away),
     ("forward", "alibi_batch_stride", 2**30), ("forward", "tile_counter", 16),
-    ("forward", "cu_seqlens_k", a_page_on), ("forward", "cu_seqlens_q", a_page_on),
+    ("forward", "cu_seqlens_k", far_away), ("forward", "cu_seqlens_q", far_away),
     ("forward", "seqused_k", 4), ("forward", "leftpad_k", 4), ("forward", "sinks", 4),
     ("forward", "seqlen_k", 17), ("forward", "seqlen_q", 6), ("forward", "seqlen_q", 0),
     ("forward", "batch", 3), ("forward", "batch", -1), ("forward", "num_heads", 3),
@@ -88,16 +88,16 @@ CHANGES = [
     ("forward", "window_right", -5), ("forward", "dtype", 7), ("forward", "family", 3),
     ("forward", "softmax_scale", math.nan), ("forward", "softcap", -1.0), ("forward", "dropout_p", 1.0),
     ("forward", "dropout_p", 0.5),
-    *(("backward", name, a_page_on) for name in ("dq", "dk", "dv", "dout", "softmax_d", "dq_accumulator")),
+    *(("backward", name, far_away) for name in ("dq", "dk", "dv", "dout", "softmax_d", "dq_accumulator")),
     *(("backward", name, 0) for name in ("dk", "dout", "softmax_d", "softmax_lse_log2", "dq_accumulator")),
     ("backward", "row_sums", 0),
-    ("backward", "semaphores", a_page_on), ("backward", "rows", 5), ("backward", "rows", 256),
+    ("backward", "semaphores", far_away), ("backward", "rows", 5), ("backward", "rows", 256),
     ("backward", "key_rows", 16), ("backward", "key_parts", 0), ("backward", "key_parts", 3),
     ("backward", "key_partials", 0), ("backward", "dq_row_stride", one_more),
     ("backward", "dv_head_stride", 0),
     ("backward", "dout_batch_stride", one_more), ("backward", "forward.softmax_lse", 0),
     ("backward", "forward.out", lambda x: x + 8), ("backward", "forward.k_row_stride", 1),
-    *(("split", name, a_page_on) for name in ("k_new", "v_new", "rotary_cos", "q_rotated", "out_partial")),
+    *(("split", name, far_away) for name in ("k_new", "v_new", "rotary_cos", "q_rotated", "out_partial")),
     *(("split", name, 0) for name in ("k_new", "rotary_sin", "q_rotated", "out_partial", "lse_partial")),
     ("split", "lse_partial", lambda x: x + 64), ("split", "k_new_row_stride", 3), ("split", "num_splits", 0),
     ("split", "num_splits", 129), ("split", "num_splits", 4), ("split", "long_tiles", 2),
@@ -106,8 +106,8 @@ CHANGES = [
     ("split", "seqlen_new", -1), ("split", "seqlen_new", 6), ("split", "cache_entries", 3),
     ("split", "cache_seqlens", 4), ("split", "cache_batch_idx", 4), ("split", "forward.k", 0),
     ("split", "forward.seqused_k", 4), ("split", "forward.seqlen_k", 17),
-    ("rotary", "x", 0), ("rotary", "out", a_page_on), ("rotary", "x_row_stride", 4), ("rotary", "cos", 2),
-    ("rotary", "sin", a_page_on), ("rotary", "interleaved", 2), ("rotary", "conjugate", -1),
+    ("rotary", "x", 0), ("rotary", "out", far_away), ("rotary", "x_row_stride", 4), ("rotary", "cos", 2),
+    ("rotary", "sin", far_away), ("rotary", "interleaved", 2), ("rotary", "conjugate", -1),
     ("rotary", "fp32_tables", 3), ("rotary", "rotary_dim", 8), ("rotary", "table_rows", 2**20),
     ("rotary", "offsets", 4), ("rotary", "cu_seqlens", 4), ("rotary", "rows", 11), ("rotary", "head_dim", 12),
 ]  # fmt: skip

@@ -153,10 +153,9 @@ class Case:
         self.outputs.append(found)
         return found.view
 
-    def cache(self, *shape: int, narrow: bool) -> Placed:
-        """Return a cache, which need not be readable by copies of 16 bytes where `narrow`."""
-        layouts = PLAIN if narrow else ("contiguous", *(("heads first", "sliced") * (shape[-1] % 8 == 0)))
-        return self.placed(shape, self.pick(*layouts))
+    def cache(self, *shape: int) -> Placed:
+        """Return a cache, which kernels read where it lies."""
+        return self.placed(shape, self.pick(*PLAIN))
 
     def index(self, values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
         x = torch.tensor(values, dtype=torch.int32, device=self.device)
