@@ -150,7 +150,8 @@ void require_cache(Requirements& require, const SplitParams& params) {
   require.not_negative("cache_entries", params.cache_entries);
   require.that(params.page_size >= 0 && params.page_size % 16 == 0, "page_size", "a multiple of 16",
                params.page_size);
-  if (params.page_size > 0 && has_keys(forward)) require.given(params.block_table, "block_table");
+  const bool pages = params.page_size > 0 && has_keys(forward) && forward.seqlen_k > 0;
+  if (pages) require.given(params.block_table, "block_table");
   const auto holds = [](int elements, int head_dim) {
     return elements > head_dim - 8 && elements <= head_dim;
   };

@@ -170,6 +170,7 @@ NOTHING = {"batch": 0, "total_q": 0, "total_k": 0}
         ("split", {"k": None, "v": None, "cache_entries": 0}),
         ("split", {"num_splits": 1, "out_partial": None, "lse_partial": None}),
         ("split", {"page_size": 0, "block_table": None}),
+        ("split", {"block_table": None, "seqlen_k": 0}),
         ("split", {"seqlen_new": 0, "k_new": None, "v_new": None}),
         ("split", {"rotary_cos": None, "rotary_sin": None, "q_rotated": None, "rotary_dim": 0}),
         ("split", {"num_heads": 0, "q": None, "out": None}),

@@ -130,3 +130,13 @@ def test_not_a_single_query():
         q[:0], *pages, starts, bounds(LENGTHS_K), 200, max(LENGTHS_K), 0.0, None, True, block_table=table
     )
     assert out.shape == (0, HEADS, 64) and lse.shape == (HEADS, 0)
+
+
+def test_a_block_table_without_columns(device, require_split):
+    """No sequence has a key: it lies nowhere."""
+    require_split(device, torch.bfloat16, 64)
+    q, pages = (torch.randn(shape, device=device).bfloat16() for shape in ((5, 4, 64), (3, 16, 2, 64)))
+    cu_q, cu_k = (torch.tensor(x, dtype=torch.int32, device=device) for x in ([0, 5], [0, 0]))
+    table = torch.empty(1, 0, dtype=torch.int32, device=device)
+    out = flash_attn_varlen_func(q, pages, pages, cu_q, cu_k, 5, 0, block_table=table)
+    assert not out.any()
