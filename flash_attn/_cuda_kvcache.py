@@ -149,8 +149,10 @@ def _attend(
         rotary_sizes = cos.shape[0], 2 * cos.shape[1], rotary.interleaved
     seqlen, seqlens_at, batch_idx_at, leftpad_at, packed_at = 0, 0, 0, 0, (0, 0)
     if isinstance(seqlens, Tensor):
-        seqlens = _cuda.contiguous(seqlens, "cache_seqlens")
         seqlens_at = seqlens.data_ptr()
+        if not seqlens_at or seqlens_at & 3 or not seqlens.is_contiguous() or seqlens.is_neg():
+            seqlens = _cuda.contiguous(seqlens, "cache_seqlens")
+            seqlens_at = seqlens.data_ptr()
     else:
         seqlen = capacity if seqlens is None else seqlens
     if batch_idx is not None:

@@ -35,8 +35,11 @@ def _check_cache(q: Tensor, cache: Cache, batch: int, entries: int) -> None:
         fail(ValueError, "k_cache", f"of at least q's batch size ({batch})", entries)
 
 
-def _check_new(q: Tensor, cache: Cache, k: Tensor | None, v: Tensor | None) -> int:
-    """Check the keys and values to append; return how many there are per sequence."""
+def _check_new(q: Tensor, cache: Cache, shapes: check.Shapes, k: Tensor | None, v: Tensor | None) -> int:
+    """Check the keys and values to append; return how many there are per sequence.
+
+    `shapes` are those of q and the cache.
+    """
     if k is None and v is None:
         return 0
     if k is None or v is None:
@@ -45,11 +48,13 @@ def _check_new(q: Tensor, cache: Cache, k: Tensor | None, v: Tensor | None) -> i
     if cache.seqlens is None:
         fail(ValueError, "cache_seqlens", "given where k and v are appended", None)
     if isinstance(k, Tensor) and isinstance(v, Tensor):
-        k_shape, cache_shape, device = k.shape, cache.k.shape, q.device
+        k_shape, v_shape, cached, cached_v = k.shape, v.shape, *shapes[1:]
         if (
-            k.dtype is v.dtype is q.dtype and k.device == device == v.device and len(k_shape) == 4
-            and k_shape == (q.shape[0], k_shape[1], *cache_shape[2:])
-            and v.shape == (*k_shape[:3], cache.v.shape[3])
+            len(k_shape) == 4 == len(v_shape) and k.dtype is v.dtype is q.dtype
+            and k.get_device() == q.get_device() == v.get_device()
+            and (q.is_cuda or k.device == q.device == v.device)
+            and k_shape[0] == shapes[0][0] and k_shape[2] == cached[2] and k_shape[3] == cached[3]
+            and (v_shape == k_shape or v_shape[:3] == k_shape[:3]) and v_shape[3] == cached_v[3]
         ):  # fmt: skip
             return k_shape[1]
     check.check_qkv(q, k, v, 4, 4)
@@ -147,7 +152,7 @@ def forward_kvcache(
     fields = k_cache, v_cache, cache_seqlens, cache_batch_idx, cache_leftpad, block_table
     cache = tuple.__new__(Cache, fields)  # as in check_scoring
     _check_cache(q, cache, batch, k_shape[0])
-    s_new = _check_new(q, cache, k, v)
+    s_new = _check_new(q, cache, (q_shape, k_shape, v_shape), k, v)
     if type(num_splits) is not int or num_splits:
         num_splits = check.check_num_splits(num_splits)
     capacity = k_shape[1] if block_table is None else cache.capacity

@@ -18,7 +18,6 @@ import flash_attn_2_cuda as flash_attn_gpu
 from flash_attn import _kvcache
 from flash_attn import _validation as check
 from flash_attn._arguments import as_flag
-from flash_attn._autograd import must_record
 from flash_attn._calls import Result, Window, attend, attend_varlen, record_cache, window
 from flash_attn._cuda_kvcache import kvcache_num_splits
 from flash_attn._custom_ops import (
@@ -345,10 +344,13 @@ def flash_attn_with_kvcache(
         return_softmax_lse = as_flag(return_softmax_lse, "return_softmax_lse")
     run: Callable[..., tuple[Tensor, Any]] = _kvcache.forward_kvcache
     if torch.is_grad_enabled():
-        wanting = alibi_slopes is not None or rotary_cos is not None or s_aux is not None
-        if wanting or must_record(
-            (q, k_cache, v_cache) if k is None or v is None else (q, k_cache, v_cache, k, v)
-        ):
+        try:
+            wanted = q.requires_grad or k_cache.requires_grad or v_cache.requires_grad
+            if k is not None and v is not None:
+                wanted = wanted or k.requires_grad or v.requires_grad
+        except AttributeError:  # of what is no tensor, which the checks name
+            wanted = False
+        if wanted or alibi_slopes is not None or rotary_cos is not None or s_aux is not None:
             run = record_cache
     window_left, window_right = window(window_size)
     out, lse = run(
