@@ -138,7 +138,7 @@ def _attend(
     partial_at = partial_rows = 0
     if num_splits > 1:
         partial_rows = total_q * num_heads * num_splits
-        partial = torch.empty(partial_rows * (head_dim_v + 1), dtype=torch.float32, device=q.device)
+        partial = q.new_empty(partial_rows * (head_dim_v + 1), dtype=torch.float32)
         partial_at = partial.data_ptr()
     rotary_at, rotary_sizes = (0, 0, 0), (0, 0, 0)
     if rotary is not None:
