@@ -192,18 +192,8 @@ def backward(
         dout, q, k, v, out, softmax_lse, lse_shape, gradients, rng_state, scoring.dropout_p
     )  # fmt: skip
     run = _cuda_backward.backward if _gpu.serves(q) else _cpu.backward
-    return run(
-        dout,
-        q,
-        k,
-        v,
-        out,
-        softmax_lse,
-        gradients,
-        scoring,
-        as_flag(deterministic, "deterministic"),
-        state,
-    )
+    deterministic = as_flag(deterministic, "deterministic")
+    return run(dout, q, k, v, out, softmax_lse, gradients, scoring, deterministic, state)
 
 
 def varlen_backward(
