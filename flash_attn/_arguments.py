@@ -32,15 +32,17 @@ def check_tensor(x: Any, name: str) -> None:
         fail(TypeError, name, "a dense tensor", kind)
 
 
+def address(x: Tensor) -> int:
+    """Return where the first element of `x` lies, 0 if nowhere."""
+    try:
+        return x.data_ptr()
+    except RuntimeError:  # of a tensor without storage
+        return 0
+
+
 def check_memory(x: Any, name: str) -> None:
     """Refuse a tensor without memory of its own (fake, distributed, functional), which no kernel can read."""
-    if not isinstance(x, Tensor):
-        return
-    try:
-        at = x.data_ptr()
-    except RuntimeError:
-        at = 0
-    if at == 0 and x.numel():
+    if isinstance(x, Tensor) and not address(x) and x.numel():
         fail(TypeError, name, "a tensor with memory of its own", type(x).__name__)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from flash_attn import _abi, _gpu, _library
-from flash_attn._arguments import check_memory
+from flash_attn._arguments import address, check_memory
 from flash_attn._layout import empty_out, probs_shape, round_multiple, write
 from flash_attn._philox import new_rng_state
 from flash_attn._validation import Scoring, Shapes
@@ -89,10 +89,7 @@ def contiguous(x: Tensor, name: str, alignment: int = 4) -> Tensor:
     Raises:
         TypeError: x has no memory of its own.
     """
-    try:
-        at = x.data_ptr()
-    except RuntimeError:
-        at = 0
+    at = address(x)
     if at and not at & alignment - 1 and x.is_contiguous() and not x.is_neg():
         return x
     check_memory(x, name)

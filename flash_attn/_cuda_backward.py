@@ -90,17 +90,9 @@ def _launch(
         device, library.family,
     )  # fmt: skip
     packed = _pack(
-        forward,
-        *addresses[4:],
-        softmax_d.data_ptr(),
-        workspace.lse_log2,
-        workspace.row_sums or softmax_d.data_ptr(),
-        *workspace[3:],
-        *strides[12:],
-        rows,
-        key_rows,
-        parts,
-    )
+        forward, *addresses[4:], softmax_d.data_ptr(), workspace.lse_log2,
+        workspace.row_sums or softmax_d.data_ptr(), *workspace[3:], *strides[12:], rows, key_rows, parts,
+    )  # fmt: skip
     status = library.backward(packed, _gpu.raw_stream(device))
     del workspace  # no sooner: the next allocation on this stream may be given it
     if status:

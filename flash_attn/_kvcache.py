@@ -137,15 +137,15 @@ def forward_kvcache(
     on_cuda = _gpu.serves(q)
     if is_tracing():
         raise NotImplementedError("flash_attn_with_kvcache is not implemented for torch.jit.trace")
-    if not on_cuda and not q.is_meta:  # the CUDA backend asks for itself
+    if not on_cuda:  # the CUDA backend asks for itself
+        if q.is_meta:
+            raise NotImplementedError("flash_attn_with_kvcache is not implemented for meta tensors")
         _refuse_without_memory(
             q=q, k_cache=k_cache, v_cache=v_cache, k=k, v=v, cache_seqlens=cache_seqlens,
             rotary_cos=rotary_cos, rotary_sin=rotary_sin, cache_batch_idx=cache_batch_idx,
             cache_leftpad=cache_leftpad, block_table=block_table, alibi_slopes=alibi_slopes, out=out,
             s_aux=s_aux,
         )  # fmt: skip
-    if not on_cuda and q.is_meta:
-        raise NotImplementedError("flash_attn_with_kvcache is not implemented for meta tensors")
     batch, seqlen_q, _, head_dim = q_shape
     if cache_seqlens is not None and not isinstance(cache_seqlens, Tensor):
         cache_seqlens = as_int(cache_seqlens, "cache_seqlens")

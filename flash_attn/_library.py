@@ -109,9 +109,7 @@ def _told_size(path: Path) -> int:
         segment_size, segments, section_size, sections = struct.unpack_from("<4H", header, 54)
         file.seek(segments_at)
         table = file.read(segments * 56)
-    parts = list(
-        struct.iter_unpack("<8xQ16xQ16x", table[: len(table) // 56 * 56])
-    )  # offset, bytes in the file
+    parts = list(struct.iter_unpack("<8xQ16xQ16x", table[: len(table) // 56 * 56]))  # (offset, bytes)
     parts += [(segments_at, segments * segment_size), (sections_at, sections * section_size)]
     return max(offset + length for offset, length in parts)
 

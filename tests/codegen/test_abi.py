@@ -1,19 +1,11 @@
 import ctypes
 import random
-import shutil
 import subprocess
 
 import pytest
+from checker import compile_cpp
 
 from codegen import PACKAGE, abi, render, selection
-
-
-@pytest.fixture(scope="module")
-def mirror():
-    """The rendered flash_attn/_abi.py, without importing the package."""
-    namespace: dict = {"__name__": "_abi"}
-    exec(compile(render.render_abi_module(), "_abi.py", "exec"), namespace)
-    return namespace
 
 
 @pytest.fixture(scope="module")
@@ -24,13 +16,10 @@ def header(tmp_path_factory):
 
 
 def run_cpp(header, body):
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
     source, program = header.with_name("program.cpp"), header.with_name("program")
     includes = '#include "abi.h"\n#include <cstdio>\n'
     source.write_text(f"{includes}using namespace flash_attn;\nint main() {{\n{body}\n}}\n")
-    subprocess.run([compiler, "-std=c++17", "-Wall", "-Werror", source, "-o", program], check=True)
+    compile_cpp(source, program)
     return subprocess.run([program], capture_output=True, text=True, check=True).stdout
 
 

@@ -15,13 +15,6 @@ SOME = 4096  # an address, which nobody looks at
 
 
 @pytest.fixture(scope="module")
-def abi():
-    namespace: dict = {"__name__": "_abi"}
-    exec(compile(render.render_abi_module(), "_abi.py", "exec"), namespace)
-    return namespace
-
-
-@pytest.fixture(scope="module")
 def checker(tmp_path_factory):
     return Checker(tmp_path_factory.mktemp("checks"))
 
@@ -85,22 +78,22 @@ WRONG = {
 }  # fmt: skip
 
 
-def make(abi, operation, **changes):
+def make(mirror, operation, **changes):
     """Return right parameters of an operation, but for `changes`."""
     of_forward = FORWARD | (DROPOUT if operation == "dropout_probs" else {})
     more = {"backward": BACKWARD, "split": SPLIT, "rotary": ROTARY}.get(operation)
     if operation == "rotary":
-        return abi["RotaryParams"](**(ROTARY | changes))
+        return mirror["RotaryParams"](**(ROTARY | changes))
     own = set(more or ())
-    forward = abi["ForwardParams"](**(of_forward | {k: v for k, v in changes.items() if k not in own}))
+    forward = mirror["ForwardParams"](**(of_forward | {k: v for k, v in changes.items() if k not in own}))
     if more is None:
         return forward
-    return abi[CHECKS[operation]](forward, **(more | {k: v for k, v in changes.items() if k in own}))
+    return mirror[CHECKS[operation]](forward, **(more | {k: v for k, v in changes.items() if k in own}))
 
 
 @pytest.mark.parametrize("operation", CHECKS)
-def test_right_parameters_pass(checker, abi, operation):
-    assert checker.check(operation, make(abi, operation)) == (0, "")
+def test_right_parameters_pass(checker, mirror, operation):
+    assert checker.check(operation, make(mirror, operation)) == (0, "")
 
 
 @pytest.mark.parametrize("operation", CHECKS)
@@ -110,8 +103,8 @@ def test_a_null_struct(checker, operation):
 
 
 @pytest.mark.parametrize("operation", CHECKS)
-def test_a_struct_of_zeros(checker, abi, operation):
-    status, text = checker.check(operation, bytes(ctypes.sizeof(abi[CHECKS[operation]])))
+def test_a_struct_of_zeros(checker, mirror, operation):
+    status, text = checker.check(operation, bytes(ctypes.sizeof(mirror[CHECKS[operation]])))
     assert status == INVALID and text.startswith(f"flash_attn_{operation}: ")
 
 
@@ -124,31 +117,31 @@ def test_a_struct_of_zeros(checker, abi, operation):
         for value in values
     ],
 )
-def test_a_wrong_value_is_named(checker, abi, operation, field, value):
-    status, text = checker.check(operation, make(abi, operation, **{field: value}))
+def test_a_wrong_value_is_named(checker, mirror, operation, field, value):
+    status, text = checker.check(operation, make(mirror, operation, **{field: value}))
     assert status == INVALID
     got = f"{value:g}" if isinstance(value, float) else str(value)
     assert text.startswith(f"flash_attn_{operation}: {field} must be ") and text.endswith(f" got {got}"), text
 
 
 @pytest.mark.parametrize("operation, field", [(o, field) for o, fields in NULLS.items() for field in fields])
-def test_a_null_pointer_is_named(checker, abi, operation, field):
-    status, text = checker.check(operation, make(abi, operation, **{field: None}))
+def test_a_null_pointer_is_named(checker, mirror, operation, field):
+    status, text = checker.check(operation, make(mirror, operation, **{field: None}))
     assert status == INVALID and field in text and "must" in text, text
 
 
 @pytest.mark.parametrize("field", ["cu_seqlens_q", "cu_seqlens_k"])
-def test_packed_sequences_have_both_bounds(checker, abi, field):
+def test_packed_sequences_have_both_bounds(checker, mirror, field):
     for operation in ("forward", "backward", "dropout_probs"):
-        assert checker.check(operation, make(abi, operation, **{field: SOME}))[0] == INVALID
+        assert checker.check(operation, make(mirror, operation, **{field: SOME}))[0] == INVALID
     both = {"cu_seqlens_q": SOME, "cu_seqlens_k": SOME}
-    assert checker.check("backward", make(abi, "backward", **both)) == (0, "")
-    assert checker.check("backward", make(abi, "backward", **both, total_k=129))[0] == INVALID
+    assert checker.check("backward", make(mirror, "backward", **both)) == (0, "")
+    assert checker.check("backward", make(mirror, "backward", **both, total_k=129))[0] == INVALID
 
 
-def test_dropout_needs_its_state(checker, abi):
+def test_dropout_needs_its_state(checker, mirror):
     for operation in ("forward", "backward"):
-        status, text = checker.check(operation, make(abi, operation, dropout_p=0.25))
+        status, text = checker.check(operation, make(mirror, operation, dropout_p=0.25))
         assert status == INVALID and "rng_state" in text
 
 
@@ -180,8 +173,8 @@ NOTHING = {"batch": 0, "total_q": 0, "total_k": 0}
     ],
     ids=str,
 )  # fmt: skip
-def test_what_is_not_read_may_be_null(checker, abi, operation, changes):
-    assert checker.check(operation, make(abi, operation, **changes)) == (0, "")
+def test_what_is_not_read_may_be_null(checker, mirror, operation, changes):
+    assert checker.check(operation, make(mirror, operation, **changes)) == (0, "")
 
 
 CUDA_STUB = """

@@ -23,7 +23,6 @@ from flash_attn._arguments import (
     check_floating,
     check_integers,
     fail,
-    refuse_gradients,
 )
 from flash_attn._dispatch import are_entries_known
 from flash_attn._forward_only import differentiable_once
@@ -192,13 +191,8 @@ def cross_entropy_loss(
         NotImplementedError: a number that requires grad; and in the backward of a gradient.
     """
     _check_tensors(logits, labels, precomputed_lse)
-    refuse_gradients(
-        label_smoothing=label_smoothing, logit_scale=logit_scale, lse_square_scale=lse_square_scale
-    )
-    smoothing, ignore_index = (
-        as_float(label_smoothing, "label_smoothing"),
-        as_int(ignore_index, "ignore_index"),
-    )
+    smoothing = as_float(label_smoothing, "label_smoothing")
+    ignore_index = as_int(ignore_index, "ignore_index")
     if not 0.0 <= smoothing <= 1.0:
         fail(ValueError, "label_smoothing", "in [0, 1]", smoothing)
     logit_scale = as_float(logit_scale, "logit_scale")
