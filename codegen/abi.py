@@ -247,8 +247,8 @@ BACKWARD_PARAMS = Struct(
         Field("key_parts", "int32", "of the heads that share keys, a divisor of their number"),
     ),
 )
-SPLIT_PARAMS = Struct(
-    "SplitParams",
+CACHE_PARAMS = Struct(
+    "CacheParams",
     "Arguments of one attention call over a KV cache. Keys that the call appends are written to the cache"
     " first; what would lie outside of it is dropped, and read as zero. In forward, k and v are the cache,"
     " (cache_entries, rows, num_heads_k, cache_head_dim), of any strides, seqlen_k is the room for one"
@@ -310,7 +310,7 @@ ROTARY_PARAMS = Struct(
         Field("device", "int32", "CUDA device ordinal"),
     ),
 )
-STRUCTS = (FORWARD_PARAMS, BACKWARD_PARAMS, SPLIT_PARAMS, ROTARY_PARAMS)
+STRUCTS = (FORWARD_PARAMS, BACKWARD_PARAMS, CACHE_PARAMS, ROTARY_PARAMS)
 
 
 def enums() -> tuple[Enum, ...]:
@@ -332,7 +332,7 @@ def _numbered(names: tuple[str, ...]) -> tuple[tuple[str, int], ...]:
 
 _PARAMS = Field("params", "const flash_attn::ForwardParams*")
 _BACKWARD_PARAMS = Field("params", "const flash_attn::BackwardParams*")
-_SPLIT_PARAMS = Field("params", "const flash_attn::SplitParams*")
+_SPLIT_PARAMS = Field("params", "const flash_attn::CacheParams*")
 _ROTARY_PARAMS = Field("params", "const flash_attn::RotaryParams*")
 _STREAM = Field("stream", "void*")
 _CALL = (_PARAMS, _STREAM)
@@ -346,7 +346,7 @@ FUNCTIONS = (
         "Launches the backward kernels; returns a Status.",
     ),
     Function(
-        "flash_attn_split",
+        "flash_attn_cache",
         "int32",
         (_SPLIT_PARAMS, _STREAM),
         "Launches the kernels of a call over a KV cache; returns a Status.",
@@ -377,10 +377,10 @@ FUNCTIONS = (
         "Key of the kernel that flash_attn_backward would run, or null (see flash_attn_last_error).",
     ),
     Function(
-        "flash_attn_split_kernel",
+        "flash_attn_cache_kernel",
         "string",
         (_SPLIT_PARAMS,),
-        "Key of the kernel that flash_attn_split would run, or null (see flash_attn_last_error).",
+        "Key of the kernel that flash_attn_cache would run, or null (see flash_attn_last_error).",
     ),
     Function("flash_attn_last_error", "string", (), "Text of this thread's last error."),
     Function(
@@ -391,7 +391,7 @@ FUNCTIONS = (
     ),
     Function("flash_attn_forward_params_size", "int64", (), "sizeof(ForwardParams) in bytes."),
     Function("flash_attn_backward_params_size", "int64", (), "sizeof(BackwardParams) in bytes."),
-    Function("flash_attn_split_params_size", "int64", (), "sizeof(SplitParams) in bytes."),
+    Function("flash_attn_cache_params_size", "int64", (), "sizeof(CacheParams) in bytes."),
     Function("flash_attn_rotary_params_size", "int64", (), "sizeof(RotaryParams) in bytes."),
     Function("flash_attn_kernel_count", "int32", (), "Number of kernels in the library."),
     Function("flash_attn_kernel_key", "string", (Field("index", "int32"),), "Key of one kernel."),

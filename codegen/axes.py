@@ -10,14 +10,16 @@ HEAD_DIMS = (32, 64, 96, 128, 192, 256)
 DIRECTIONS = ("forward", "backward", "split")
 MASKS = ("full", "causal", "windowed")
 
+PASSES = {"forward": "forward", "backward": "backward", "split": "cache"}
+"""What the kernels of a direction are called in C++: folder, launcher and parameter struct."""
+
 
 @dataclass(frozen=True)
 class Family:
     """One kernel design and the limits of the GPUs that it is tuned for.
 
-    ``directions`` maps each direction that has been written for the family to the folder under
-    ``templates/``, and C++ namespace, that holds its kernels; a family without any is known but cannot be
-    built. ``code_suffix`` "a" asks nvcc for instructions that only the family's own architectures have: no
+    ``directions`` maps each direction that has been written for the family to the kernel design that serves
+    it: a folder under ``templates/`` and C++ namespace. A family without any is known but cannot be built. ``code_suffix`` "a" asks nvcc for instructions that only the family's own architectures have: no
     other GPU, newer ones included, runs that code or its PTX.
     """
 
@@ -45,14 +47,12 @@ FAMILIES = {
     family.name: family
     for family in (
         Family("sm75", ("fp16",), {}, 64 * KIB, 64 * KIB),
-        Family(
-            "sm80", DTYPES, {"forward": "sm80", "backward": "sm80", "split": "sm80"}, 163 * KIB, 164 * KIB
-        ),
-        Family("sm86", DTYPES, {"forward": "sm80", "backward": "sm80", "split": "sm80"}, 99 * KIB, 100 * KIB),
+        Family("sm80", DTYPES, {"forward": "mma", "backward": "mma", "split": "mma"}, 163 * KIB, 164 * KIB),
+        Family("sm86", DTYPES, {"forward": "mma", "backward": "mma", "split": "mma"}, 99 * KIB, 100 * KIB),
         Family(
             "sm90",
             DTYPES,
-            {"forward": "sm90", "backward": "sm80", "split": "sm90"},
+            {"forward": "wgmma", "backward": "mma", "split": "wgmma"},
             227 * KIB,
             228 * KIB,
             code_suffix="a",

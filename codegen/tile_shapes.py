@@ -42,7 +42,7 @@ class ForwardTile:
     With ``warps_per_row`` = 2, a pair of warps shares rows: each computes half of the columns of S and of O.
     """
 
-    TEMPLATE: ClassVar[str] = "sm80::Forward"
+    TEMPLATE: ClassVar[str] = "mma::Forward"
     block_m: int
     block_n: int
     warps: int
@@ -118,7 +118,7 @@ class BackwardTile:
     ``score_stages``; ``min_blocks`` is as in ForwardTile.
     """
 
-    TEMPLATE: ClassVar[str] = "sm80::Backward"
+    TEMPLATE: ClassVar[str] = "mma::Backward"
     block_m: int
     block_n: int
     warps: int
@@ -198,7 +198,7 @@ class SplitTile:
     buffers each. ``min_blocks`` is as in ForwardTile.
     """
 
-    TEMPLATE: ClassVar[str] = "sm80::Split"
+    TEMPLATE: ClassVar[str] = "mma::Split"
     block_m: int
     block_n: int
     warps_m: int
@@ -254,7 +254,7 @@ class HopperTile:
     on average; 0 stands for the head dim of Q and K, and for any number of keys.
     """
 
-    TEMPLATE: ClassVar[str] = "sm90::Forward"
+    TEMPLATE: ClassVar[str] = "wgmma::Forward"
     block_m: int
     block_n: int
     stages: int

@@ -45,9 +45,14 @@ class Unit:
         return {**variants, self.config: self.tile}
 
     @property
-    def namespace(self) -> str:
-        """Folder under ``templates/`` and C++ namespace of the kernel."""
+    def design(self) -> str:
+        """Kernel design that serves the unit: folder under ``templates/`` and C++ namespace."""
         return axes.FAMILIES[self.family].directions[self.direction]
+
+    @property
+    def kernel_pass(self) -> str:
+        """Folder of the kernel in its design's; also in the names of its launcher and parameter struct."""
+        return axes.PASSES[self.direction]
 
     @property
     def cost_rank(self) -> tuple[int, int, int]:

@@ -1,4 +1,4 @@
-"""CUDA backend of calls over a KV cache or pages: packs `_abi.SplitParams`, calls the library.
+"""CUDA backend of calls over a KV cache or pages: packs `_abi.CacheParams`, calls the library.
 
 Written for host time, as `_cuda`: one struct and one call for appending, attention and merging.
 """
@@ -19,7 +19,7 @@ from flash_attn._validation import Scoring, Shapes
 CACHE_NAMES = ("k_cache", "v_cache")
 PAGES_NAMES = ("k", "v")
 
-_pack = _abi.SPLIT_PARAMS.pack
+_pack = _abi.CACHE_PARAMS.pack
 
 
 def kvcache_num_splits(q: Tensor, k_cache: Tensor, block_table: Tensor | None = None) -> int:
@@ -177,7 +177,7 @@ def _attend(
         partial_at + 4 * partial_rows * head_dim_v, *new_strides, table_stride, entries, page_size, seqlen,
         seqlen_new, *rotary_sizes, num_splits, is_long, cache_head_dim, cache_head_dim_v,
     )  # fmt: skip
-    status = library.split(packed, stream)
+    status = library.cache(packed, stream)
     if status:
         _cuda.fail(status, q, max(head_dim, head_dim_v), library, _abi.Direction.SPLIT)
 

@@ -22,7 +22,7 @@ FORCE_FAMILY = "FLASH_ATTN_FORCE_FAMILY"
 PARAMS = {
     "forward": _abi.FORWARD_PARAMS,
     "backward": _abi.BACKWARD_PARAMS,
-    "split": _abi.SPLIT_PARAMS,
+    "cache": _abi.CACHE_PARAMS,
     "rotary": _abi.ROTARY_PARAMS,
 }
 NATIVE = "native"
@@ -36,12 +36,12 @@ class Library:
     path: Path
     forward: Callable[[bytes, int], int]
     backward: Callable[[bytes, int], int]
-    split: Callable[[bytes, int], int]
+    cache: Callable[[bytes, int], int]
     rotary: Callable[[bytes, int], int]
     dropout_probs: Callable[[bytes, int], int]
     forward_kernel: Callable[[bytes], bytes | None]
     backward_kernel: Callable[[bytes], bytes | None]
-    split_kernel: Callable[[bytes], bytes | None]
+    cache_kernel: Callable[[bytes], bytes | None]
     last_error: Callable[[], bytes]
     kernels: tuple[str, ...]
     targets: tuple[str, ...]
@@ -164,12 +164,12 @@ def open_library(path: Path) -> Library:
         path=path,
         forward=library.flash_attn_forward,
         backward=library.flash_attn_backward,
-        split=library.flash_attn_split,
+        cache=library.flash_attn_cache,
         rotary=library.flash_attn_rotary,
         dropout_probs=library.flash_attn_dropout_probs,
         forward_kernel=library.flash_attn_forward_kernel,
         backward_kernel=library.flash_attn_backward_kernel,
-        split_kernel=library.flash_attn_split_kernel,
+        cache_kernel=library.flash_attn_cache_kernel,
         last_error=library.flash_attn_last_error,
         kernels=tuple(library.flash_attn_kernel_key(i).decode() for i in range(count)),
         targets=tuple(filter(None, targets.split(","))),

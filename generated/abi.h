@@ -7,7 +7,7 @@
 
 namespace flash_attn {
 
-constexpr uint64_t kLayoutHash = 0xD446B267D8CD5E2Du;
+constexpr uint64_t kLayoutHash = 0xC9AC828CE6167EBCu;
 
 // Element type of q, k, v and out.
 enum class Dtype : int32_t {
@@ -211,7 +211,7 @@ static_assert(offsetof(BackwardParams, key_parts) == 504);
 // first; what would lie outside of it is dropped, and read as zero. In forward, k and v are the cache,
 // (cache_entries, rows, num_heads_k, cache_head_dim), of any strides, seqlen_k is the room for one
 // sequence, cu_seqlens_q needs pages and no appended keys, and seqused_k is null.
-struct SplitParams {
+struct CacheParams {
   ForwardParams forward;  // q, the cache, out, and how scores are formed
   const int32_t* cache_seqlens;  // (batch): keys in the cache before, or null: cache_seqlen
   const int32_t* cache_batch_idx;  // (batch): entry of each sequence, or null: its own
@@ -242,36 +242,36 @@ struct SplitParams {
   int16_t cache_head_dim;  // elements per head of the keys in the cache, at most head_dim
   int16_t cache_head_dim_v;  // the same of the values
 };
-static_assert(sizeof(SplitParams) == 488);
-static_assert(offsetof(SplitParams, forward) == 0);
-static_assert(offsetof(SplitParams, cache_seqlens) == 312);
-static_assert(offsetof(SplitParams, cache_batch_idx) == 320);
-static_assert(offsetof(SplitParams, block_table) == 328);
-static_assert(offsetof(SplitParams, k_new) == 336);
-static_assert(offsetof(SplitParams, v_new) == 344);
-static_assert(offsetof(SplitParams, rotary_cos) == 352);
-static_assert(offsetof(SplitParams, rotary_sin) == 360);
-static_assert(offsetof(SplitParams, q_rotated) == 368);
-static_assert(offsetof(SplitParams, out_partial) == 376);
-static_assert(offsetof(SplitParams, lse_partial) == 384);
-static_assert(offsetof(SplitParams, k_new_batch_stride) == 392);
-static_assert(offsetof(SplitParams, k_new_row_stride) == 400);
-static_assert(offsetof(SplitParams, k_new_head_stride) == 408);
-static_assert(offsetof(SplitParams, v_new_batch_stride) == 416);
-static_assert(offsetof(SplitParams, v_new_row_stride) == 424);
-static_assert(offsetof(SplitParams, v_new_head_stride) == 432);
-static_assert(offsetof(SplitParams, block_table_stride) == 440);
-static_assert(offsetof(SplitParams, cache_entries) == 448);
-static_assert(offsetof(SplitParams, page_size) == 452);
-static_assert(offsetof(SplitParams, cache_seqlen) == 456);
-static_assert(offsetof(SplitParams, seqlen_new) == 460);
-static_assert(offsetof(SplitParams, rotary_rows) == 464);
-static_assert(offsetof(SplitParams, rotary_dim) == 468);
-static_assert(offsetof(SplitParams, rotary_interleaved) == 472);
-static_assert(offsetof(SplitParams, num_splits) == 476);
-static_assert(offsetof(SplitParams, long_tiles) == 480);
-static_assert(offsetof(SplitParams, cache_head_dim) == 484);
-static_assert(offsetof(SplitParams, cache_head_dim_v) == 486);
+static_assert(sizeof(CacheParams) == 488);
+static_assert(offsetof(CacheParams, forward) == 0);
+static_assert(offsetof(CacheParams, cache_seqlens) == 312);
+static_assert(offsetof(CacheParams, cache_batch_idx) == 320);
+static_assert(offsetof(CacheParams, block_table) == 328);
+static_assert(offsetof(CacheParams, k_new) == 336);
+static_assert(offsetof(CacheParams, v_new) == 344);
+static_assert(offsetof(CacheParams, rotary_cos) == 352);
+static_assert(offsetof(CacheParams, rotary_sin) == 360);
+static_assert(offsetof(CacheParams, q_rotated) == 368);
+static_assert(offsetof(CacheParams, out_partial) == 376);
+static_assert(offsetof(CacheParams, lse_partial) == 384);
+static_assert(offsetof(CacheParams, k_new_batch_stride) == 392);
+static_assert(offsetof(CacheParams, k_new_row_stride) == 400);
+static_assert(offsetof(CacheParams, k_new_head_stride) == 408);
+static_assert(offsetof(CacheParams, v_new_batch_stride) == 416);
+static_assert(offsetof(CacheParams, v_new_row_stride) == 424);
+static_assert(offsetof(CacheParams, v_new_head_stride) == 432);
+static_assert(offsetof(CacheParams, block_table_stride) == 440);
+static_assert(offsetof(CacheParams, cache_entries) == 448);
+static_assert(offsetof(CacheParams, page_size) == 452);
+static_assert(offsetof(CacheParams, cache_seqlen) == 456);
+static_assert(offsetof(CacheParams, seqlen_new) == 460);
+static_assert(offsetof(CacheParams, rotary_rows) == 464);
+static_assert(offsetof(CacheParams, rotary_dim) == 468);
+static_assert(offsetof(CacheParams, rotary_interleaved) == 472);
+static_assert(offsetof(CacheParams, num_splits) == 476);
+static_assert(offsetof(CacheParams, long_tiles) == 480);
+static_assert(offsetof(CacheParams, cache_head_dim) == 484);
+static_assert(offsetof(CacheParams, cache_head_dim_v) == 486);
 
 // Arguments of one rotation of heads by their position. Sequences are packed iff cu_seqlens is not null:
 // then batch strides are ignored, and rows past the last sequence stay as they are. Strides are in
@@ -342,7 +342,7 @@ int32_t flash_attn_forward(const flash_attn::ForwardParams* params, void* stream
 int32_t flash_attn_backward(const flash_attn::BackwardParams* params, void* stream);
 
 // Launches the kernels of a call over a KV cache; returns a Status.
-int32_t flash_attn_split(const flash_attn::SplitParams* params, void* stream);
+int32_t flash_attn_cache(const flash_attn::CacheParams* params, void* stream);
 
 // Rotates x into out; returns a Status.
 int32_t flash_attn_rotary(const flash_attn::RotaryParams* params, void* stream);
@@ -357,8 +357,8 @@ const char* flash_attn_forward_kernel(const flash_attn::ForwardParams* params);
 // Key of the kernel that flash_attn_backward would run, or null (see flash_attn_last_error).
 const char* flash_attn_backward_kernel(const flash_attn::BackwardParams* params);
 
-// Key of the kernel that flash_attn_split would run, or null (see flash_attn_last_error).
-const char* flash_attn_split_kernel(const flash_attn::SplitParams* params);
+// Key of the kernel that flash_attn_cache would run, or null (see flash_attn_last_error).
+const char* flash_attn_cache_kernel(const flash_attn::CacheParams* params);
 
 // Text of this thread's last error.
 const char* flash_attn_last_error();
@@ -372,8 +372,8 @@ int64_t flash_attn_forward_params_size();
 // sizeof(BackwardParams) in bytes.
 int64_t flash_attn_backward_params_size();
 
-// sizeof(SplitParams) in bytes.
-int64_t flash_attn_split_params_size();
+// sizeof(CacheParams) in bytes.
+int64_t flash_attn_cache_params_size();
 
 // sizeof(RotaryParams) in bytes.
 int64_t flash_attn_rotary_params_size();

@@ -12,7 +12,7 @@ import pytest
 from codegen import TEMPLATES, render, selection
 
 CHECKS = {
-    "forward": "ForwardParams", "backward": "BackwardParams", "split": "SplitParams",
+    "forward": "ForwardParams", "backward": "BackwardParams", "cache": "CacheParams",
     "rotary": "RotaryParams", "dropout_probs": "ForwardParams", "choice": "ForwardParams",
 }  # fmt: skip
 SOURCE = """

@@ -145,7 +145,7 @@ void require_workspaces(Requirements& require, const BackwardParams& params) {
                "key_rows", kRows, params.key_rows);
 }
 
-void require_cache(Requirements& require, const SplitParams& params) {
+void require_cache(Requirements& require, const CacheParams& params) {
   const ForwardParams& forward = params.forward;
   require.not_negative("cache_entries", params.cache_entries);
   require.that(params.page_size >= 0 && params.page_size % 16 == 0, "page_size", "a multiple of 16",
@@ -173,7 +173,7 @@ void require_cache(Requirements& require, const SplitParams& params) {
   }
 }
 
-void require_rotation(Requirements& require, const SplitParams& params) {
+void require_rotation(Requirements& require, const CacheParams& params) {
   require.together(params.rotary_cos, params.rotary_sin, "rotary_cos and rotary_sin");
   if (params.rotary_cos == nullptr) return;
   require.not_negative("rotary_rows", params.rotary_rows);
@@ -200,7 +200,7 @@ void require_backward(Requirements& require, const BackwardParams& params) {
   require_workspaces(require, params);
 }
 
-void require_split(Requirements& require, const SplitParams& params) {
+void require_split(Requirements& require, const CacheParams& params) {
   const ForwardParams& forward = params.forward;
   require_choice(require, forward);
   require_sizes(require, forward, 0);
@@ -262,7 +262,7 @@ Status check_backward(const char* function, const BackwardParams* params) {
   return check(function, params, require_backward);
 }
 
-Status check_split(const char* function, const SplitParams* params) {
+Status check_cache(const char* function, const CacheParams* params) {
   return check(function, params, require_split);
 }
 

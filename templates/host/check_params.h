@@ -9,7 +9,7 @@ namespace flash_attn {
 // allowed. Memory is not looked at: neither how much of it there is nor what it holds.
 Status check_forward(const char* function, const ForwardParams* params);
 Status check_backward(const char* function, const BackwardParams* params);
-Status check_split(const char* function, const SplitParams* params);
+Status check_cache(const char* function, const CacheParams* params);
 Status check_rotary(const char* function, const RotaryParams* params);
 Status check_dropout_probs(const char* function, const ForwardParams* params);
 

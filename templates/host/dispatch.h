@@ -9,7 +9,7 @@
 namespace flash_attn {
 
 using ForwardLauncher = Status (*)(const ForwardParams&, const Device&, cudaStream_t);
-using SplitLauncher = Status (*)(const SplitParams&, const Device&, cudaStream_t);
+using CacheLauncher = Status (*)(const CacheParams&, const Device&, cudaStream_t);
 using BackwardLauncher = Status (*)(const BackwardParams&, const Device&, cudaStream_t);
 
 struct KernelEntry {
@@ -22,7 +22,7 @@ struct KernelEntry {
   int shared_bytes;
   ForwardLauncher launch_forward;  // null but for a forward kernel, and so on
   BackwardLauncher launch_backward;
-  SplitLauncher launch_split;
+  CacheLauncher launch_cache;
 };
 
 // Machine code (or, with ptx, intermediate code) for a compute capability, given as 10 * major + minor.

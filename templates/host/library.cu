@@ -6,12 +6,12 @@
 #include <string>
 #include <unordered_map>
 
-#include "common/dropout_probs.h"
-#include "common/rotary.h"
 #include "host/check_cuda.h"
 #include "host/check_params.h"
 #include "host/dispatch.h"
 #include "host/status.h"
+#include "ops/dropout_probs.h"
+#include "ops/rotary.h"
 
 namespace flash_attn {
 namespace {
@@ -147,8 +147,8 @@ int32_t flash_attn_backward(const BackwardParams* params, void* stream) {
              stream);
 }
 
-int32_t flash_attn_split(const SplitParams* params, void* stream) {
-  return run(check_split(__func__, params), Direction::kSplit, &KernelEntry::launch_split, params, stream);
+int32_t flash_attn_cache(const CacheParams* params, void* stream) {
+  return run(check_cache(__func__, params), Direction::kSplit, &KernelEntry::launch_cache, params, stream);
 }
 
 int32_t flash_attn_rotary(const RotaryParams* params, void* stream) {
@@ -167,7 +167,7 @@ const char* flash_attn_backward_kernel(const BackwardParams* params) {
   return kernel_key(__func__, Direction::kBackward, params);
 }
 
-const char* flash_attn_split_kernel(const SplitParams* params) {
+const char* flash_attn_cache_kernel(const CacheParams* params) {
   return kernel_key(__func__, Direction::kSplit, params);
 }
 
@@ -179,7 +179,7 @@ int64_t flash_attn_forward_params_size() { return sizeof(ForwardParams); }
 
 int64_t flash_attn_backward_params_size() { return sizeof(BackwardParams); }
 
-int64_t flash_attn_split_params_size() { return sizeof(SplitParams); }
+int64_t flash_attn_cache_params_size() { return sizeof(CacheParams); }
 
 int64_t flash_attn_rotary_params_size() { return sizeof(RotaryParams); }
 

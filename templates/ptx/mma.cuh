@@ -8,7 +8,7 @@
 
 #include <cstdint>
 
-#include "common/dtype.cuh"
+#include "ptx/dtype.cuh"
 
 namespace flash_attn::ptx {
 

@@ -9,15 +9,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from codegen import TEMPLATES, toolchain, version
+from codegen import TEMPLATES, axes, toolchain, version
 
 HERE = Path(__file__).parent
 
 KERNEL = """\
 #pragma once
-#include "common/scale.cuh"
+#include "problem/scale.cuh"
 #include "host/dispatch.h"
-namespace flash_attn::sm80 {
+namespace flash_attn::mma {
 template <FIELDS> struct PassTile {
   static constexpr int bytes(int d) { return BYTES; }
 };
@@ -54,7 +54,9 @@ extern "C" uint64_t flash_attn_layout_hash() { return flash_attn::kLayoutHash; }
 
 def kernel(direction, shared_bytes, result, fields=FIELDS):
     """A kernel that stands in for those of a direction and writes to a member of its parameters."""
-    text = KERNEL.replace("launch_pass", f"launch_{direction}").replace("Pass", direction.capitalize())
+    kernel_pass = axes.PASSES[direction]
+    text = KERNEL.replace("launch_pass", f"launch_{kernel_pass}")
+    text = text.replace("PassParams", f"{kernel_pass.capitalize()}Params").replace("Pass", direction.capitalize())
     return text.replace("BYTES", shared_bytes).replace("RESULT", result).replace("FIELDS", fields)
 
 
@@ -88,12 +90,12 @@ def small_templates(tmp_path):
         "host/device.h": (TEMPLATES / "host/device.h").read_text(),
         "host/dispatch.h": (TEMPLATES / "host/dispatch.h").read_text(),
         "host/library.cu": LIBRARY,
-        "sm80/forward.cuh": kernel("forward", FORWARD_BYTES, "out"),
-        "sm80/backward.cuh": kernel("backward", BACKWARD_BYTES, "dq"),
-        "sm80/split.cuh": kernel("split", SPLIT_BYTES, "q_rotated", SPLIT_FIELDS),
-        "common/scale.cuh": "#pragma once\nconstexpr float kScale = 2.0f;\n",
-        "common/alone.cuh": "#pragma once\n",
-        "common/alone.cu": '#include "common/alone.cuh"\n',
+        "mma/forward/launch.cuh": kernel("forward", FORWARD_BYTES, "out"),
+        "mma/backward/launch.cuh": kernel("backward", BACKWARD_BYTES, "dq"),
+        "mma/cache/launch.cuh": kernel("split", SPLIT_BYTES, "q_rotated", SPLIT_FIELDS),
+        "problem/scale.cuh": "#pragma once\nconstexpr float kScale = 2.0f;\n",
+        "problem/alone.cuh": "#pragma once\n",
+        "ops/alone.cu": '#include "problem/alone.cuh"\n',
     }
     for name, text in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

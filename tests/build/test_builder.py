@@ -48,9 +48,9 @@ def test_build_makes_everything_then_nothing(fake_build, tmp_path):
 
 def test_a_header_rebuilds_only_its_dependents(fake_build, small_templates):
     fake_build()
-    (small_templates / "common/alone.cuh").touch()
+    (small_templates / "problem/alone.cuh").touch()
     assert fake_build() == ["alone.o", "libflash_attn.so"]
-    (small_templates / "common/scale.cuh").touch()
+    (small_templates / "problem/scale.cuh").touch()
     made = fake_build()
     assert len(made) == 15
     assert [name for name in made if "_bf16_" not in name] == ["libflash_attn.so"]
@@ -73,12 +73,12 @@ def test_a_unit_that_leaves_the_selection_leaves_the_log(fake_build, tmp_path):
 
 
 def test_a_failed_build_installs_nothing_and_recovers(fake_build, small_templates, tmp_path, capfd):
-    good = (small_templates / "common/alone.cu").read_text()
-    (small_templates / "common/alone.cu").write_text("#error no\n")
+    good = (small_templates / "ops/alone.cu").read_text()
+    (small_templates / "ops/alone.cu").write_text("#error no\n")
     with pytest.raises(BuildError, match="failed, see above"):
         fake_build()
     assert not (tmp_path / "out").exists()
-    (small_templates / "common/alone.cu").write_text(good)
+    (small_templates / "ops/alone.cu").write_text(good)
     assert "libflash_attn.so" in fake_build()
 
 

@@ -44,7 +44,7 @@ def test_an_edit_after_adopting_compiles_again(compiled, fake_toolkit, small_tem
     builder.adopt_objects(chosen, compiled, tmp_path / "build", small_templates)
     builder.build(chosen, tmp_path / "build", tmp_path / "out", small_templates)
     calls(fake_toolkit)
-    with (small_templates / "common/scale.cuh").open("a") as file:
+    with (small_templates / "problem/scale.cuh").open("a") as file:
         file.write("// edited\n")
     builder.build(chosen, tmp_path / "build", tmp_path / "out", small_templates)
     assert len(calls(fake_toolkit)) == len(units.list_units(chosen)) + 4
@@ -63,7 +63,7 @@ def test_objects_that_do_not_fit_are_refused(compiled, small_templates, chosen, 
     (compiled / "3/shard.json").write_text((compiled / "2/shard.json").read_text())
     refused("compiled twice")
     (compiled / "3/shard.json").unlink()
-    (small_templates / "common/scale.cuh").write_text("#pragma once\nconstexpr float kScale = 3.0f;\n")
+    (small_templates / "problem/scale.cuh").write_text("#pragma once\nconstexpr float kScale = 3.0f;\n")
     refused("made of other sources")
 
 
@@ -79,7 +79,7 @@ def test_objects_from_a_cache_are_not_compiled_again(
     assert not compile_again()
     next((compiled / "2").glob("*.o")).unlink()
     assert compile_again()
-    with (small_templates / "common/scale.cuh").open("a") as file:
+    with (small_templates / "problem/scale.cuh").open("a") as file:
         file.write("// edited\n")
     assert compile_again()
     assert not compile_again()

@@ -30,7 +30,7 @@ BACKWARD = {
     "row_sums": SOME,
     "dq_accumulator": SOME, "key_partials": SOME, "rows": 128, "key_rows": 128, "key_parts": 2,
 }  # fmt: skip
-SPLIT = {
+CACHE = {
     "block_table": SOME, "k_new": SOME, "v_new": SOME, "rotary_cos": SOME, "rotary_sin": SOME,
     "q_rotated": SOME, "out_partial": SOME, "lse_partial": SOME, "cache_entries": 9, "page_size": 16,
     "cache_seqlen": 3, "seqlen_new": 1, "rotary_rows": 5, "rotary_dim": 32, "num_splits": 3,
@@ -55,7 +55,7 @@ NULLS = {
     "forward": ("q", "k", "v", "out"),
     "backward": ("q", "k", "v", "out", "softmax_lse", "dout", "softmax_d", "softmax_lse_log2", "row_sums",
                  "dq_accumulator", "key_partials", "dk", "dv"),
-    "split": ("q", "k", "v", "out", "block_table", "k_new", "v_new", "q_rotated", "out_partial",
+    "cache": ("q", "k", "v", "out", "block_table", "k_new", "v_new", "q_rotated", "out_partial",
               "lse_partial", "rotary_cos", "rotary_sin"),
     "rotary": ("x", "out", "cos", "sin"),
     "dropout_probs": ("q", "k", "softmax_lse", "rng_state", "probs"),
@@ -64,7 +64,7 @@ NULLS = {
 WRONG = {
     "forward": OF_CALL | {"num_heads": (0, *OF_CALL["num_heads"])},
     "backward": OF_CALL | {"rows": (0, 127, 130), "key_rows": (0, 64), "key_parts": (0, -1, 3)},
-    "split": OF_CALL | {
+    "cache": OF_CALL | {
         "cache_entries": (-1,), "page_size": (-16, 8, 17), "cache_seqlen": (-1,), "seqlen_new": (-1,),
         "num_splits": (0, -1, 129), "rotary_rows": (-1,), "rotary_dim": (-16, 8, 24, 80),
         "cache_head_dim": (-1, 0, 56, 65), "cache_head_dim_v": (0, 64, 73),
@@ -81,7 +81,7 @@ WRONG = {
 def make(mirror, operation, **changes):
     """Return right parameters of an operation, but for `changes`."""
     of_forward = FORWARD | (DROPOUT if operation == "dropout_probs" else {})
-    more = {"backward": BACKWARD, "split": SPLIT, "rotary": ROTARY}.get(operation)
+    more = {"backward": BACKWARD, "cache": CACHE, "rotary": ROTARY}.get(operation)
     if operation == "rotary":
         return mirror["RotaryParams"](**(ROTARY | changes))
     own = set(more or ())
@@ -158,15 +158,15 @@ NOTHING = {"batch": 0, "total_q": 0, "total_k": 0}
         ("backward", {"dq": None, "dq_accumulator": None}),
         ("backward", {"dk": None, "dv": None, "key_partials": None}),
         ("backward", {"key_parts": 1, "key_partials": None, "key_rows": 0}),
-        ("split", {"q": None, "out": None, "q_rotated": None, "out_partial": None, "lse_partial": None,
+        ("cache", {"q": None, "out": None, "q_rotated": None, "out_partial": None, "lse_partial": None,
                    "seqlen_q": 0, "total_q": 0}),
-        ("split", {"k": None, "v": None, "cache_entries": 0}),
-        ("split", {"num_splits": 1, "out_partial": None, "lse_partial": None}),
-        ("split", {"page_size": 0, "block_table": None}),
-        ("split", {"block_table": None, "seqlen_k": 0}),
-        ("split", {"seqlen_new": 0, "k_new": None, "v_new": None}),
-        ("split", {"rotary_cos": None, "rotary_sin": None, "q_rotated": None, "rotary_dim": 0}),
-        ("split", {"num_heads": 0, "q": None, "out": None}),
+        ("cache", {"k": None, "v": None, "cache_entries": 0}),
+        ("cache", {"num_splits": 1, "out_partial": None, "lse_partial": None}),
+        ("cache", {"page_size": 0, "block_table": None}),
+        ("cache", {"block_table": None, "seqlen_k": 0}),
+        ("cache", {"seqlen_new": 0, "k_new": None, "v_new": None}),
+        ("cache", {"rotary_cos": None, "rotary_sin": None, "q_rotated": None, "rotary_dim": 0}),
+        ("cache", {"num_heads": 0, "q": None, "out": None}),
         ("rotary", {"x": None, "out": None, "rows": 0}),
         ("rotary", {"cos": None, "sin": None, "table_rows": 0}),
         ("rotary", {"rotary_dim": 8, "interleaved": 1}),

@@ -83,13 +83,13 @@ def test_a_new_head_dim_is_data(monkeypatch):
 
 
 def test_a_new_family_is_data(monkeypatch):
-    family = axes.Family("sm95", ("bf16",), {"forward": "sm95"}, 200 * axes.KIB, 201 * axes.KIB)
+    family = axes.Family("sm95", ("bf16",), {"forward": "tcgen05"}, 200 * axes.KIB, 201 * axes.KIB)
     monkeypatch.setitem(axes.FAMILIES, "sm95", family)
     monkeypatch.setitem(axes.ARCHS, 95, axes.Arch(95, "sm95", (13, 0)))
     monkeypatch.setitem(tiles.FORWARD_TILES, "sm95", tiles.FORWARD_TILES["sm80"])
     chosen = selection.from_environment({"FLASH_ATTN_ARCHS": "95"})
     files = render.render_sources(chosen)
-    assert '#include "sm95/forward.cuh"' in files["sm95/forward_bf16_d64_full.cu"]
+    assert '#include "tcgen05/forward/launch.cuh"' in files["sm95/forward_bf16_d64_full.cu"]
     assert not any("fp16" in path or "backward" in path for path in files)
     assert '{Family::kSm95, "sm95", 204800},' in files["dispatch.cu"]
     assert "{Family::kSm95, 95, false}," in files["dispatch.cu"]

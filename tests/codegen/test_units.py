@@ -22,12 +22,12 @@ def test_names():
 def test_a_family_can_use_the_kernels_of_another():
     unit = next(u for u in FULL if u.family == "sm86")
     assert unit.path.startswith("sm86/")
-    assert unit.namespace == "sm80"
+    assert unit.design == "mma"
 
 
 def test_hopper_has_a_forward_kernel_of_its_own():
-    hopper = {unit.direction: unit.namespace for unit in FULL if unit.family == "sm90"}
-    assert hopper == {"forward": "sm90", "backward": "sm80", "split": "sm90"}
+    hopper = {unit.direction: unit.design for unit in FULL if unit.family == "sm90"}
+    assert hopper == {"forward": "wgmma", "backward": "mma", "split": "wgmma"}
 
 
 def test_one_kernel_with_split_keys_serves_every_mask():

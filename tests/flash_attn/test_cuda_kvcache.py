@@ -39,7 +39,7 @@ def test_packed_fields(library):
     cos, sin = torch.rand(2, 50, 8).bfloat16()
     index = torch.tensor([1, 0], dtype=torch.int32)
     out, lse = run(q, k_cache, v_cache, new, Rotary(cos, sin, True), num_splits=1, batch_idx=index)
-    ((params, stream),) = library.split_calls
+    ((params, stream),) = library.cache_calls
     forward = params.forward
     assert stream == STREAM
     for name, x in (("q", q), ("k", k_cache), ("v", v_cache), ("out", out)):
@@ -60,7 +60,7 @@ def test_pages_and_splits(library):
     q, k_cache, v_cache = make(batch=6, seqlen_q=1, seqlen_k=16)
     table = torch.arange(6, dtype=torch.int32).view(2, 3)
     run(q[:2], k_cache, v_cache, num_splits=3, block_table=table)
-    ((params, _),) = library.split_calls
+    ((params, _),) = library.cache_calls
     assert (params.block_table, params.block_table_stride, params.page_size) == (table.data_ptr(), 3, 16)
     assert (params.cache_entries, params.forward.seqlen_k, params.num_splits) == (6, 48, 3)
     rows, head_dim_v = 2 * 4 * 3, 64
@@ -70,7 +70,7 @@ def test_pages_and_splits(library):
 def test_the_heuristic_chooses_where_nobody_else_does(library):
     q, k_cache, v_cache = make(seqlen_q=1, seqlen_k=4096)
     run(q, k_cache, v_cache)
-    ((params, _),) = library.split_calls
+    ((params, _),) = library.cache_calls
     assert params.num_splits == plan(2, 2, 2, 4096, MULTIPROCESSORS).num_splits > 1
 
 
@@ -83,7 +83,7 @@ def test_hoppers_forward_kernel_has_a_tile_counter(install, seqlen_q, num_splits
     recorder = StandIn()
     install(recorder, multiprocessors=MULTIPROCESSORS, hopper=hopper)
     run(*make(batch=1, seqlen_q=seqlen_q, seqlen_k=640), num_splits=num_splits, seqlens=None)
-    ((params, _),) = recorder.split_calls
+    ((params, _),) = recorder.cache_calls
     assert params.long_tiles == counts
     assert (params.forward.tile_counter > 0) == counts
 
@@ -95,7 +95,7 @@ def test_score_modifiers_keep_hopper_from_packing_heads(install):
     problem = make(batch=8, seqlen_q=48, seqlen_k=64, heads=8, heads_k=2)
     run(*problem, num_splits=1, seqlens=None)
     run(*problem, num_splits=1, seqlens=None, scoring=SCORING._replace(softcap=5.0))
-    plain, modified = (params.long_tiles for params, _ in recorder.split_calls)
+    plain, modified = (params.long_tiles for params, _ in recorder.cache_calls)
     assert plain and not modified
 
 
@@ -109,7 +109,7 @@ def test_what_cannot_be_read_is_copied(library):
     new = moved(k_cache[:, :2]), moved(v_cache[:, :2])
     shifted = moved(q)
     run(shifted, k_cache, v_cache, new)
-    ((params, _),) = library.split_calls
+    ((params, _),) = library.cache_calls
     assert params.forward.q != shifted.data_ptr() and params.forward.q % 16 == 0
     for at, x in zip((params.k_new, params.v_new), new, strict=True):
         assert at != x.data_ptr() and at % 16 == 0
@@ -137,7 +137,7 @@ def test_an_unaligned_cache_is_used_where_it_lies(install, case):
     new = [cache[:, :3].clone() for cache in (k_cache, v_cache)]
     cos, sin = torch.rand(2, 800, 8).bfloat16()
     out, _ = run(q[..., : dims[0]], k_cache, v_cache, new, Rotary(cos, sin, True), num_splits=3)
-    ((params, _),) = recorder.split_calls
+    ((params, _),) = recorder.cache_calls
     forward, padded = params.forward, [-(-dim // 8) * 8 for dim in dims]
     assert out.shape == (2, 100, 4, dims[1])
     assert (forward.k, forward.v) == (k_cache.data_ptr(), v_cache.data_ptr())
@@ -157,7 +157,7 @@ def test_an_unaligned_cache_is_used_where_it_lies(install, case):
 def test_a_head_of_one_element_has_any_last_stride(library):
     q, k_cache, v_cache = (x.as_strided(x.shape, (*x.stride()[:3], 7)) for x in make(head_dim=1))
     run(q, k_cache, v_cache)
-    ((params, _),) = library.split_calls
+    ((params, _),) = library.cache_calls
     assert (params.forward.k, params.forward.v) == (k_cache.data_ptr(), v_cache.data_ptr())
 
 
@@ -176,7 +176,7 @@ def test_a_last_dimension_that_is_not_contiguous_is_refused(library):
             max_seqlen_q=10, seqused_k=None, block_table=table, need_lse=False,
         )  # fmt: skip
         pages = {"k": pages["v"], "v": k_cache}
-    assert not library.split_calls
+    assert not library.cache_calls
 
 
 @pytest.mark.parametrize("name", ["k_cache", "v_cache"])
@@ -189,9 +189,9 @@ def test_keys_are_not_appended_to_an_expanded_cache(library, name, dim):
     named[name] = named[name].narrow(dim, 0, 1).expand_as(named[name])
     append = partial(flash_attn_with_kvcache, q, k=new[0], v=new[1], cache_seqlens=LENGTHS)
     raises(ValueError, f"{name} must be a tensor that is not expanded", append, **named)
-    assert not library.split_calls
+    assert not library.cache_calls
     run(q, **named)
-    assert len(library.split_calls) == 1
+    assert len(library.cache_calls) == 1
 
 
 def test_one_entry_may_have_stride_0(library):
@@ -199,4 +199,4 @@ def test_one_entry_may_have_stride_0(library):
     new = k_cache[:, :3].clone(), v_cache[:, :3].clone()
     caches = (x.as_strided(x.shape, (0, *x.stride()[1:])) for x in (k_cache, v_cache))
     run(q, *caches, new, seqlens=5)
-    assert len(library.split_calls) == 1
+    assert len(library.cache_calls) == 1

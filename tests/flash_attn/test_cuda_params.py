@@ -34,7 +34,7 @@ def seen(install, checker):
 
         return call
 
-    operations = {name: operation(name) for name in ("forward", "backward", "split", "dropout_probs")}
+    operations = {name: operation(name) for name in ("forward", "backward", "cache", "dropout_probs")}
     install(SimpleNamespace(**operations, family=0, last_error=StandIn().last_error))
     return names
 
@@ -74,16 +74,16 @@ def test_cache(seen, paged, num_splits, rows):
         q, cache, *new, (q.shape, k_cache.shape, v_cache.shape), Rotary(cos, sin, False),
         Scoring(0.125, 0.0, -1, 0, 0.0, None), None, num_splits, True,
     )  # fmt: skip
-    assert seen == ["split"]
+    assert seen == ["cache"]
 
 
 @pytest.mark.skipif(not _library.library_path().exists(), reason="no library is built")
 def test_the_built_library_refuses_null_and_no_heads():
     library = _library.load()
-    for operation in ("forward", "backward", "split", "rotary", "dropout_probs"):
+    for operation in ("forward", "backward", "cache", "rotary", "dropout_probs"):
         for packed in (None, bytes(_library.PARAMS.get(operation, _library.PARAMS["forward"]).size)):
             assert getattr(library, operation)(packed, 0) == 4
             assert library.last_error().startswith(f"flash_attn_{operation}: ".encode())
-    for operation in ("forward_kernel", "backward_kernel", "split_kernel"):
+    for operation in ("forward_kernel", "backward_kernel", "cache_kernel"):
         assert getattr(library, operation)(None) is None
         assert library.last_error() == f"flash_attn_{operation}: params must not be null here".encode()

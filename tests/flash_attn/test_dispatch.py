@@ -104,7 +104,7 @@ def test_a_tensor_without_memory_is_unwrapped_or_refused(install, call, name, ki
         refused = True
     else:
         refused = False
-    recorded = recorder.calls + recorder.split_calls + recorder.backward_calls
+    recorded = recorder.calls + recorder.cache_calls + recorder.backward_calls
     assert not (refused and recorded) or name == "out"  # torch copies to it what the op has made
     if not refused:
         for params, _ in recorded:

@@ -45,7 +45,7 @@ def call(kind):
     if kind == "rotary":
         angles = torch.rand(9, 8)
         return apply_rotary_emb(q, angles.cos().to(BF16), angles.sin().to(BF16))
-    if kind == "split":
+    if kind == "cache":
         new, angles = k[:, :5].clone(), torch.rand(40, 8)
         return flash_attn_with_kvcache(
             q, k, v, new, new, angles.cos().to(BF16), angles.sin().to(BF16), num_splits=3,
@@ -97,15 +97,15 @@ CHANGES = [
     ("backward", "dv_head_stride", 0),
     ("backward", "dout_batch_stride", one_more), ("backward", "forward.softmax_lse", 0),
     ("backward", "forward.out", lambda x: x + 8), ("backward", "forward.k_row_stride", 1),
-    *(("split", name, far_away) for name in ("k_new", "v_new", "rotary_cos", "q_rotated", "out_partial")),
-    *(("split", name, 0) for name in ("k_new", "rotary_sin", "q_rotated", "out_partial", "lse_partial")),
-    ("split", "lse_partial", lambda x: x + 64), ("split", "k_new_row_stride", 3), ("split", "num_splits", 0),
-    ("split", "num_splits", 129), ("split", "num_splits", 4), ("split", "long_tiles", 2),
-    ("split", "rotary_interleaved", -1), ("split", "rotary_dim", 8), ("split", "rotary_dim", 48),
-    ("split", "rotary_cos", lambda x: x + 8), ("split", "page_size", 8), ("split", "page_size", 16),
-    ("split", "seqlen_new", -1), ("split", "seqlen_new", 6), ("split", "cache_entries", 3),
-    ("split", "cache_seqlens", 4), ("split", "cache_batch_idx", 4), ("split", "forward.k", 0),
-    ("split", "forward.seqused_k", 4), ("split", "forward.seqlen_k", 17),
+    *(("cache", name, far_away) for name in ("k_new", "v_new", "rotary_cos", "q_rotated", "out_partial")),
+    *(("cache", name, 0) for name in ("k_new", "rotary_sin", "q_rotated", "out_partial", "lse_partial")),
+    ("cache", "lse_partial", lambda x: x + 64), ("cache", "k_new_row_stride", 3), ("cache", "num_splits", 0),
+    ("cache", "num_splits", 129), ("cache", "num_splits", 4), ("cache", "long_tiles", 2),
+    ("cache", "rotary_interleaved", -1), ("cache", "rotary_dim", 8), ("cache", "rotary_dim", 48),
+    ("cache", "rotary_cos", lambda x: x + 8), ("cache", "page_size", 8), ("cache", "page_size", 16),
+    ("cache", "seqlen_new", -1), ("cache", "seqlen_new", 6), ("cache", "cache_entries", 3),
+    ("cache", "cache_seqlens", 4), ("cache", "cache_batch_idx", 4), ("cache", "forward.k", 0),
+    ("cache", "forward.seqused_k", 4), ("cache", "forward.seqlen_k", 17),
     ("rotary", "x", 0), ("rotary", "out", far_away), ("rotary", "x_row_stride", 4), ("rotary", "cos", 2),
     ("rotary", "sin", far_away), ("rotary", "interleaved", 2), ("rotary", "conjugate", -1),
     ("rotary", "fp32_tables", 3), ("rotary", "rotary_dim", 8), ("rotary", "table_rows", 2**20),
@@ -125,7 +125,7 @@ def test_the_calls_that_are_altered_are_served(install, kind):
     library = StandIn()
     install(library, hopper=True)
     assert call(kind).isfinite().all()
-    records = {"forward": library.calls, "backward": library.backward_calls, "split": library.split_calls}
+    records = {"forward": library.calls, "backward": library.backward_calls, "cache": library.cache_calls}
     assert len({**records, "rotary": library.rotary_calls}[kind]) == 1
 
 

@@ -7,7 +7,7 @@
 #include <cstdarg>
 #include <cstdio>
 
-#include "common/accumulator.cuh"
+#include "warp/accumulator.cuh"
 #include "host/launch.h"
 #include "host/tensor_map.h"
 #include "ptx/barrier.cuh"
@@ -16,7 +16,7 @@
 #include "ptx/tensor_copy.cuh"
 #include "ptx/warpgroup.cuh"
 #include "ptx_copies.cuh"
-#include "sm90/products.cuh"
+#include "wgmma/products.cuh"
 #include "wgmma.cuh"
 
 namespace flash_attn {
@@ -101,7 +101,7 @@ __device__ __forceinline__ void for_each(Accumulator<1, kTiles>& accumulator, fl
   });
 }
 
-// Ordinary writes that the products must see, as in sm90/forward.cuh.
+// Ordinary writes that the products must see, as in wgmma/forward/kernel.cuh.
 template <class Case>
 __device__ __forceinline__ void zero_values(uint32_t value, int used_keys) {
   for (int i = threadIdx.x % 128; i < Case::kSlabsV * Case::kKeys * 8; i += 128) {

@@ -35,7 +35,7 @@ class StandIn:
 
     def __init__(self, status: int = 0, family: int = 0, computes: bool = True) -> None:
         self.calls, self.probs_calls, self.backward_calls = [], [], []
-        self.split_calls, self.rotary_calls = [], []
+        self.cache_calls, self.rotary_calls = [], []
         self.status, self.family, self.computes = status, family, computes
         self.text = b"kernel forward_sm90_bf16_d64_full is not built"
         self.last_error: Callable[[], bytes] = lambda: self.text
@@ -65,8 +65,8 @@ class StandIn:
     def backward(self, packed: bytes, stream: int) -> int:
         return self._run("backward", self.backward_calls, attention.backward, packed, stream)
 
-    def split(self, packed: bytes, stream: int) -> int:
-        return self._run("split", self.split_calls, cache.split, packed, stream)
+    def cache(self, packed: bytes, stream: int) -> int:
+        return self._run("cache", self.cache_calls, cache.attend, packed, stream)
 
     def rotary(self, packed: bytes, stream: int) -> int:
         return self._run("rotary", self.rotary_calls, rotary.rotate_rows, packed, stream)
@@ -74,7 +74,7 @@ class StandIn:
     def forward_kernel(self, packed: bytes) -> bytes | None:
         return b"stand-in"
 
-    backward_kernel = split_kernel = forward_kernel
+    backward_kernel = cache_kernel = forward_kernel
 
 
 def make(

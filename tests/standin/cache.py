@@ -124,7 +124,7 @@ def _new_keys(memory: Memory, s: SimpleNamespace) -> list[Tensor]:
     ]
 
 
-def split(memory: Memory, s: SimpleNamespace) -> None:
+def attend(memory: Memory, s: SimpleNamespace) -> None:
     """Append to the cache, then write out and the LSE."""
     p = s.forward
     _check(s)

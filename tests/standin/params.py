@@ -17,7 +17,7 @@ DTYPES = {int(_abi.Dtype.FP16): torch.float16, int(_abi.Dtype.BF16): torch.bfloa
 STRUCTS: dict[str, tuple[type[ctypes.Structure], struct.Struct]] = {
     "forward": (_abi.ForwardParams, _abi.FORWARD_PARAMS),
     "backward": (_abi.BackwardParams, _abi.BACKWARD_PARAMS),
-    "split": (_abi.SplitParams, _abi.SPLIT_PARAMS),
+    "cache": (_abi.CacheParams, _abi.CACHE_PARAMS),
     "rotary": (_abi.RotaryParams, _abi.ROTARY_PARAMS),
 }
 FIELDS = {kind: [field[0] for field in structure._fields_] for kind, (structure, _) in STRUCTS.items()}

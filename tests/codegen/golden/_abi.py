@@ -4,7 +4,7 @@ import ctypes
 import struct
 from enum import IntEnum
 
-LAYOUT_HASH = 0xD446B267D8CD5E2D
+LAYOUT_HASH = 0xC9AC828CE6167EBC
 """Must equal flash_attn_layout_hash() of the library."""
 
 HEAD_DIMS = (32, 64, 96, 128, 192, 256)
@@ -171,7 +171,7 @@ BACKWARD_PARAMS = struct.Struct("<312s10Q14q1i4x")
 """Packs the fields of BackwardParams, in order, into 512 bytes; a pointer is an int, null is 0."""
 
 
-class SplitParams(ctypes.Structure):
+class CacheParams(ctypes.Structure):
     """Arguments of one attention call over a KV cache. Keys that the call appends are written to the
     cache first; what would lie outside of it is dropped, and read as zero. In forward, k and v are the
     cache, (cache_entries, rows, num_heads_k, cache_head_dim), of any strides, seqlen_k is the room for
@@ -211,8 +211,8 @@ class SplitParams(ctypes.Structure):
     )
 
 
-SPLIT_PARAMS = struct.Struct("<312s10Q7q9i2h")
-"""Packs the fields of SplitParams, in order, into 488 bytes; a pointer is an int, null is 0."""
+CACHE_PARAMS = struct.Struct("<312s10Q7q9i2h")
+"""Packs the fields of CacheParams, in order, into 488 bytes; a pointer is an int, null is 0."""
 
 
 class RotaryParams(ctypes.Structure):
@@ -256,17 +256,17 @@ ROTARY_PARAMS = struct.Struct("<6Q7q12i")
 FUNCTIONS: dict[str, tuple[type, tuple[type, ...]]] = {
     "flash_attn_forward": (ctypes.c_int32, (ctypes.c_void_p, ctypes.c_void_p)),
     "flash_attn_backward": (ctypes.c_int32, (ctypes.c_void_p, ctypes.c_void_p)),
-    "flash_attn_split": (ctypes.c_int32, (ctypes.c_void_p, ctypes.c_void_p)),
+    "flash_attn_cache": (ctypes.c_int32, (ctypes.c_void_p, ctypes.c_void_p)),
     "flash_attn_rotary": (ctypes.c_int32, (ctypes.c_void_p, ctypes.c_void_p)),
     "flash_attn_dropout_probs": (ctypes.c_int32, (ctypes.c_void_p, ctypes.c_void_p)),
     "flash_attn_forward_kernel": (ctypes.c_char_p, (ctypes.c_void_p,)),
     "flash_attn_backward_kernel": (ctypes.c_char_p, (ctypes.c_void_p,)),
-    "flash_attn_split_kernel": (ctypes.c_char_p, (ctypes.c_void_p,)),
+    "flash_attn_cache_kernel": (ctypes.c_char_p, (ctypes.c_void_p,)),
     "flash_attn_last_error": (ctypes.c_char_p, ()),
     "flash_attn_layout_hash": (ctypes.c_uint64, ()),
     "flash_attn_forward_params_size": (ctypes.c_int64, ()),
     "flash_attn_backward_params_size": (ctypes.c_int64, ()),
-    "flash_attn_split_params_size": (ctypes.c_int64, ()),
+    "flash_attn_cache_params_size": (ctypes.c_int64, ()),
     "flash_attn_rotary_params_size": (ctypes.c_int64, ()),
     "flash_attn_kernel_count": (ctypes.c_int32, ()),
     "flash_attn_kernel_key": (ctypes.c_char_p, (ctypes.c_int32,)),

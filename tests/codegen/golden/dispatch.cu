@@ -10,14 +10,14 @@ Status forward_sm80_bf16_d64_windowed(const ForwardParams&, const Device&, cudaS
 Status backward_sm80_bf16_d64_full(const BackwardParams&, const Device&, cudaStream_t);
 Status backward_sm80_bf16_d64_causal(const BackwardParams&, const Device&, cudaStream_t);
 Status backward_sm80_bf16_d64_windowed(const BackwardParams&, const Device&, cudaStream_t);
-Status split_sm80_bf16_d64_windowed(const SplitParams&, const Device&, cudaStream_t);
+Status split_sm80_bf16_d64_windowed(const CacheParams&, const Device&, cudaStream_t);
 Status forward_sm86_bf16_d64_full(const ForwardParams&, const Device&, cudaStream_t);
 Status forward_sm86_bf16_d64_causal(const ForwardParams&, const Device&, cudaStream_t);
 Status forward_sm86_bf16_d64_windowed(const ForwardParams&, const Device&, cudaStream_t);
 Status backward_sm86_bf16_d64_full(const BackwardParams&, const Device&, cudaStream_t);
 Status backward_sm86_bf16_d64_causal(const BackwardParams&, const Device&, cudaStream_t);
 Status backward_sm86_bf16_d64_windowed(const BackwardParams&, const Device&, cudaStream_t);
-Status split_sm86_bf16_d64_windowed(const SplitParams&, const Device&, cudaStream_t);
+Status split_sm86_bf16_d64_windowed(const CacheParams&, const Device&, cudaStream_t);
 
 // key, family, direction, dtype, head_dim, mask, dynamic shared memory in bytes, forward, backward or split launcher
 const KernelEntry kKernels[] = {

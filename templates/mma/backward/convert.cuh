@@ -1,0 +1,100 @@
+// Last kernel of a backward call: dQ from fp32, in the order in which the main kernel's registers hold it, to
+// rows of 16-bit elements.
+#pragma once
+
+#include <cstdint>
+
+#include "mma/backward/config.cuh"
+#include "mma/backward/workspace.cuh"
+#include "warp/store_tile.cuh"
+
+namespace flash_attn::mma {
+
+struct ConvertArguments {
+  BackwardParams params;
+  int tiles;  // of queries, for each head
+};
+
+// The part of a tile of dQ that this warp computes in the main kernel, and converts in the last one.
+template <class Config>
+struct QueryGradientPart {
+  static constexpr int kFragments = Config::kGradientTilesM * Config::kGradientTilesD;
+  int row;
+  int column;
+
+  __device__ __forceinline__ QueryGradientPart() {
+    const int warp = threadIdx.x / 32;
+    row = warp % Config::kQueryWarps * Config::kGradientTilesM * 16;
+    column = warp / Config::kQueryWarps * Config::kGradientTilesD * 8;
+  }
+
+  // This lane's first element of the warp's first fragment in the tile of dQ that starts at `row` of the
+  // workspace.
+  __device__ static __forceinline__ float* sums(const BackwardParams& params, int64_t row) {
+    return params.dq_accumulator + row * Config::kHeadDim +
+           threadIdx.x / 32 * kFragments * GradientFragment::kFloats +
+           threadIdx.x % 32 * GradientFragment::kLaneStride;
+  }
+};
+
+template <class Config>
+__device__ __forceinline__ void convert_tile(const BackwardParams& params, const Sequence& sequence,
+                                             int batch, int head, int first_row, uint32_t shared) {
+  using Element = typename Config::Element;
+  const QueryGradientPart<Config> part;
+  const float* sums = part.sums(params, workspace_row(params, batch, head) + first_row);
+  Accumulator<Config::kGradientTilesM, Config::kGradientTilesD> gradient;
+#pragma unroll
+  for (int i = 0; i < part.kFragments; ++i) {
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      gradient[i / Config::kGradientTilesD][i % Config::kGradientTilesD][c] =
+          sums[i * GradientFragment::kFloats + c * GradientFragment::kElementStride];
+    }
+  }
+  float scale[2 * Config::kGradientTilesM];
+#pragma unroll
+  for (float& factor : scale) factor = params.forward.softmax_scale;
+  store_tile<Config::kDtype, Config::kHeadDim>(
+      shared, gradient, scale, part.row, part.column, sequence.seqlen_q - first_row, params.forward.head_dim,
+      [&](int row) {
+        return sequence.query_rows(static_cast<Element*>(params.dq), params.dq_batch_stride,
+                                   params.dq_row_stride, params.dq_head_stride, head, first_row + row);
+      });
+}
+
+// Zeroes the rows of dQ past the last varlen sequence.
+template <class Config>
+__device__ __forceinline__ void zero_rows(const BackwardParams& params, const Sequence& sequence, int head,
+                                          int first_row) {
+  using Element = typename Config::Element;
+  const int chunks = params.forward.head_dim / 8;
+  const int rows = min(sequence.seqlen_q - first_row, Config::kBlockM);
+  for (int i = threadIdx.x; i < rows * chunks; i += Config::kThreads) {
+    Element* row =
+        sequence.query_rows(static_cast<Element*>(params.dq), params.dq_batch_stride, params.dq_row_stride,
+                            params.dq_head_stride, head, first_row + i / chunks);
+    reinterpret_cast<uint4*>(row)[i % chunks] = make_uint4(0, 0, 0, 0);
+  }
+}
+
+template <class Config>
+__global__ void __launch_bounds__(Config::kThreads)
+    convert_kernel(const __grid_constant__ ConvertArguments arguments) {
+  extern __shared__ __align__(128) uint8_t shared_memory[];
+  const BackwardParams& params = arguments.params;
+  const int batch_head = blockIdx.x / arguments.tiles, tile = blockIdx.x % arguments.tiles;
+  const int batch = batch_head / params.forward.num_heads, head = batch_head % params.forward.num_heads;
+  const Sequence sequence(params.forward, batch);
+  if (batch == params.forward.batch) {
+    for (int64_t row = int64_t{tile} * Config::kBlockM; row < sequence.seqlen_q;
+         row += int64_t{arguments.tiles} * Config::kBlockM) {
+      zero_rows<Config>(params, sequence, head, static_cast<int>(row));
+    }
+  } else if (tile * Config::kBlockM < sequence.seqlen_q) {
+    convert_tile<Config>(params, sequence, batch, head, tile * Config::kBlockM,
+                         ptx::shared_address(shared_memory));
+  }
+}
+
+}  // namespace flash_attn::mma

@@ -1,0 +1,14 @@
+// Merging the partial results of a call with split keys.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "abi.h"
+#include "host/device.h"
+
+namespace flash_attn {
+
+// Writes out and softmax_lse from out_partial and lse_partial, which the kernel before in the stream writes.
+Status launch_combine(const CacheParams& params, const Device& device, cudaStream_t stream);
+
+}  // namespace flash_attn

@@ -1,0 +1,93 @@
+// Where the keys of a sequence lie in a KV cache: a row of it, or pages named by a block table.
+#pragma once
+
+#include <cstdint>
+
+#include "abi.h"
+#include "problem/sequence.cuh"
+#include "ptx/async_copy.cuh"
+
+namespace flash_attn {
+
+// Keys lie in groups of this many in one row or page: page sizes are multiples of it.
+constexpr int kKeyGroup = 16;
+
+// Whether every row of a tensor (.., head_dim) starts and ends at a multiple of 16 bytes.
+inline bool rows_aligned(const void* tensor, int64_t batch_stride, int64_t row_stride, int64_t head_stride,
+                         int head_dim) {
+  const int64_t elements = batch_stride | row_stride | head_stride | head_dim;
+  return elements % 8 == 0 && reinterpret_cast<uintptr_t>(tensor) % 16 == 0;
+}
+
+// Whether K and V can be copied, and written, 16 bytes at a time; otherwise it is done by elements.
+inline bool cache_aligned(const CacheParams& params) {
+  const ForwardParams& forward = params.forward;
+  return params.cache_head_dim == forward.head_dim && params.cache_head_dim_v == forward.head_dim_v &&
+         rows_aligned(forward.k, forward.k_batch_stride, forward.k_row_stride, forward.k_head_stride,
+                      forward.head_dim) &&
+         rows_aligned(forward.v, forward.v_batch_stride, forward.v_row_stride, forward.v_head_stride,
+                      forward.head_dim_v);
+}
+
+struct CachedSequence : Sequence {
+  int batch;
+  int entry;   // row of a cache without pages; -1 if there is no such row
+  int length;  // keys that the cache held before this call appends its own, skipped ones included
+
+  // Lengths and rows on the device cannot be checked before the launch: they are cut down to what is there.
+  __device__ CachedSequence(const CacheParams& params, int batch)
+      : Sequence(params.forward, batch), batch(batch), entry(0), length(0) {
+    if (batch == params.forward.batch) return;
+    const int capacity = params.forward.seqlen_k;
+    length = params.cache_seqlen;
+    if (params.cache_seqlens != nullptr) {
+      length = params.cache_seqlens[batch];
+    } else if (params.forward.cu_seqlens_k != nullptr) {
+      length = seqlen_k;
+    }
+    length = clamp(length, capacity);
+    if (params.page_size > 0) {
+      k_row = 0;
+    } else {
+      entry = params.cache_batch_idx != nullptr ? params.cache_batch_idx[batch] : batch;
+      if (entry < 0 || entry >= params.cache_entries) entry = -1;
+    }
+    seqlen_k = max(min(length + params.seqlen_new, capacity) - k_row, 0);
+  }
+};
+
+// Row `row` of cache row or page `entry`; -1 is outside the cache, where nothing is read or written.
+struct KeyLocation {
+  int entry;
+  int row;
+};
+
+__device__ __forceinline__ int existing_entry(const CacheParams& params, int entry) {
+  return entry >= 0 && entry < params.cache_entries ? entry : -1;
+}
+
+// As the block table says: the page may not exist.
+__device__ __forceinline__ KeyLocation look_up_key(const CacheParams& params, const CachedSequence& sequence,
+                                                   int key) {
+  if (key >= params.forward.seqlen_k - sequence.k_row) return {-1, 0};
+  if (params.page_size == 0) return {sequence.entry, sequence.k_row + key};
+  const int page = key / params.page_size;
+  return {params.block_table[sequence.batch * params.block_table_stride + page],
+          key - page * params.page_size};
+}
+
+__device__ __forceinline__ KeyLocation locate_key(const CacheParams& params, const CachedSequence& sequence,
+                                                  int key) {
+  const KeyLocation at = look_up_key(params, sequence, key);
+  return {existing_entry(params, at.entry), at.row};
+}
+
+// Brings a sequence's row of the block table into L2 while its length is not known yet: 32 pages a thread.
+__device__ __forceinline__ void prefetch_block_table(const CacheParams& params, int batch) {
+  const int64_t pages = params.page_size > 0 ? params.forward.seqlen_k / params.page_size : 0;
+  const int64_t first = int64_t{threadIdx.x} * 32;
+  if (first >= pages || batch >= params.forward.batch) return;
+  ptx::prefetch_l2(params.block_table + batch * params.block_table_stride + first);
+}
+
+}  // namespace flash_attn
