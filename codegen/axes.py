@@ -19,8 +19,9 @@ class Family:
     """One kernel design and the limits of the GPUs that it is tuned for.
 
     ``directions`` maps each direction that has been written for the family to the kernel design that serves
-    it: a folder under ``templates/`` and C++ namespace. A family without any is known but cannot be built. ``code_suffix`` "a" asks nvcc for instructions that only the family's own architectures have: no
-    other GPU, newer ones included, runs that code or its PTX.
+    it: a folder under ``templates/`` and C++ namespace. A family without any is known but cannot be built.
+    ``code_suffix`` "a" asks nvcc for instructions that only the family's own architectures have: no other
+    GPU, newer ones included, runs that code or its PTX.
     """
 
     name: str

@@ -56,7 +56,8 @@ def kernel(direction, shared_bytes, result, fields=FIELDS):
     """A kernel that stands in for those of a direction and writes to a member of its parameters."""
     kernel_pass = axes.PASSES[direction]
     text = KERNEL.replace("launch_pass", f"launch_{kernel_pass}")
-    text = text.replace("PassParams", f"{kernel_pass.capitalize()}Params").replace("Pass", direction.capitalize())
+    text = text.replace("PassParams", f"{kernel_pass.capitalize()}Params")
+    text = text.replace("Pass", direction.capitalize())
     return text.replace("BYTES", shared_bytes).replace("RESULT", result).replace("FIELDS", fields)
 
 
@@ -87,7 +88,7 @@ def small_templates(tmp_path):
     """A tree of CUDA sources that compiles in a second per file and needs no kernel of the project."""
     folder = tmp_path / "templates"
     files = {
-        "host/device.h": (TEMPLATES / "host/device.h").read_text(),
+        "host/launch.h": (TEMPLATES / "host/device.h").read_text(),
         "host/dispatch.h": (TEMPLATES / "host/dispatch.h").read_text(),
         "host/library.cu": LIBRARY,
         "mma/forward/launch.cuh": kernel("forward", FORWARD_BYTES, "out"),
