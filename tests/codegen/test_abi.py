@@ -5,7 +5,8 @@ import subprocess
 import pytest
 from checker import compile_cpp
 
-from codegen import PACKAGE, abi, render, selection
+from codegen import PACKAGE, abi, axes, render, selection
+from codegen.abi.description import Field, Struct
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,7 @@ def test_packer_fills_the_struct(struct, mirror):
 def value_of(field, draw):
     if field.type == "float32":
         return draw.randrange(1, 100) / 2
-    if isinstance(field.type, abi.Struct):
+    if isinstance(field.type, Struct):
         return draw.randbytes(field.size)
     return draw.randrange(1, 2 ** (8 * min(field.size, 4) - 1))
 
@@ -75,23 +76,21 @@ def test_a_null_pointer_packs_as_zero(mirror):
 
 
 def test_padding_is_part_of_the_layout():
-    struct = abi.Struct(
-        "Odd", "", (abi.Field("a", "int32"), abi.Field("b", "int64"), abi.Field("c", "float32"))
-    )
+    struct = Struct("Odd", "", (Field("a", "int32"), Field("b", "int64"), Field("c", "float32")))
     assert struct.offsets() == [0, 8, 16]
     assert struct.size == 24
     assert struct.packing == "<1i4x1q1f4x"
 
 
 def test_a_struct_may_hold_structs():
-    inner = abi.Struct("Inner", "", (abi.Field("a", "int64"), abi.Field("b", "int32")))
+    inner = Struct("Inner", "", (Field("a", "int64"), Field("b", "int32")))
     fields = (
-        abi.Field("x", "int32"),
-        abi.Field("first", inner),
-        abi.Field("second", inner),
-        abi.Field("y", "int32"),
+        Field("x", "int32"),
+        Field("first", inner),
+        Field("second", inner),
+        Field("y", "int32"),
     )
-    outer = abi.Struct("Outer", "", fields)
+    outer = Struct("Outer", "", fields)
     assert outer.offsets() == [0, 8, 24, 40]
     assert outer.size == 48
     assert outer.packing == "<1i4x16s16s1i4x"
@@ -99,26 +98,26 @@ def test_a_struct_may_hold_structs():
 
 def test_hash_follows_names_types_and_enums(monkeypatch):
     hashes = {abi.layout_hash()}
-    first, *rest = abi.FORWARD_PARAMS.fields
-    for fields in ([abi.Field("query", first.type), *rest], [abi.Field("q", "int64"), *rest], [*rest, first]):
-        monkeypatch.setattr(abi, "STRUCTS", (abi.Struct("ForwardParams", "", tuple(fields)),))
+    first, *rest = abi.forward.PARAMS.fields
+    for fields in ([Field("query", first.type), *rest], [Field("q", "int64"), *rest], [*rest, first]):
+        monkeypatch.setattr(abi, "STRUCTS", (Struct("ForwardParams", "", tuple(fields)),))
         hashes.add(abi.layout_hash())
     monkeypatch.undo()
-    monkeypatch.setattr(abi.axes, "MASKS", ("causal", "full", "windowed"))
+    monkeypatch.setattr(axes, "MASKS", ("causal", "full", "windowed"))
     hashes.add(abi.layout_hash())
     assert len(hashes) == 5
 
 
 def reworded(struct):
     fields = tuple(
-        abi.Field(
+        Field(
             field.name,
-            reworded(field.type) if isinstance(field.type, abi.Struct) else field.type,
+            reworded(field.type) if isinstance(field.type, Struct) else field.type,
             "other words",
         )
         for field in struct.fields
     )
-    return abi.Struct(struct.name, "other words", fields)
+    return Struct(struct.name, "other words", fields)
 
 
 def test_hash_ignores_documentation(monkeypatch):

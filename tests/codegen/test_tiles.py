@@ -1,7 +1,8 @@
 import pytest
 
-from codegen import axes, tile_shapes, tiles
-from codegen.tile_shapes import BackwardTile, ForwardTile, HopperTile
+from codegen import axes, tiles
+from codegen.tile_shapes import BackwardTile, ForwardTile, HopperTile, SplitTile, mma, wgmma
+from codegen.tile_shapes.formula import Sum, Term
 from codegen.tiles import TileError
 
 SM80, SM86, SM90 = (axes.FAMILIES[name] for name in ("sm80", "sm86", "sm90"))
@@ -26,17 +27,22 @@ def test_the_table_holds_no_row_that_nothing_reads():
                 assert set(row) <= {"default", *tiles.VARIANTS, *axes.MASKS}
 
 
+def test_a_sum_says_where_it_comes_from():
+    total = Sum((Term("Q", {"bytes": 2, "block_m": 64}), Term("rest", {"a": 9}, {"b": 2, "c": 2})))
+    assert str(total) == "bytes 2 * block_m 64 [Q] + a 9 / b 2 / c 2 [rest] = 130"
+    assert total.value == 130
+    assert total.terms[1].quotient == 2.25
+
+
 def test_arithmetic():
     tile = ForwardTile(block_m=128, block_n=64, warps=4, min_blocks=2)
-    assert tile.rows_per_warp == 32
     assert tile.smem_bytes(128) == 2 * (128 * 128 + 2 * 64 * 128) == 65536
-    assert tile.register_floor(128) == (32 * 128 + 32 * 64) // 32 + 40 == 232
+    assert tile.registers(128).value == (32 * 128 + 32 * 64) // 32 + mma.REGISTER_OVERHEAD == 232
 
 
 def test_pairs_of_warps_halve_the_columns_and_exchange_through_shared_memory():
     alone, pairs = ForwardTile(64, 64, 4, 1), ForwardTile(64, 64, 4, 1, warps_per_row=2)
-    assert pairs.rows_per_warp == 2 * alone.rows_per_warp
-    assert pairs.register_floor(256) == alone.register_floor(256)
+    assert pairs.registers(256) == alone.registers(256)
     assert pairs.smem_bytes(256) - alone.smem_bytes(256) == 64 * 64 * 2 + 64 * 2 * 4
 
 
@@ -48,34 +54,53 @@ def refusal(tile, family, head_dim):
 
 def test_too_much_shared_memory_per_block():
     text = refusal(ForwardTile(128, 128, 8, 1), SM86, 256)
-    assert "2 * (128 * 256 + 2 * 128 * 256) = 196608 > 101376 bytes" in text
+    assert (
+        "shared memory per block: bytes 2 * block_m 128 * head_dim 256 [Q]"
+        " + bytes 2 * tensors 2 * block_n 128 * head_dim 256 [K, V] = 196608 > 101376 bytes"
+    ) in text
     assert "sm86" in text and "head_dim 256" in text and "causal" in text
 
 
 def test_too_much_shared_memory_per_sm():
     text = refusal(ForwardTile(128, 64, 4, 2), SM86, 128)
-    assert "2 * (65536 + 1024) = 133120 > 102400 bytes" in text
+    assert (
+        "min_blocks 2 * smem 65536 [the blocks] + min_blocks 2 * reserved 1024 [the system] = 133120" in text
+    )
+    assert "133120 > 102400 bytes, with smem = bytes 2 * block_m 128" in text
     assert "per block" not in text
 
 
 def test_too_many_registers():
     text = refusal(ForwardTile(128, 64, 4, 2), SM80, 192)
-    assert "= 32 * (192 + 64) / 1 / 32 + 40 = 296 > min(255, 65536 / (2 * 4 * 32)) = 255" in text
+    assert (
+        "block_m 128 * head_dim 192 / threads 128 [O] + block_m 128 * block_n 64 / threads 128 [S]"
+        " + registers 40 [overhead] = 296"
+        " > min(255, registers 65536 / min_blocks 2 / threads 128 [a thread's share]) = 255"
+    ) in text
 
 
 def test_register_limit_follows_residency():
     text = refusal(ForwardTile(128, 128, 8, 2), SM80, 64)
-    assert "16 * (64 + 128) / 1 / 32 + 40 = 136 > min(255, 65536 / (2 * 8 * 32)) = 128" in text
+    assert "= 136 > min(255, registers 65536 / min_blocks 2 / threads 256 [a thread's share]) = 128" in text
 
 
 @pytest.mark.parametrize(
     ("tile", "words"),
     [
-        (ForwardTile(96, 64, 4, 1), "96 * 1 / 4 = 24, not a multiple of 16"),
-        (ForwardTile(64, 40, 4, 1), "40 / 1 = 40, not a multiple of 16"),
-        (ForwardTile(64, 48, 4, 1, 2), "48 / 2 = 24, not a multiple of 16"),
+        (
+            ForwardTile(96, 64, 4, 1),
+            "block_m 96 * warps_per_row 1 / warps 4 [rows per warp] = 24, not a multiple of 16",
+        ),
+        (
+            ForwardTile(64, 40, 4, 1),
+            "block_n 40 / warps_per_row 1 [keys per warp] = 40, not a multiple of 16",
+        ),
+        (ForwardTile(64, 48, 4, 1, 2), "48 / warps_per_row 2 [keys per warp] = 24, not a multiple of 16"),
         (ForwardTile(64, 64, 4, 1, 3), "warps_per_row = 3"),
-        (ForwardTile(64, 64, 4, 1, 2), "64 / 2 = 32, not a multiple of 64"),
+        (
+            ForwardTile(64, 64, 4, 1, 2),
+            "64 / warps_per_row 2 [columns of O per warp] = 32, not a multiple of 64",
+        ),
         (ForwardTile(128, 16, 8, 1), "block_n = 16, not a multiple of the 32 rows that 8 warps copy at once"),
     ],
 )
@@ -118,11 +143,11 @@ def test_a_roomy_tile_must_fit_a_block(monkeypatch):
 
 def test_backward_arithmetic():
     tile = BackwardTile(block_m=64, block_n=128, warps=8, min_blocks=1, score_stages=2)
-    assert tile.keys_per_warp == 32 and tile.queries_at_once == 64
+    assert tile.keys_per_warp.value == 32 and tile.queries_at_once == 64
     assert tile.smem_bytes(128) == 2 * (2 * 128 * 128 + 4 * 64 * 128 + 2 * 64 * 128) + 2 * 2 * 64 * 4
-    assert tile.register_floor(128) == 32 * 128 // 32 + 32 * 64 // 32 + 40
+    assert tile.registers(128).value == 32 * 128 // 32 + 32 * 64 // 32 + mma.REGISTER_OVERHEAD
     narrow = BackwardTile(block_m=64, block_n=128, warps=4, min_blocks=1, score_stages=1)
-    assert narrow.keys_per_warp == 64 and narrow.queries_at_once == 32
+    assert narrow.keys_per_warp.value == 64 and narrow.queries_at_once == 32
 
 
 @pytest.mark.parametrize(
@@ -130,17 +155,51 @@ def test_backward_arithmetic():
     [
         (BackwardTile(64, 96, 3, 1, 2), "warps = 3, not pairs"),
         (BackwardTile(48, 64, 4, 1, 2), "block_m = 48, not 16, 32, 64 or 128"),
-        (BackwardTile(64, 96, 4, 1, 2), "96 / 2 = 48, not 16, 32 or 64"),
-        (BackwardTile(64, 32, 8, 1, 2), "32 / 4 = 8, not 16, 32 or 64"),
+        (BackwardTile(64, 96, 4, 1, 2), "block_n 96 / pairs 2 [keys per warp] = 48, not 16, 32 or 64"),
+        (BackwardTile(64, 32, 8, 1, 2), "32 / pairs 4 [keys per warp] = 8, not 16, 32 or 64"),
         (BackwardTile(64, 64, 4, 1, 3), "score_stages = 3, not 1 or 2"),
-        (BackwardTile(128, 512, 16, 1, 1), "barriers: 1 + pairs * block_m / queries_at_once = 33"),
+        (
+            BackwardTile(128, 512, 16, 1, 1),
+            "pairs 8 * block_m 128 / queries_at_once 32 [each pair's parts of block_m] = 33",
+        ),
         (BackwardTile(16, 64, 8, 1, 2), "block_m = 16, not a multiple of the 32 rows that 8 warps copy"),
-        (BackwardTile(64, 128, 8, 2, 2), "2 * (164864 + 1024) = 331776 > 167936 bytes"),
-        (BackwardTile(64, 128, 8, 2, 2), "32 * (128 + 64) / 32 + 40 = 232 > min(255, 65536 / (2 * 8 * 32))"),
-        (BackwardTile(128, 128, 8, 1, 2), "+ 16 * 128 = 264192 > 166912 bytes"),
+        (BackwardTile(64, 128, 8, 2, 2), "= 331776 > 167936 bytes, with smem = "),
+        (
+            BackwardTile(64, 128, 8, 2, 2),
+            "keys_per_warp 32 * queries_at_once 64 / lanes 32 [scores] + registers 40 [overhead] = 232",
+        ),
+        (
+            BackwardTile(128, 128, 8, 1, 2),
+            "+ bytes 4 * tensors 2 * stages 2 * block_m 128 [LSE, D] = 264192 > 166912 bytes",
+        ),
     ],
 )
 def test_wrong_backward_tiles(tile, words):
+    assert words in refusal(tile, SM80, 128)
+
+
+def test_split_arithmetic():
+    tile = SplitTile(block_m=64, block_n=64, warps_m=4, warps_n=1, stages=2, min_blocks=1)
+    assert tile.smem_bytes(128) == 2 * 128 * (64 + 2 * 2 * 64)
+    assert tile.registers(128).value == 16 * (128 + 64) // 32 + mma.REGISTER_OVERHEAD
+    spread = SplitTile(block_m=64, block_n=64, warps_m=1, warps_n=4, stages=1, min_blocks=1)
+    assert spread.smem_bytes(128) == 4 * 64 * (128 + 8 + 2) * 4
+    assert spread.registers(128).value == 64 * (128 + 64 // 4) // 32 + mma.REGISTER_OVERHEAD
+
+
+@pytest.mark.parametrize(
+    ("tile", "words"),
+    [
+        (SplitTile(64, 64, 8, 1, 2, 1), "block_m 64 / warps_m 8 [rows per warp] = 8, not a multiple of 16"),
+        (SplitTile(16, 32, 1, 4, 2, 1), "block_n 32 / warps_n 4 [keys per warp] = 8, not a multiple of 16"),
+        (
+            SplitTile(64, 64, 4, 1, 5, 1),
+            "stages 5 * block_n 64 * head_dim 128 [K, V] = 180224 > 166912 bytes",
+        ),
+        (SplitTile(128, 64, 1, 4, 1, 1), "padded_head_dim 136 [O of each warp]"),
+    ],
+)
+def test_wrong_split_tiles(tile, words):
     assert words in refusal(tile, SM80, 128)
 
 
@@ -148,7 +207,7 @@ def test_hopper_arithmetic():
     tile = HopperTile(block_m=128, block_n=80, stages=2, query_stages=1)
     assert tile.smem_bytes(256) == 2 * (128 * 256 + 4 * 80 * 256) + tile.BARRIER_BYTES
     assert tile.smem_bytes(96) == tile.smem_bytes(128)
-    assert tile.register_floor(256) == 128 + 40 + 20 + tile_shapes.HOPPER_REGISTER_OVERHEAD
+    assert tile.registers(256).value == 128 + 40 + 20 + wgmma.REGISTER_OVERHEAD
     narrow = HopperTile(block_m=128, block_n=80, stages=2, query_stages=1, head_dim_v=64)
     assert tile.smem_bytes(256) - narrow.smem_bytes(256) == 2 * 80 * 192 * 2
 
@@ -160,8 +219,12 @@ def test_hopper_arithmetic():
         (HopperTile(256, 64, 2, 1), "block_m = 256, not 128 or 192"),
         (HopperTile(128, 72, 2, 1), "block_n = 72, not a multiple of 16 up to 256"),
         (HopperTile(128, 64, 1, 1), "stages = 1: the next V is waited for before this one is released"),
-        (HopperTile(192, 112, 2, 1), "(dv + block_n) / 2 + block_n / 4 + overhead = 172 > 160"),
-        (HopperTile(128, 128, 4, 1), "Q, K and V stages and barriers = 295168 > 232448 bytes"),
+        (
+            HopperTile(192, 112, 2, 1),
+            "rows 64 * head_dim_v 128 / threads 128 [O] + rows 64 * block_n 112 / threads 128 [S]",
+        ),
+        (HopperTile(192, 112, 2, 1), "/ per_register 2 [P] + registers 24 [overhead] = 172 > 160"),
+        (HopperTile(128, 128, 4, 1), "columns 128 [V] + bytes 256 [barriers] = 295168 > 232448 bytes"),
     ],
 )
 def test_wrong_hopper_tiles(tile, words):

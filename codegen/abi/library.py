@@ -1,0 +1,20 @@
+"""What the library tells of itself."""
+
+from codegen.abi.description import Field, Function, Struct
+
+
+def functions(structs: tuple[Struct, ...]) -> tuple[Function, ...]:
+    """The functions that launch nothing, among them one for the size of each struct."""
+    return (
+        Function("flash_attn_last_error", "string", (), "Text of this thread's last error."),
+        Function("flash_attn_layout_hash", "uint64", (), "kLayoutHash of the library's abi.h."),
+        *(_size(struct) for struct in structs),
+        Function("flash_attn_kernel_count", "int32", (), "Number of kernels in the library."),
+        Function("flash_attn_kernel_key", "string", (Field("index", "int32"),), "Key of one kernel."),
+        Function("flash_attn_targets", "string", (), 'Compiled targets, such as "sm80:80,sm80:90+ptx".'),
+    )
+
+
+def _size(struct: Struct) -> Function:
+    name = f"flash_attn_{struct.constant.lower()}_size"
+    return Function(name, "int64", (), f"sizeof({struct.name}) in bytes.")
