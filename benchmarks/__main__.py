@@ -20,6 +20,7 @@ SUMMARIES = {
     "host": "host time of one call",
     "memory": "peak GPU memory by sequence length",
     "build": "CPU seconds, memory and size of the last build",
+    "compare": "speed of two installed packages",
     "sass": "the machine code of two builds, function by function",
 }
 WITHOUT_GPU = ("build", "sass")
