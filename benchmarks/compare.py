@@ -184,6 +184,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    facts: dict[str, Any] = {**report.circumstances(args.family, "bf16")}
     try:
         comparison = Comparison(args.old, args.new, args.seconds)
         rows = comparison.measure(args.rounds, [f"^({'|'.join(args.tables)}) ", args.only])
@@ -195,7 +196,7 @@ def run(args: argparse.Namespace) -> int:
         return 2
     found = complaints(rows, args.bar)
     print("\n".join([*lines(rows), *found]))
-    facts = {**report.circumstances(args.family, "bf16"), "commits": comparison.commits, "means": means(rows)}
+    facts |= {"commits": comparison.commits, "means": means(rows)}
     records = [{**asdict(row), "ratio": round(row.ratio, 4)} for row in rows]
     report.write_json(args.output / "compare.json", facts, records)
     return int(bool(found))
