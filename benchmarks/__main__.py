@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
+import sys
 from pathlib import Path
 
 from benchmarks.settings import WORK
@@ -18,24 +20,27 @@ SUMMARIES = {
     "host": "host time of one call",
     "memory": "peak GPU memory by sequence length",
     "build": "CPU seconds, memory and size of the last build",
+    "compare": "speed of two installed packages",
+    "sass": "the machine code of two builds, function by function",
 }
+WITHOUT_GPU = ("build", "sass")
 
 
-def parser() -> argparse.ArgumentParser:
-    from benchmarks import build, decode, host, memory, prefill, rotary, speed
-
-    modules = {"decode": decode, "prefill": prefill, "rotary": rotary, "host": host}
-    modules |= {"memory": memory, "build": build}
-    modules |= dict.fromkeys(WORK, speed)
+def parser(chosen: str) -> argparse.ArgumentParser:
+    """The commands, of which only the chosen one has its arguments: no other needs to be imported."""
     top = argparse.ArgumentParser(prog="python -m benchmarks", description="Benchmarks of flash_attn.")
     commands = top.add_subparsers(dest="command", required=True)
     for name, summary in SUMMARIES.items():
-        module = modules[name]
-        command = commands.add_parser(name, help=summary, description=module.__doc__)
-        command.add_argument(
-            "--output", type=Path, default=Path("benchmarks/results"), help="folder for JSON, PNG"
-        )
-        if name != "build":
+        command = commands.add_parser(name, help=summary)
+        if name != chosen:
+            continue
+        module = importlib.import_module(f"benchmarks.{'speed' if name in WORK else name}")
+        command.description = module.__doc__
+        if name != "sass":
+            command.add_argument(
+                "--output", type=Path, default=Path("benchmarks/results"), help="folder for JSON, PNG"
+            )
+        if name not in WITHOUT_GPU:
             command.add_argument("--family", help="force a kernel family, such as sm80")
         module.add_arguments(command)
         command.set_defaults(run=module.run)
@@ -43,8 +48,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parser().parse_args(argv)
-    if args.command != "build":
+    argv = sys.argv[1:] if argv is None else argv
+    args = parser(argv[0] if argv else "").parse_args(argv)
+    if args.command not in WITHOUT_GPU:
         import torch
 
         if not torch.cuda.is_available():

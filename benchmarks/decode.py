@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import report
-from benchmarks.providers import CUDNN, OURS, TORCH_FA2, Call, check_agreement, runnable
+from benchmarks.providers import CUDNN, OURS, TORCH_FA2, Call, check_agreement, ours_with_kvcache, runnable
 from benchmarks.timing import cold_medians
 
 HEAD_DIM = 128
@@ -75,33 +75,6 @@ class Tensors:
         return q, k, v
 
 
-def ours(
-    q: Tensor, k: Tensor, v: Tensor, num_splits: int = 0, page_size: int = 0, new: bool = False,
-    causal: bool = False,
-) -> Call:  # fmt: skip
-    """Our call over the cache k, v; with `new`, one key is overwritten by appending it.
-
-    With `page_size`, the same numbers count as pages in random order.
-    """
-    from flash_attn import flash_attn_with_kvcache
-
-    batch, seqlen = k.shape[:2]
-    appended = (k[:, :1].clone(), v[:, :1].clone()) if new else (None, None)
-    lengths = torch.full((batch,), seqlen - new, dtype=torch.int32, device="cuda")
-    table = None
-    if page_size:
-        k, v = (x.view(-1, page_size, *x.shape[2:]) for x in (k, v))
-        table = torch.randperm(k.shape[0], device="cuda").int().view(batch, -1)
-
-    def run() -> tuple[Tensor]:
-        out = flash_attn_with_kvcache(
-            q, k, v, *appended, cache_seqlens=lengths, block_table=table, causal=causal, num_splits=num_splits
-        )
-        return (out,)
-
-    return Call(run)
-
-
 def theirs(q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend) -> Call:
     """One of torch's kernels on transposed views of the same tensors."""
     qt, kt, vt = (x.transpose(1, 2) for x in (q, k, v))
@@ -118,14 +91,14 @@ def measure(problem: Problem, tensors: Tensors, splits: list[int], pages: bool) 
     q, k, v = tensors.of(problem)
     calls = runnable(
         {
-            OURS: ours(q, k, v),
+            OURS: ours_with_kvcache(q, k, v),
             TORCH_FA2: theirs(q, k, v, SDPBackend.FLASH_ATTENTION),
             CUDNN: theirs(q, k, v, SDPBackend.CUDNN_ATTENTION),
         }
     )
     check_agreement(calls)
-    calls |= {f"page {n}": ours(q, k, v, page_size=n) for n in PAGE_SIZES if pages}
-    calls |= {f"splits {n}": ours(q, k, v, num_splits=n) for n in splits}
+    calls |= {f"page {n}": ours_with_kvcache(q, k, v, page_size=n) for n in PAGE_SIZES if pages}
+    calls |= {f"splits {n}": ours_with_kvcache(q, k, v, num_splits=n) for n in splits}
     return {name: 1e3 * ms for name, ms in cold_medians(calls).items()}
 
 

@@ -7,8 +7,17 @@ import argparse
 import torch
 
 from benchmarks import report
-from benchmarks.decode import ours
-from benchmarks.providers import CUDNN, OURS, TORCH_FA2, TORCH_SDPA, Call, Problem, providers, runnable
+from benchmarks.providers import (
+    CUDNN,
+    OURS,
+    TORCH_FA2,
+    TORCH_SDPA,
+    Call,
+    Problem,
+    ours_with_kvcache,
+    providers,
+    runnable,
+)
 from benchmarks.timing import host_medians
 
 SHAPE = (1, 16, 2, 64)
@@ -25,8 +34,8 @@ def calls() -> dict[str, Call]:
     names = (OURS, TORCH_SDPA, TORCH_FA2, CUDNN)
     return {
         **runnable({name: known[name].forward(problem) for name in names}),
-        "with_kvcache": ours(q[:, :1], k, v),
-        "with_kvcache, k, v": ours(q[:, :1], k, v, new=True),
+        "with_kvcache": ours_with_kvcache(q[:, :1], k, v),
+        "with_kvcache, k, v": ours_with_kvcache(q[:, :1], k, v, new=True),
         "torch.empty": Call(lambda: (torch.empty(SHAPE, device="cuda", dtype=torch.bfloat16),)),
         "torch.empty_like": Call(lambda: (torch.empty_like(q),)),
     }

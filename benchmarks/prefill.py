@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import report
-from benchmarks.decode import HEAD_DIM, PAGE_SIZES, ours
-from benchmarks.providers import OURS, TORCH_FA2, Call, check_agreement, runnable
+from benchmarks.decode import HEAD_DIM, PAGE_SIZES
+from benchmarks.providers import OURS, TORCH_FA2, Call, check_agreement, ours_with_kvcache, runnable
 from benchmarks.timing import cold_medians
 
 HEADS = ((32, 8), (32, 32), (16, 1))
@@ -47,6 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-pages", action="store_true", help="only the contiguous cache")
 
 
+def tensors(chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
+    """q, and a cache of k and v, of standard normal numbers."""
+    shapes = (chunk.queries, chunk.num_heads), *[(chunk.keys, chunk.num_heads_k)] * 2
+    q, k, v = (torch.randn(1, *shape, HEAD_DIM, device="cuda", dtype=torch.bfloat16) for shape in shapes)
+    return q, k, v
+
+
 def _torch_fa2(q: Tensor, k: Tensor, v: Tensor) -> Call:
     """torch's kernel by its own name: `scaled_dot_product_attention` aligns the mask with the first key."""
     views = [x.transpose(1, 2) for x in (q, k, v)]
@@ -56,11 +63,10 @@ def _torch_fa2(q: Tensor, k: Tensor, v: Tensor) -> Call:
 
 def measure(chunk: Chunk, pages: bool) -> dict[str, float]:
     """Microseconds of every call."""
-    shapes = (chunk.queries, chunk.num_heads), *[(chunk.keys, chunk.num_heads_k)] * 2
-    q, k, v = (torch.randn(1, *shape, HEAD_DIM, device="cuda", dtype=torch.bfloat16) for shape in shapes)
-    calls = runnable({OURS: ours(q, k, v, causal=True), TORCH_FA2: _torch_fa2(q, k, v)})
+    q, k, v = tensors(chunk)
+    calls = runnable({OURS: ours_with_kvcache(q, k, v, causal=True), TORCH_FA2: _torch_fa2(q, k, v)})
     check_agreement(calls)
-    calls |= {f"page {n}": ours(q, k, v, page_size=n, causal=True) for n in PAGE_SIZES if pages}
+    calls |= {f"page {n}": ours_with_kvcache(q, k, v, page_size=n, causal=True) for n in PAGE_SIZES if pages}
     return {name: 1e3 * ms for name, ms in cold_medians(calls).items()}
 
 

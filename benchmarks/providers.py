@@ -107,6 +107,33 @@ def _ours(deterministic: bool) -> Provider:
     return Provider(attend)
 
 
+def ours_with_kvcache(
+    q: Tensor, k: Tensor, v: Tensor, num_splits: int = 0, page_size: int = 0, new: bool = False,
+    causal: bool = False,
+) -> Call:  # fmt: skip
+    """Our call over the cache k, v; with `new`, one key is overwritten by appending it.
+
+    With `page_size`, the same numbers count as pages in random order.
+    """
+    from flash_attn import flash_attn_with_kvcache
+
+    batch, seqlen = k.shape[:2]
+    appended = (k[:, :1].clone(), v[:, :1].clone()) if new else (None, None)
+    lengths = torch.full((batch,), seqlen - new, dtype=torch.int32, device=q.device)
+    table = None
+    if page_size:
+        k, v = (x.view(-1, page_size, *x.shape[2:]) for x in (k, v))
+        table = torch.randperm(k.shape[0], device=q.device).int().view(batch, -1)
+
+    def run() -> tuple[Tensor]:
+        out = flash_attn_with_kvcache(
+            q, k, v, *appended, cache_seqlens=lengths, block_table=table, causal=causal, num_splits=num_splits
+        )
+        return (out,)
+
+    return Call(run)
+
+
 def _sdpa(backend: SDPBackend | None = None) -> Provider:
     def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)

@@ -24,11 +24,20 @@ def read(library: Path) -> frozenset[str] | None:
     program = find_cuobjdump()
     if program is None:
         return None
-    command = [str(program), "--dump-elf-symbols", str(library)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode and "does not contain device code" not in done.stdout + done.stderr:
-        raise CiError(f"cuobjdump failed: {done.stderr.strip() or done.stdout.strip()}")
-    return parse(done.stdout)
+    return parse(run(program, library, "--dump-elf-symbols"))
+
+
+def run(program: Path, binary: Path, *options: str, folder: Path | None = None) -> str:
+    """What cuobjdump prints about a library or an object, run in ``folder``: nothing of one without device
+    code. Raises CiError.
+    """
+    command = [str(program), *options, str(binary.resolve())]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
+    if not done.returncode:
+        return done.stdout
+    if "does not contain device code" in done.stdout + done.stderr:
+        return ""
+    raise CiError(f"cuobjdump failed: {done.stderr.strip() or done.stdout.strip()}")
 
 
 def expected(kernels: Iterable[str], targets: Iterable[str]) -> frozenset[str]:

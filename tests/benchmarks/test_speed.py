@@ -48,7 +48,7 @@ def on_cpu(monkeypatch, tmp_path):
     monkeypatch.setattr(speed, "device_medians", lambda calls, budget: {name: times[name] for name in calls})
 
     def run(*arguments: str) -> int:
-        args: argparse.Namespace = parser().parse_args([*arguments, "--output", str(tmp_path)])
+        args: argparse.Namespace = parser(arguments[0]).parse_args([*arguments, "--output", str(tmp_path)])
         args.family = None
         return speed.run(args)
 

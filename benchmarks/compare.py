@@ -1,0 +1,202 @@
+"""Speed of two installed packages in the settings of the tables: processes of either take turns.
+
+OLD and NEW are folders that hold the package flash_attn with its library. Each process measures each setting;
+a time is the median over the processes of their medians. Settings in which NEW falls below the bar are timed
+again, in more rounds, and that counts. The exit status is 1 if one stays below it, or if a table's geometric
+mean of OLD's time over NEW's is below 0.995.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks import report
+from benchmarks.settings import TABLES
+
+OLD, NEW = "old", "new"
+MEAN_BAR = 0.995
+AGREEMENT = 1e-3
+"""Relative difference by which the sums of absolute results of OLD and NEW may differ."""
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class CompareError(Exception):
+    """Packages that cannot be compared, or whose results differ."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a process says of a setting: microseconds, and the sum of the absolute values of the results."""
+
+    us: float
+    total: float
+
+
+Round = Mapping[str, Sample]
+"""The samples of one process by setting, such as ``forward d64 causal 512``."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A setting with the microseconds of both; `again` if they are those of the second measurement."""
+
+    setting: str
+    old_us: float
+    new_us: float
+    again: bool = False
+
+    @property
+    def table(self) -> str:
+        return self.setting.partition(" ")[0]
+
+    @property
+    def ratio(self) -> float:
+        """OLD's time over NEW's: from 1 on, NEW is at least as fast."""
+        return self.old_us / self.new_us
+
+
+def rows_of(rounds: Mapping[str, Sequence[Round]], again: bool = False) -> list[Row]:
+    """A row per setting from the rounds of either side; CompareError where their results differ."""
+    rows = []
+    for setting in rounds[OLD][0]:
+        samples = {side: [one[setting] for one in rounds[side]] for side in (OLD, NEW)}
+        totals = {side: samples[side][0].total for side in samples}
+        if not math.isclose(totals[OLD], totals[NEW], rel_tol=AGREEMENT):
+            sums = ", ".join(f"{side} {total:.6g}" for side, total in totals.items())
+            raise CompareError(f"{setting}: the sums of the absolute results differ: {sums}")
+        old_us, new_us = (median(sample.us for sample in samples[side]) for side in (OLD, NEW))
+        rows.append(Row(setting, old_us, new_us, again))
+    return rows
+
+
+def merged(rows: Iterable[Row], second: Iterable[Row]) -> list[Row]:
+    """The rows, those that were measured again in place of the first."""
+    replacing = {row.setting: row for row in second}
+    return [replacing.get(row.setting, row) for row in rows]
+
+
+def means(rows: Sequence[Row]) -> dict[str, float]:
+    """The geometric mean of the ratios of each table, and of all."""
+    tables = dict.fromkeys(row.table for row in rows)
+    groups = {table: [row.ratio for row in rows if row.table == table] for table in tables}
+    groups["all"] = [row.ratio for row in rows]
+    return {table: report.geometric_mean(ratios) for table, ratios in groups.items()}
+
+
+def complaints(rows: Sequence[Row], bar: float) -> list[str]:
+    """What NEW is too slow in: settings below the bar, means below MEAN_BAR."""
+    slow = [f"{row.setting}: {row.ratio:.3f} is below {bar}" for row in rows if row.ratio < bar]
+    low = {table: mean for table, mean in means(rows).items() if mean < MEAN_BAR}
+    return [*slow, *(f"mean of {table}: {mean:.4f} is below {MEAN_BAR}" for table, mean in low.items())]
+
+
+def lines(rows: Sequence[Row]) -> list[str]:
+    """The table as text, with the means below it; a star marks what was measured again."""
+    width = max(len(row.setting) for row in rows)
+    titles = report.aligned([f"us {OLD}", f"us {NEW}", f"{OLD}/{NEW}"], 10)
+    text = [f"{'setting'.ljust(width)}  {titles}"]
+    for row in rows:
+        cells = report.aligned([f"{row.old_us:.1f}", f"{row.new_us:.1f}", f"{row.ratio:.3f}"], 10)
+        text.append(f"{row.setting.ljust(width)}  {cells}{' *' if row.again else ''}")
+    return [*text, *(f"geometric mean, {table}: {mean:.4f}" for table, mean in means(rows).items())]
+
+
+def environment(root: Path = ROOT) -> dict[str, str]:
+    """Of a process that imports the benchmarks of this tree, wherever its package comes from."""
+    inherited = os.environ.get("PYTHONPATH")
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), *([inherited] if inherited else [])])}
+
+
+def ask(folder: Path, only: Sequence[str], seconds: float) -> dict[str, Any]:
+    """The answer of a new process with the package of that folder. CompareError if it fails."""
+    command = [sys.executable, "-m", "benchmarks.compare_child", str(folder.resolve())]
+    command += ["--seconds", str(seconds), *(f"--only={pattern}" for pattern in only)]
+    with tempfile.TemporaryDirectory() as neutral:  # `-m` puts the working folder first on the path
+        done = subprocess.run(
+            command, cwd=neutral, env=environment(), capture_output=True, text=True, check=False
+        )
+    if done.returncode:
+        raise CompareError(f"{folder}: {done.stderr.strip() or f'exit status {done.returncode}'}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+class Comparison:
+    """The two packages, and what their processes said of themselves."""
+
+    def __init__(self, old: Path, new: Path, seconds: float) -> None:
+        self.folders, self.seconds = {OLD: old, NEW: new}, seconds
+        self.commits: dict[str, str | None] = {}
+        for folder in (old, new):
+            if not (folder / "flash_attn" / "__init__.py").is_file():
+                raise CompareError(f"{folder} does not hold the package flash_attn")
+
+    def measure(self, rounds: int, only: Sequence[str], again: bool = False) -> list[Row]:
+        """Rows from that many processes of either package, which start in turn."""
+        said: dict[str, list[Round]] = {OLD: [], NEW: []}
+        for number in range(rounds):
+            for side in (OLD, NEW) if number % 2 == 0 else (NEW, OLD):
+                start = time.monotonic()
+                answer = ask(self.folders[side], only, self.seconds)
+                self.commits[side] = answer["commit"]
+                said[side].append({setting: Sample(*pair) for setting, pair in answer["rows"].items()})
+                took = time.monotonic() - start
+                count = len(answer["rows"])
+                print(f"round {number + 1} of {rounds}, {side}: {count} settings in {took:.0f} s", flush=True)
+            if not said[OLD][0]:
+                raise CompareError("no setting has such a name")
+        return rows_of(said, again)
+
+
+def exactly(rows: Iterable[Row]) -> str:
+    """The regex of the settings of these rows."""
+    return f"^(?:{'|'.join(re.escape(row.setting) for row in rows)})$"
+
+
+def _tables(text: str) -> list[str]:
+    names = text.split(",")
+    if unknown := set(names) - set(TABLES):
+        raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: not of {', '.join(TABLES)}")
+    return names
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("old", type=Path, help="folder that holds a package flash_attn")
+    parser.add_argument("new", type=Path, help="the same of the package that is compared with it")
+    parser.add_argument("--rounds", type=int, default=5, help="processes of either package")
+    parser.add_argument("--repeat-rounds", type=int, default=20, help="the same for settings below the bar")
+    parser.add_argument("--tables", type=_tables, default=list(TABLES), help="some of " + ",".join(TABLES))
+    parser.add_argument("--only", default="", help="regex: only settings such as `forward d64 causal 512`")
+    parser.add_argument("--bar", type=float, default=0.98, help="what NEW must reach in each setting")
+    parser.add_argument("--seconds", type=float, default=0.1, help="device time of a setting in a process")
+
+
+def run(args: argparse.Namespace) -> int:
+    facts: dict[str, Any] = {**report.circumstances(args.family, "bf16")}
+    try:
+        comparison = Comparison(args.old, args.new, args.seconds)
+        rows = comparison.measure(args.rounds, [f"^({'|'.join(args.tables)}) ", args.only])
+        below = [row for row in rows if row.ratio < args.bar]
+        if below and args.repeat_rounds:
+            rows = merged(rows, comparison.measure(args.repeat_rounds, [exactly(below)], again=True))
+    except CompareError as error:
+        print(error)
+        return 2
+    found = complaints(rows, args.bar)
+    print("\n".join([*lines(rows), *found]))
+    facts |= {"commits": comparison.commits, "means": means(rows)}
+    records = [{**asdict(row), "ratio": round(row.ratio, 4)} for row in rows]
+    report.write_json(args.output / "compare.json", facts, records)
+    return int(bool(found))

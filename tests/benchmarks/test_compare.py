@@ -1,0 +1,148 @@
+"""The comparison of two packages: what processes say is made up, but not which package they import."""
+
+import argparse
+import math
+import re
+
+import pytest
+import torch
+
+from benchmarks import compare, compare_child, report
+from benchmarks.__main__ import parser
+from benchmarks.compare import NEW, OLD, CompareError, Row, Sample
+from benchmarks.providers import Call
+from benchmarks.settings import TABLES
+
+
+def said(us, total=1.0, setting="forward d64 full 512"):
+    return {setting: Sample(us, total)}
+
+
+def test_a_time_is_the_median_over_the_rounds():
+    rounds = {OLD: [said(9.0), said(5.0), said(6.0)], NEW: [said(2.0), said(3.0), said(99.0)]}
+    (row,) = compare.rows_of(rounds)
+    assert (row.old_us, row.new_us, row.ratio, row.table) == (6.0, 3.0, 2.0, "forward")
+
+
+@pytest.mark.parametrize("total", [1.01, math.nan])
+def test_results_must_agree(total):
+    assert compare.rows_of({OLD: [said(1.0)], NEW: [said(1.0, 1.0001)]})
+    with pytest.raises(CompareError, match=r"forward d64 full 512: the sums .* differ: old 1, new"):
+        compare.rows_of({OLD: [said(1.0)], NEW: [said(1.0, total)]})
+
+
+def test_the_second_measurement_replaces_the_first():
+    first = [Row("forward a", 90, 100), Row("decode b", 100, 100)]
+    rows = compare.merged(first, [Row("forward a", 101, 100, again=True)])
+    assert rows == [Row("forward a", 101, 100, again=True), first[1]]
+    assert compare.complaints(first, 0.98) and not compare.complaints(rows, 0.98)
+
+
+def test_means_are_of_each_table_and_must_not_be_low():
+    rows = [Row("forward a", 100, 50), Row("forward b", 50, 100), Row("decode c", 99, 100)]
+    assert compare.means(rows) == pytest.approx({"forward": 1, "decode": 0.99, "all": 0.99 ** (1 / 3)})
+    assert compare.complaints(rows[::2], 0.98) == ["mean of decode: 0.9900 is below 0.995"]
+    assert compare.complaints(rows[:2], 0.98) == ["forward b: 0.500 is below 0.98"]
+
+
+def test_the_table():
+    head, first, second, *means = compare.lines(
+        [Row("forward a", 90, 100, again=True), Row("decode long", 8, 4)]
+    )
+    assert head.split() == ["setting", "us", "old", "us", "new", "old/new"]
+    assert first.split() == ["forward", "a", "90.0", "100.0", "0.900", "*"]
+    assert second.endswith("2.000") and head.endswith("old/new") and len(head) == len(second)
+    assert means[0] == "geometric mean, forward: 0.9000" and len(means) == 3
+
+
+def test_settings_are_those_of_the_tables():
+    keys = [task.key for task in compare_child.tasks()]
+    assert len(keys) == len(set(keys))
+    assert {task.table for task in compare_child.tasks()} == set(TABLES) == set(compare_child.timers(1.0))
+    chosen = compare.exactly([Row(keys[0], 1, 1), Row(keys[-1], 1, 1)])
+    assert [key for key in keys if re.search(chosen, key)] == [keys[0], keys[-1]]
+
+
+def test_a_setting_is_timed_and_its_results_summed():
+    results = torch.tensor([1.0, -2.0]), torch.tensor([3.0])
+    task = compare_child.Task("backward", "d64", lambda: Call(lambda: results))
+    assert compare_child.measure(task, lambda calls: dict.fromkeys(calls, 0.25)) == (250.0, 6.0)
+
+
+@pytest.fixture
+def package(tmp_path):
+    """Makes a folder with a package flash_attn of that commit, beside modules that nobody may import."""
+
+    def make(name):
+        for module in ("flash_attn", "benchmarks"):
+            (tmp_path / name / module).mkdir(parents=True)
+        text = f"def build_info():\n    return {{'commit': {name!r}}}\n"
+        (tmp_path / name / "flash_attn" / "__init__.py").write_text(text)
+        (tmp_path / name / "benchmarks" / "__init__.py").write_text(
+            "raise ImportError('the wrong benchmarks')"
+        )
+        return tmp_path / name
+
+    return make
+
+
+def test_a_process_imports_the_package_of_its_folder(package, tmp_path, monkeypatch):
+    old, new = package("first"), package("second")
+    monkeypatch.setenv("PYTHONPATH", str(new))
+    monkeypatch.chdir(new)
+    nothing = {"only": ["^$"], "seconds": 0.1}
+    assert compare.ask(old, **nothing) == {"commit": "first", "rows": {}}
+    with pytest.raises(CompareError, match=r"flash_attn came from .*, not from"):
+        compare.ask(tmp_path, **nothing)
+
+
+@pytest.fixture
+def answers(package, monkeypatch, tmp_path):
+    """Runs the command on two packages; processes say what the test makes of the side and their number."""
+    old, new = package("old"), package("new")
+    asked = []
+
+    def start(say, *options):
+        def ask(folder, only, seconds):
+            asked.append((folder.name, only))
+            return {"commit": folder.name, "rows": say(folder.name, len(asked))}
+
+        monkeypatch.setattr(compare, "ask", ask)
+        monkeypatch.setattr(report, "environment", lambda: {"device": "GPU"})
+        words = ["compare", str(old), str(new), "--output", str(tmp_path), *options]
+        args: argparse.Namespace = parser("compare").parse_args(words)
+        return compare.run(args), asked
+
+    return start
+
+
+def test_packages_take_turns_and_slow_settings_are_measured_again(answers, tmp_path, capsys):
+    first = 2 * 3
+
+    def say(side, number):
+        slow = 1.1 if side == NEW and number <= first else 1.0
+        again = {} if number > first else {"decode b": (7.0, 3.0)}
+        return {"forward a": (slow, 2.0), **again}
+
+    status, asked = answers(say, "--rounds", "3", "--repeat-rounds", "2", "--only", "a|b")
+    assert status == 0
+    assert [side for side, _ in asked[:first]] == [OLD, NEW, NEW, OLD, OLD, NEW]
+    assert asked[0][1] == ["^(forward|backward|decode|prefill) ", "a|b"]
+    assert [only for _, only in asked[first:]] == [[r"^(?:forward\ a)$"]] * 4
+    assert "1.000 *" in capsys.readouterr().out
+    assert '"again": true' in (tmp_path / "compare.json").read_text()
+
+
+def test_what_stays_slow_fails(answers, capsys):
+    status, _ = answers(lambda side, _: {"decode b": (1.0 + (side == NEW), 1.0)}, "--rounds", "1")
+    assert status == 1
+    assert "decode b: 0.500 is below 0.98" in capsys.readouterr().out
+
+
+def test_what_cannot_be_compared(answers, capsys, tmp_path):
+    assert answers(lambda *_: {}, "--only", "nothing")[0] == 2
+    assert "no setting has such a name" in capsys.readouterr().out
+    with pytest.raises(CompareError, match="does not hold the package flash_attn"):
+        compare.Comparison(tmp_path, tmp_path, 0.1)
+    with pytest.raises(SystemExit):
+        parser("compare").parse_args(["compare", "old", "new", "--tables", "forward,both"])

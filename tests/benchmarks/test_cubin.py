@@ -1,0 +1,60 @@
+"""What counts as a function's code: an ELF file made here, with instructions that are numbers."""
+
+import struct
+
+from benchmarks import cubin
+
+BRANCH, ADD, FILLING = 0x947, 0x210, cubin.NOP
+PROGBITS, REL = 1, 9
+
+
+def elf(*sections):
+    """A cubin with these sections (name, kind, data), after the empty one and before that of their names."""
+    sections = [("", 0, b""), *sections, (".shstrtab", 3, b"")]
+    names = b"".join(name.encode() + b"\0" for name, _, _ in sections)
+    sections[-1] = (".shstrtab", 3, names)
+    body, headers, at = b"", b"", 0
+    for name, kind, data in sections:
+        headers += struct.pack("<IIQQQQIIQQ", at, kind, 0, 0, 64 + len(body), len(data), 0, 0, 1, 0)
+        body, at = body + data, at + len(name) + 1
+    count = len(sections)
+    header = struct.pack("<40xQ10xHHH", 64 + len(body), 64, count, count - 1)
+    return header + body + headers
+
+
+def text(*instructions):
+    return b"".join(word.to_bytes(16, "little") for word in instructions)
+
+
+def code(*instructions, extra=()):
+    sections = [(".text.f", PROGBITS, text(*instructions)), *extra]
+    return cubin.functions(elf(*sections))["f"]
+
+
+def test_padding_does_not_count():
+    assert code(ADD, BRANCH) == code(ADD, BRANCH, FILLING, FILLING)
+    assert code(ADD, FILLING, BRANCH).instructions == 3
+    assert code(ADD, BRANCH) != code(ADD + (1 << 24), BRANCH)
+
+
+def test_another_schedule_is_told_from_other_instructions():
+    waits = ADD | 3 << 105 | 1 << 125
+    assert code(waits).exact != code(ADD).exact
+    assert code(waits).unscheduled == code(ADD).unscheduled
+    assert code(ADD | 1 << 104).unscheduled != code(ADD).unscheduled
+
+
+def test_what_a_function_refers_to_counts_but_not_its_name():
+    def relocated(symbol, offset=0):
+        return code(ADD, extra=[(".rel.text.f", REL, struct.pack("<QQ", offset, symbol << 32 | 56))])
+
+    assert relocated(7) == relocated(8) != code(ADD)
+    assert relocated(7, offset=32) != relocated(7)
+
+
+def test_constants_count_but_not_the_room_for_arguments():
+    def constants(bank, data):
+        return code(ADD, extra=[(f".nv.constant{bank}.f", PROGBITS, data)])
+
+    assert constants(0, b"1") == constants(0, b"22") == code(ADD)
+    assert constants(2, b"1") != constants(2, b"2")
