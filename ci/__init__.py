@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from codegen.wheel_name import PROJECT as PROJECT
+from codegen.wheels.name import PROJECT as PROJECT
 
 ROOT = Path(__file__).resolve().parent.parent
 

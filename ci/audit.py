@@ -11,7 +11,7 @@ from pathlib import Path
 from ci import CiError, device_code
 from ci.wheel import Wheel
 from codegen import abi
-from codegen.wheel_name import LIBRARY
+from codegen.wheels.name import LIBRARY
 
 MAX_BYTES = 100_000_000
 """PyPI's limit on a file."""

@@ -8,7 +8,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ci import CiError
-from codegen import axes, selection, toolchain, units
+from codegen import axes, units
+from codegen.compilation import toolchain
+from codegen.targets import Target, full_selection
 
 
 def find_cuobjdump() -> Path | None:
@@ -39,7 +41,7 @@ def expected(kernels: Iterable[str], targets: Iterable[str]) -> frozenset[str]:
 
 def _code(target: str) -> tuple[str, str]:
     """Family and code of a target: sm80 and sm_90 of ``sm80:90+ptx``."""
-    parsed = selection.parse_target(target)
+    parsed = Target.parse(target)
     if parsed is None or parsed.family not in axes.FAMILIES or parsed.capability not in axes.ARCHS:
         raise CiError(f"unknown target {target!r} in its manifest")
     return parsed.family, f"sm_{parsed.code}"
@@ -47,7 +49,7 @@ def _code(target: str) -> tuple[str, str]:
 
 def parse(text: str) -> frozenset[str]:
     """The same in the output of ``cuobjdump --dump-elf-symbols``: a symbol holds its unit's config."""
-    all_units = units.list_units(selection.full_selection())
+    all_units = units.list_units(full_selection())
     keys = {config: unit.key for unit in all_units for config in unit.configs}
     found = set()
     arch = ""

@@ -12,9 +12,10 @@ from typing import Any
 
 from ci import PROJECT, CiError
 from ci.matrix import Version
-from codegen import CodegenError, wheel_name
-from codegen.wheel_index import sha256_of
-from codegen.wheel_name import MANIFEST, WheelName
+from codegen import CodegenError
+from codegen.wheels import name as wheel_name
+from codegen.wheels.index import sha256_of
+from codegen.wheels.name import MANIFEST, WheelName
 
 PLATFORM_TAG = re.compile(r"(?:linux|manylinux\w*?)_(x86_64|aarch64)")
 

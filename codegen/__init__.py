@@ -1,4 +1,4 @@
-"""The generator: what can be built, with which tiles, and the sources, tables and library made from that."""
+"""The generator: what can be built, with which tiles, and the sources and tables made from that."""
 
 import re
 from pathlib import Path

@@ -10,7 +10,7 @@ from pathlib import Path
 import jinja2
 
 from codegen import TEMPLATES, abi, axes, tiles
-from codegen.selection import Selection, all_targets
+from codegen.targets import Selection, all_targets
 from codegen.units import list_units
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from codegen import CodegenError, axes, tiles
-from codegen.selection import Selection
+from codegen.targets import Selection
 from codegen.tile_shapes import Tile
 
 

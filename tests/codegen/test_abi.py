@@ -5,13 +5,13 @@ import subprocess
 import pytest
 from checker import compile_cpp
 
-from codegen import PACKAGE, abi, render, selection
+from codegen import PACKAGE, abi, render, targets
 
 
 @pytest.fixture(scope="module")
 def header(tmp_path_factory):
     folder = tmp_path_factory.mktemp("abi")
-    (folder / "abi.h").write_text(render.render_sources(selection.full_selection())["abi.h"])
+    (folder / "abi.h").write_text(render.render_sources(targets.full_selection())["abi.h"])
     return folder / "abi.h"
 
 

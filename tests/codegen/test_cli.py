@@ -8,12 +8,6 @@ from codegen import GENERATED, PACKAGE, ROOT
 from codegen import __main__ as cli
 
 
-@pytest.fixture(autouse=True)
-def clean_environment(monkeypatch):
-    for name in ("ARCHS", "CUDA_ARCHS", "HEAD_DIMS", "DTYPES", "DIRECTIONS"):
-        monkeypatch.delenv(f"FLASH_ATTN_{name}", raising=False)
-
-
 @pytest.fixture
 def tree(tmp_path, monkeypatch):
     """A copy of the generated files that a command may change."""

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from checker import compile_cpp
 
-from codegen.selection import from_environment
+from codegen.compilation.selection import from_environment
 from flash_attn import _abi, _library
 
 

@@ -4,9 +4,11 @@ import sys
 import pytest
 from packaging.tags import platform_tags
 
-from codegen import ROOT, backend, driver, prebuilt, selection, toolchain
-from codegen.selection import from_environment
-from codegen.toolchain import Toolchain, ToolchainError
+from codegen import ROOT
+from codegen.compilation import backend, cuda_driver, selection, toolchain
+from codegen.compilation.selection import from_environment
+from codegen.compilation.toolchain import Toolchain, ToolchainError
+from codegen.wheels import prebuilt
 
 
 def fake_nvcc(folder, says="release 13.0, V13.0.88"):
@@ -104,7 +106,7 @@ def test_compiler_wheels_are_required_only_where_kernels_need_them(monkeypatch, 
 def test_native_is_refused_where_the_driver_is_too_old_for_the_wheels(monkeypatch):
     monkeypatch.setattr(toolchain, "find_nvcc", lambda: None)
     monkeypatch.setattr(selection, "detect_gpus", lambda: [90])
-    monkeypatch.setattr(driver, "driver_cuda", lambda: (12, 4))
+    monkeypatch.setattr(cuda_driver, "driver_cuda", lambda: (12, 4))
     words = r"need driver 580 \(CUDA 13.0\) or newer, but this one supports CUDA 12.4"
     for use_prebuilt in (False, True):
         with pytest.raises(SystemExit, match=words):
@@ -113,7 +115,7 @@ def test_native_is_refused_where_the_driver_is_too_old_for_the_wheels(monkeypatc
     assert len(backend.compiler_requirements()) == 1
     monkeypatch.delenv("FLASH_ATTN_ARCHS")
     for enough in ((13, 0), (13, 2), None):
-        monkeypatch.setattr(driver, "driver_cuda", lambda enough=enough: enough)
+        monkeypatch.setattr(cuda_driver, "driver_cuda", lambda enough=enough: enough)
         assert len(backend.compiler_requirements()) == 1
 
 
@@ -130,5 +132,5 @@ def test_a_prebuilt_wheel_needs_no_compiler(monkeypatch, wheels, wheel_folder, t
 
 
 def test_the_backend_imports_neither_torch_nor_jinja():
-    script = "import codegen.backend, sys; assert not {'torch', 'jinja2'} & set(sys.modules)"
+    script = "import codegen.compilation.backend, sys; assert not {'torch', 'jinja2'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)

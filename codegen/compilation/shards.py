@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from codegen import CodegenError, render
-from codegen.ninja import COMPILE_FLAGS, Source
-from codegen.selection import Selection
-from codegen.toolchain import Toolchain
+from codegen.compilation.ninja import COMPILE_FLAGS, Source
+from codegen.compilation.toolchain import Toolchain
+from codegen.targets import Selection
 from codegen.units import Unit, shard
 
 STAMP = "shard.json"

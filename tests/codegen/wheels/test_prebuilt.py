@@ -7,8 +7,10 @@ import urllib.request
 import pytest
 from packaging.tags import platform_tags
 
-from codegen import CodegenError, driver, prebuilt, selection
-from codegen.wheel_index import Listed, WheelError
+from codegen import CodegenError
+from codegen.compilation import cuda_driver, selection
+from codegen.wheels import prebuilt
+from codegen.wheels.index import Listed, WheelError
 
 PLATFORM = list(platform_tags())[-1]
 
@@ -56,7 +58,7 @@ def find(tmp_path, monkeypatch):
     """prebuilt.find for an index, variables, GPUs present and the CUDA of the driver."""
 
     def call(index, present=None, gpus=(), **variables):
-        monkeypatch.setattr(driver, "driver_cuda", lambda: present)
+        monkeypatch.setattr(cuda_driver, "driver_cuda", lambda: present)
         names = {f"FLASH_ATTN_{name}": value for name, value in variables.items()}
         environ = {"FLASH_ATTN_WHEEL_INDEX": str(index), **names}
         chosen = selection.from_environment(environ, lambda: list(gpus))

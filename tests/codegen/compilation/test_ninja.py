@@ -3,9 +3,11 @@ from pathlib import Path
 
 import pytest
 
-from codegen import CodegenError, ninja
-from codegen.selection import Target, from_environment
-from codegen.toolchain import Toolchain
+from codegen import CodegenError
+from codegen.compilation import ninja
+from codegen.compilation.selection import from_environment
+from codegen.compilation.toolchain import Toolchain
+from codegen.targets import Target
 from codegen.units import list_units
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from codegen import TEMPLATES, CodegenError
-from codegen.selection import Selection, Target
-from codegen.toolchain import Toolchain
+from codegen.compilation.toolchain import Toolchain
+from codegen.targets import Selection, Target
 from codegen.units import Unit
 
 LIBRARY = "libflash_attn.so"
@@ -30,7 +30,7 @@ COMPRESS_FLAG = "--compress-mode=size"
 
 RULES = """\
 rule compile
-  command = "$$CODEGEN_PYTHON" -m codegen.compile --name $name --smem $smem $
+  command = "$$CODEGEN_PYTHON" -m codegen.compilation.nvcc_step --name $name --smem $smem $
       --object $out --nvcc $nvcc --release $release -- $flags $gencode -c $in
   depfile = $out.d
   deps = gcc

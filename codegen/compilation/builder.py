@@ -11,9 +11,10 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
-from codegen import ROOT, TEMPLATES, CodegenError, ninja, render, shards, toolchain, version
-from codegen.ninja import LIBRARY, Source
-from codegen.selection import Selection
+from codegen import ROOT, TEMPLATES, CodegenError, render, version
+from codegen.compilation import ninja, shards, toolchain
+from codegen.compilation.ninja import LIBRARY, Source
+from codegen.targets import Selection
 from codegen.units import Unit, list_units
 
 BUILD_INFO = "_build.json"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from codegen import CodegenError
-from codegen.compile import Record, worst
+from codegen.compilation.nvcc_step import Record, worst
 
 COLUMNS = ("unit", "wall s", "CPU s", "peak MB", "regs", "spill B", "stack B", "smem B", "object KB")
 

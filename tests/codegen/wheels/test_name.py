@@ -1,6 +1,7 @@
 import pytest
 
-from codegen import CodegenError, wheel_name
+from codegen import CodegenError
+from codegen.wheels import name as wheel_name
 
 
 def test_a_name_is_taken_apart():

@@ -43,7 +43,7 @@ def call_backend(folder, hook, out, **variables):
     """Call a PEP 517 hook as a frontend does: in the source folder, in a process of its own."""
     out.mkdir(exist_ok=True)
     script = (
-        "import sys; sys.path.insert(0, '.'); from codegen import backend;"
+        "import sys; sys.path.insert(0, '.'); from codegen.compilation import backend;"
         f"print('made', backend.{hook}({str(out)!r}))"
     )
     environment = {**os.environ, **variables, "PYTHONPATH": str(folder.parent / "no_torch")}
