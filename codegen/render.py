@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import jinja2
 
 from codegen import TEMPLATES, abi, axes, tiles
 from codegen.targets import Selection, all_targets
-from codegen.units import list_units
+from codegen.units import Unit, list_units
 
 
 @cache
@@ -38,9 +38,12 @@ def _render(template: str, **variables: object) -> str:
     return _environment().get_template(template).render(template=template, **variables)
 
 
-def render_sources(selection: Selection) -> dict[str, str]:
-    """Text of every generated source, by path relative to the folder of generated files."""
-    units = list_units(selection)
+def render_sources(selection: Selection, units: Sequence[Unit] | None = None) -> dict[str, str]:
+    """Text of every generated source, by path relative to the folder of generated files.
+
+    ``units`` are ``list_units(selection)``, of a caller that has them already.
+    """
+    units = list_units(selection) if units is None else units
     files = {unit.path: _render("unit.cu.j2", unit=unit) for unit in units}
     files["abi.h"] = _render("abi.h.j2", **_abi_variables())
     files["dispatch.cu"] = _render(
