@@ -10,10 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ci import PROJECT, CiError
+from ci import CiError
 from ci.matrix import Version
-from codegen import CodegenError
-from codegen.wheels import name as wheel_name
+from codegen import PROJECT, CodegenError
 from codegen.wheels.index import sha256_of
 from codegen.wheels.name import MANIFEST, WheelName
 
@@ -97,7 +96,7 @@ def open_wheel(path: Path) -> Wheel:
     if not path.is_file():
         raise CiError(f"{path}: no such file")
     try:
-        wheel = Wheel(path, wheel_name.parse(path.name))
+        wheel = Wheel(path, WheelName.parse(path.name))
     except CodegenError as error:
         raise CiError(f"{path.name}: not a wheel of {PROJECT}: {error}") from None
     matches = [PLATFORM_TAG.fullmatch(tag) for tag in wheel.parsed.platforms]

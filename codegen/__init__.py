@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+PROJECT = "flash-attn"
 ROOT = Path(__file__).resolve().parent.parent
 TEMPLATES = ROOT / "templates"
 GENERATED = ROOT / "generated"

@@ -14,13 +14,13 @@ from typing import Any
 from packaging.tags import platform_tags
 from packaging.utils import canonicalize_name
 
-from codegen import ROOT, CodegenError, axes, version
+from codegen import PROJECT, ROOT, CodegenError, axes, version
 from codegen.compilation import cuda_driver
 from codegen.compilation.cuda_driver import Cuda
 from codegen.compilation.selection import AXES, is_native
 from codegen.targets import Selection, Target
 from codegen.wheels.index import Listed, NoIndex, WheelError, download, list_files, replacing
-from codegen.wheels.name import LIBRARY, MANIFEST, PROJECT, WheelName, parse
+from codegen.wheels.name import LIBRARY, MANIFEST, WheelName
 
 DEFAULT_INDEX: str | None = None
 """No public index exists yet: without FLASH_ATTN_WHEEL_INDEX no wheel is looked for."""
@@ -130,7 +130,7 @@ def choose(
 def classify(file: Listed, platforms: Sequence[str], present: Cuda | None) -> Candidate | str:
     """The wheel as a candidate, or why it is none."""
     try:
-        name = parse(file.name)
+        name = WheelName.parse(file.name)
     except CodegenError as error:
         return str(error)
     ranks = [platforms.index(platform) for platform in name.platforms if platform in platforms]
