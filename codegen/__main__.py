@@ -44,13 +44,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def regenerate() -> int:
-    """Bring generated/ and flash_attn/_abi.py up to date, touching only what changed."""
+    """Bring generated/ and the modules in flash_attn/ up to date, touching only what changed."""
     from codegen import render, targets
 
     changed = render.write_tree(render.render_sources(targets.full_selection()), GENERATED)
     changed = [f"{GENERATED.name}/{path}" for path in changed]
-    if render.write_file(PACKAGE / "_abi.py", render.render_abi_module()):
-        changed.append("flash_attn/_abi.py")
+    modules = render.render_modules().items()
+    changed += [f"{PACKAGE.name}/{name}" for name, text in modules if render.write_file(PACKAGE / name, text)]
     for path in changed:
         print(path)
     print(f"{len(changed)} files changed")
@@ -62,7 +62,8 @@ def check() -> int:
     from codegen import render, targets
 
     diff = render.diff_tree(render.render_sources(targets.full_selection()), GENERATED)
-    diff += render.diff_file(PACKAGE / "_abi.py", render.render_abi_module(), "flash_attn/_abi.py")
+    for name, text in render.render_modules().items():
+        diff += render.diff_file(PACKAGE / name, text, f"{PACKAGE.name}/{name}")
     if diff:
         print(diff, end="")
         print("generated files are stale: run python -m codegen", file=sys.stderr)

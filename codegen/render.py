@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jinja2
 
-from codegen import TEMPLATES, abi, axes, tiles
+from codegen import TEMPLATES, abi, axes, kernel_key, tiles
 from codegen.targets import Selection, all_targets
 from codegen.units import Unit, list_units
 
@@ -76,6 +76,13 @@ def render_abi_module() -> str:
         long_cost=tiles.LONG_COST,
         **_abi_variables(),
     )
+
+
+def render_modules() -> dict[str, str]:
+    """Text of the generated modules of the package, which cannot import this one, by file name."""
+    key = Path(kernel_key.__file__).read_text(encoding="utf-8")
+    notice = "# Copied by `python -m codegen` from codegen/kernel_key.py. Do not edit.\n"
+    return {"_abi.py": render_abi_module(), "_kernel_key.py": notice + key}
 
 
 def _abi_variables() -> dict[str, object]:
