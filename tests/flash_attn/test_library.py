@@ -145,6 +145,12 @@ def test_build_command():
     )
 
 
+def test_the_build_reads_the_variables_of_the_command():
+    command = _library.build_command("90", 65, "fp16", _abi.Direction.BACKWARD)
+    chosen = from_environment(dict(word.split("=") for word in command.split() if "=" in word))
+    assert (chosen.head_dims, chosen.dtypes, chosen.directions) == ((96,), ("fp16",), ("forward", "backward"))
+
+
 @pytest.mark.parametrize("capability", [70, 75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121])
 @pytest.mark.parametrize("family", [_abi.Family.AUTO, _abi.Family.SM80, _abi.Family.SM86])
 def test_the_build_knows_what_the_command_asks_for(capability, family):

@@ -1,105 +1,24 @@
-import http.server
 import itertools
-import json
-import threading
-import urllib.request
 
 import pytest
 from packaging.tags import platform_tags
 
 from codegen import CodegenError
-from codegen.compilation import cuda_driver, selection
 from codegen.wheels import prebuilt
 from codegen.wheels.index import Listed, WheelError
 
 PLATFORM = list(platform_tags())[-1]
 
 
-class Server(http.server.ThreadingHTTPServer):
-    """Answers from ``pages`` (path to bytes, or to a status), notes each path in ``asked``."""
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.pages, self.types, self.asked, self.cut = {}, {}, [], 0
-        self.url = f"http://127.0.0.1:{self.server_port}"
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.server.asked.append(self.path)
-        page = self.server.pages.get(self.path, 404)
-        if isinstance(page, int):
-            self.send_error(page)
-            return
-        self.send_response(200)
-        self.send_header("Content-Type", self.server.types.get(self.path, "text/html"))
-        self.send_header("Content-Length", str(len(page)))
-        self.end_headers()
-        self.wfile.write(page[: len(page) - self.server.cut] if self.path.endswith(".whl") else page)
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def server(monkeypatch):
-    """A Server on loopback, reached without a proxy."""
-    monkeypatch.setattr(urllib.request, "_opener", None)  # it remembers the proxy of its first use
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "no_proxy", "NO_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    with Server() as running:
-        threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
-        yield running
-        running.shutdown()
-
-
-@pytest.fixture
-def find(tmp_path, monkeypatch):
-    """prebuilt.find for an index, variables, GPUs present and the CUDA of the driver."""
-
-    def call(index, present=None, gpus=(), **variables):
-        monkeypatch.setattr(cuda_driver, "driver_cuda", lambda: present)
-        names = {f"FLASH_ATTN_{name}": value for name, value in variables.items()}
-        environ = {"FLASH_ATTN_WHEEL_INDEX": str(index), **names}
-        chosen = selection.from_environment(environ, lambda: list(gpus))
-        return prebuilt.find(chosen, environ, tmp_path / "downloads")
-
-    return call
-
-
-def one_wheel(wheels, cuda=130, **contents):
-    name = wheels.name(cuda, PLATFORM)
-    return name, {name: wheels.content(name, **contents)}
-
-
 @pytest.mark.parametrize("page", ["index.html", "index.json"])
 @pytest.mark.parametrize("at", ["simple/flash-attn", "flash-attn"])
-def test_a_wheel_of_a_folder_is_taken(find, wheels, wheel_folder, tmp_path, page, at, capsys):
-    name, files = one_wheel(wheels)
+def test_a_wheel_of_a_folder_is_taken(find, one_wheel, wheel_folder, tmp_path, page, at, capsys):
+    name, files = one_wheel()
     wheel = find(wheel_folder(files, page, at))
     assert prebuilt.place(wheel, tmp_path / "out") == name
     assert (tmp_path / "out" / name).read_bytes() == files[name]
     assert [path.name for path in (tmp_path / "out").iterdir()] == [name]
     assert f"taking the prebuilt wheel {name} of {tmp_path}" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("kind", ["html", "json"])
-@pytest.mark.parametrize("base", ["/flash-attn/", "/simple/flash-attn/"])
-def test_a_wheel_of_a_server_is_taken(find, wheels, server, kind, base, capsys):
-    name, files = one_wheel(wheels)
-    server.pages = {base: getattr(wheels, kind)(files).encode(), base + name: files[name]}
-    server.types = {base: f"application/vnd.pypi.simple.v1+{kind}"}
-    assert find(server.url).read_bytes() == files[name]
-    assert f"{name}: 0.0 of 0.0 MB" in capsys.readouterr().out
-    assert find(server.url + "/") is not None
-    assert server.asked.count(base + name) == 1
-
-
-def test_a_kept_download_is_checked_again(find, wheels, wheel_folder):
-    name, files = one_wheel(wheels)
-    folder = wheel_folder(files)
-    find(folder).write_bytes(b"changed meanwhile")
-    assert find(folder).read_bytes() == files[name]
 
 
 @pytest.mark.parametrize(
@@ -112,8 +31,8 @@ def test_the_newest_cuda_of_the_driver_or_else_the_oldest(find, wheels, wheel_fo
     assert wheel.name == wheels.name(expected, PLATFORM)
 
 
-def test_a_driver_that_is_too_old(find, wheels, wheel_folder, capsys):
-    _, files = one_wheel(wheels)
+def test_a_driver_that_is_too_old(find, one_wheel, wheel_folder, capsys):
+    _, files = one_wheel()
     assert find(wheel_folder(files), (12, 9)) is None
     out = capsys.readouterr().out
     assert "CUDA 12.9 of the driver" in out and "needs driver 580 (CUDA 13.0) or newer" in out
@@ -183,9 +102,9 @@ def test_no_match_says_what_was_looked_for_and_where(find, wheels, wheel_folder,
     ],
 )
 def test_kernels_that_were_asked_for_must_be_there(
-    find, wheels, wheel_folder, capsys, variables, gpus, missing
+    find, one_wheel, wheel_folder, capsys, variables, gpus, missing
 ):
-    _, files = one_wheel(wheels)
+    _, files = one_wheel()
     found = find(wheel_folder(files), gpus=gpus, **variables)
     assert (found is None) == bool(missing)
     if missing:
@@ -200,8 +119,8 @@ def test_an_older_cuda_is_taken_if_only_that_has_the_kernels(find, wheels, wheel
     assert find(folder, (13, 0), HEAD_DIMS="128").name == names[0]
 
 
-def test_another_version_of_the_project(find, wheels, wheel_folder, capsys):
-    _, files = one_wheel(wheels, manifest={"project_version": "0.0.9"})
+def test_another_version_of_the_project(find, one_wheel, wheel_folder, capsys):
+    _, files = one_wheel(manifest={"project_version": "0.0.9"})
     assert find(wheel_folder(files)) is None
     assert "project version 0.0.9, this is " in capsys.readouterr().out
 
@@ -213,84 +132,11 @@ def test_nothing_is_looked_for(find, tmp_path, capsys, variables):
     assert capsys.readouterr().out == ""
 
 
-def test_force_build_is_on_or_off(find, wheels, wheel_folder):
-    _, files = one_wheel(wheels)
+def test_force_build_is_on_or_off(find, one_wheel, wheel_folder):
+    _, files = one_wheel()
     assert find(wheel_folder(files), FORCE_BUILD="0") is not None
     with pytest.raises(CodegenError, match="FLASH_ATTN_FORCE_BUILD must be 1 or 0, not 'maybe'"):
         find(wheel_folder(files), FORCE_BUILD="maybe")
-
-
-@pytest.mark.parametrize("index", ["wheels", "ftp://wheels.example/simple", "file:relative", "http://["])
-def test_an_index_is_a_url_or_an_absolute_folder(find, index):
-    with pytest.raises(WheelError, match=r"http\(s\) URL or an absolute path|is no URL"):
-        find(index)
-
-
-def test_a_password_is_refused_and_not_repeated(find):
-    with pytest.raises(WheelError, match="must not hold a user name") as error:
-        find("https://someone:secret@wheels.example/simple")
-    assert "secret" not in str(error.value)
-
-
-def test_absence_is_no_error(find, server, tmp_path, monkeypatch, capsys):
-    assert find(tmp_path) is None
-    assert f"no simple/flash-attn/index.json or index.html in {tmp_path}" in capsys.readouterr().out
-    assert find(server.url) is None
-    assert "HTTP Error 404" in capsys.readouterr().out
-    server.pages = {"/flash-attn/": 503}
-    assert find(server.url) is None
-    assert "HTTP Error 503" in capsys.readouterr().out
-    server.pages = {"/flash-attn/": b"<html><a href='/login'>Log in</a></html>"}
-    assert find(server.url) is None
-    assert "no prebuilt wheel: looked in" in capsys.readouterr().out
-    server.shutdown()
-    server.server_close()
-    assert find(server.url) is None
-    assert "Connection refused" in capsys.readouterr().out
-
-
-def test_a_proxy_that_refuses(find, server, monkeypatch, capsys):
-    monkeypatch.setenv("http_proxy", server.url)
-    server.pages = {"http://wheels.example/simple/flash-attn/": 407}
-    assert find("http://wheels.example/simple") is None
-    assert "HTTP Error 407" in capsys.readouterr().out
-
-
-@pytest.fixture
-def broken(find, server, tmp_path):
-    """Expects an error for an index on the server, and nothing kept or half-written."""
-
-    def check(words, pages):
-        server.pages = pages
-        with pytest.raises(WheelError, match=words):
-            find(server.url)
-        assert not list((tmp_path / "downloads").glob("*"))
-
-    return check
-
-
-def test_what_is_damaged_is_an_error(broken, server, wheels):
-    name, files = one_wheel(wheels)
-    page, link = wheels.html(files).encode(), f"/flash-attn/{name}"
-    broken("listed but cannot be fetched: HTTP Error 404", {"/flash-attn/": page})
-    broken("has the sha256 .*, the index says .*: nothing was installed", {"/flash-attn/": page, link: b"x"})
-    no_hash = f'<a href="{name}">wheel</a>'.encode()
-    broken("the index gives no sha256 for", {"/flash-attn/": no_hash, link: files[name]})
-    broken("holds a link that is no URL", {"/flash-attn/": b"<a href='http://['>wheel</a>"})
-    broken("is not an index page: ", {"/flash-attn/": b"\xff\xfe"})
-    server.cut = 10
-    broken("(ended after|cannot be fetched)", {"/flash-attn/": page, link: files[name]})
-
-
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"meta": {"api-version": "1.0"}, "files": [1]}'])
-def test_a_page_that_is_not_pep_691(broken, server, text):
-    server.types = {"/flash-attn/": "application/json"}
-    broken("is not an index page of PEP 691", {"/flash-attn/": text.encode()})
-
-
-def test_a_page_of_the_future(broken, server):
-    server.types = {"/flash-attn/": "application/json"}
-    broken("of version 2.0", {"/flash-attn/": b'{"meta": {"api-version": "2.0"}, "files": []}'})
 
 
 INFO = "flash_attn-2.8.3.dist-info"
@@ -310,33 +156,18 @@ INFO = "flash_attn-2.8.3.dist-info"
         ({f"{INFO}/WHEEL": "Tag: py3-none-win_amd64\n"}, "for py3-none-win_amd64"),
     ],
 )
-def test_a_wheel_that_is_not_what_its_name_says(find, wheels, wheel_folder, members, words):
-    name, _ = one_wheel(wheels)
+def test_a_wheel_that_is_not_what_its_name_says(find, wheels, one_wheel, wheel_folder, members, words):
+    name, _ = one_wheel()
     with pytest.raises(WheelError, match=words):
         find(wheel_folder({name: wheels.content(name, **members)}))
 
 
-def test_a_wheel_that_was_published_damaged(find, wheels, wheel_folder):
-    name, files = one_wheel(wheels)
+def test_a_wheel_that_was_published_damaged(find, one_wheel, wheel_folder):
+    name, files = one_wheel()
     whole = files[name]
     for damaged in (b"", b"not a zip", whole[: len(whole) // 2], whole.replace(b"library", b"vandals")):
         with pytest.raises(WheelError, match="is damaged"):
             find(wheel_folder({name: damaged}))
-
-
-def test_yanked_files_and_foreign_links_are_not_offered(find, wheels, server, wheel_folder):
-    name, files = one_wheel(wheels)
-    folder = wheel_folder(files)
-    page = wheels.html(files)
-    wheel = (folder / "simple/flash-attn" / name).as_uri()
-    for text in (page.replace("<a ", "<a data-yanked "), page.replace(f'"{name}', f'"{wheel}')):
-        server.pages = {"/flash-attn/": text.encode()}
-        assert find(server.url) is None
-    listing = json.loads(wheels.json(files))
-    for change in ({"yanked": "why"}, {"filename": f"../{name}"}):
-        listing["files"] = [{**json.loads(wheels.json(files))["files"][0], **change}]
-        (folder / "simple/flash-attn/index.json").write_text(json.dumps(listing))
-        assert find(folder) is None
 
 
 def test_a_copy_that_fails_leaves_nothing(tmp_path):
