@@ -11,10 +11,12 @@ from setuptools.command.build import build
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from codegen import PACKAGE, CodegenError, builder, selection
+from codegen import PACKAGE, CodegenError
+from codegen.compilation import builder, selection
+from codegen.targets import Selection
 
 
-def selected() -> selection.Selection:
+def selected() -> Selection:
     """The selection of the environment; a wrong value ends the build with the message alone."""
     try:
         return selection.from_environment()

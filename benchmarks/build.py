@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import report
-from codegen import CodegenError, builder, ninja, selection
-from codegen.report import family_of, read_records
+from codegen import CodegenError
+from codegen.compilation import builder, ninja, selection
+from codegen.compilation.report import family_of, read_records
 
 COLUMNS = ("family", "units", "CPU s", "slowest s", "peak MB", "spill B", "objects KB")
 

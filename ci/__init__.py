@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-from codegen.wheel_name import PROJECT as PROJECT
-
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -2,16 +2,15 @@
 
 import ctypes
 import re
-import subprocess
 import tempfile
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ci import CiError, device_code
+from ci import CiError, device_code, elf
 from ci.wheel import Wheel
 from codegen import abi
-from codegen.wheel_name import LIBRARY
+from codegen.wheels.name import LIBRARY
 
 MAX_BYTES = 100_000_000
 """PyPI's limit on a file."""
@@ -117,20 +116,21 @@ def _manifest_problems(facts: Facts) -> list[str]:
 
 
 def examine(wheel: Wheel) -> Facts:
-    """The facts of a wheel, by nm, readelf and cuobjdump, and by loading its library; raises CiError."""
+    """The facts of a wheel, from its ELF file, by cuobjdump, and by loading its library; raises CiError."""
     manifest = wheel.manifest
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / Path(LIBRARY).name
         library.write_bytes(wheel.member(LIBRARY))
         kernels, targets = load(library)
+        dynamics = elf.read(library)
         return Facts(
             platform=wheel.platform,
             build=wheel.build,
             size=wheel.size,
             nvcc=str(manifest.get("nvcc")),
-            exported=parse_symbols(_output("nm", "-D", "--defined-only", library)),
-            needed=parse_needed(_output("readelf", "-d", library)),
-            glibc=parse_glibc(_output("nm", "-D", "--undefined-only", library)),
+            exported=dynamics.exported,
+            needed=dynamics.needed,
+            glibc=dynamics.glibc,
             manifest_kernels=tuple(manifest.get("kernels", ())),
             library_kernels=kernels,
             manifest_targets=tuple(manifest.get("targets", ())),
@@ -153,35 +153,12 @@ def load(path: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return keys, tuple(filter(None, targets.split(",")))
 
 
-def parse_symbols(text: str) -> frozenset[str]:
-    """Names in the output of ``nm -D``, without versions."""
-    return frozenset(line.split()[-1].partition("@")[0] for line in text.splitlines() if line.strip())
-
-
-def parse_needed(text: str) -> frozenset[str]:
-    """Libraries in the output of ``readelf -d``."""
-    return frozenset(re.findall(r"\(NEEDED\).*\[(.+)\]", text))
-
-
-def parse_glibc(text: str) -> tuple[int, int]:
-    """The newest ``GLIBC_x.y`` in the output of ``nm -D``; (0, 0) without one."""
-    versions = re.findall(r"@+GLIBC_(\d+)\.(\d+)", text)
-    return max(((int(major), int(minor)) for major, minor in versions), default=(0, 0))
-
-
 def _glibc_of(platform: str) -> tuple[int, int] | None:
     """The oldest glibc that a manylinux tag, or the oldest of several, promises to run on."""
     versions = [
         (int(major), int(minor)) for major, minor in re.findall(r"manylinux_(\d+)_(\d+)(?:_|\b)", platform)
     ]
     return min(versions, default=None)
-
-
-def _output(*command: str | Path) -> str:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise CiError(f"{command[0]} failed: {error}") from None
 
 
 def _dots(version: Collection[int]) -> str:

@@ -13,9 +13,9 @@ from pathlib import Path
 from ci import ROOT, CiError
 from ci.matrix import Build, Platform, Version
 from ci.wheel import Wheel, open_wheel
-from codegen import CodegenError, axes, builder, selection, toolchain
-
-AXES = ("FLASH_ATTN_HEAD_DIMS", "FLASH_ATTN_DTYPES", "FLASH_ATTN_DIRECTIONS")
+from codegen import CodegenError, axes
+from codegen.compilation import builder, selection, toolchain
+from codegen.targets import Selection
 
 
 def archs_of(build: Build) -> tuple[list[str], list[str]]:
@@ -29,13 +29,13 @@ def variables(build: Build, environ: Mapping[str, str]) -> dict[str, str]:
     """The ``FLASH_ATTN_*`` variables of the build; those that are set trim it."""
     ready, _ = archs_of(build)
     chosen = {"FLASH_ATTN_ARCHS": ";".join(ready)}
-    for name in ("FLASH_ATTN_ARCHS", *AXES):
+    for name in ("FLASH_ATTN_ARCHS", *selection.AXES.values()):
         if environ.get(name, "").strip():
             chosen[name] = environ[name]
     return {**chosen, "FLASH_ATTN_FORCE_BUILD": "1"}
 
 
-def select(build: Build) -> selection.Selection:
+def select(build: Build) -> Selection:
     """What to compile for the build; says what is left out because its family has no kernels yet."""
     _, skipped = archs_of(build)
     if skipped and not os.environ.get("FLASH_ATTN_ARCHS", "").strip():

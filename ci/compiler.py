@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ci import ROOT, CiError
 from ci.matrix import Build, Version
-from codegen import toolchain
+from codegen.compilation import toolchain
 
 FETCHED = ROOT / "build" / "compiler"
 COMPLETE_SINCE = Version(13, 0)

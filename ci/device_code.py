@@ -8,7 +8,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ci import CiError
-from codegen import axes, selection, toolchain, units
+from codegen import axes, units
+from codegen.compilation import toolchain
+from codegen.kernel_key import KernelKey
+from codegen.targets import Target, full_selection
 
 
 def find_cuobjdump() -> Path | None:
@@ -43,12 +46,13 @@ def run(program: Path, binary: Path, *options: str, folder: Path | None = None) 
 def expected(kernels: Iterable[str], targets: Iterable[str]) -> frozenset[str]:
     """Each kernel for each target of its family: ``forward_sm80_bf16_d128_full sm_90``; raises CiError."""
     codes = [_code(target) for target in targets]
-    return frozenset(f"{key} {code}" for key in kernels for family, code in codes if f"_{family}_" in key)
+    keys = filter(None, map(KernelKey.parse, kernels))
+    return frozenset(f"{key} {code}" for key in keys for family, code in codes if family == key.family)
 
 
 def _code(target: str) -> tuple[str, str]:
     """Family and code of a target: sm80 and sm_90 of ``sm80:90+ptx``."""
-    parsed = selection.parse_target(target)
+    parsed = Target.parse(target)
     if parsed is None or parsed.family not in axes.FAMILIES or parsed.capability not in axes.ARCHS:
         raise CiError(f"unknown target {target!r} in its manifest")
     return parsed.family, f"sm_{parsed.code}"
@@ -56,7 +60,7 @@ def _code(target: str) -> tuple[str, str]:
 
 def parse(text: str) -> frozenset[str]:
     """The same in the output of ``cuobjdump --dump-elf-symbols``: a symbol holds its unit's config."""
-    all_units = units.list_units(selection.full_selection())
+    all_units = units.list_units(full_selection())
     keys = {config: unit.key for unit in all_units for config in unit.configs}
     found = set()
     arch = ""

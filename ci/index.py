@@ -14,10 +14,11 @@ from html import escape
 from pathlib import Path
 from string import Template
 
-from ci import PROJECT, CiError
+from ci import CiError
 from ci.matrix import Matrix, Pair
 from ci.proof import Record, proofs, read_records
 from ci.wheel import Wheel, open_folder, serves
+from codegen import PROJECT
 
 WHEELS, RECORDS = "wheels", "records"
 PAGE = Path(__file__).with_name("page.html")

@@ -11,10 +11,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from ci import PROJECT, CiError
+from ci import CiError
 from ci.matrix import Matrix, Pair
 from ci.proof import Outcome, Record
 from ci.wheel import Wheel
+from codegen import PROJECT
 
 CHECKS = Path(__file__).with_name("checks.py")
 NEWEST = "newest"

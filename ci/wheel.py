@@ -10,11 +10,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ci import PROJECT, CiError
+from ci import CiError
 from ci.matrix import Version
-from codegen import CodegenError, wheel_name
-from codegen.wheel_index import sha256_of
-from codegen.wheel_name import MANIFEST, WheelName
+from codegen import PROJECT, CodegenError
+from codegen.wheels.index import sha256_of
+from codegen.wheels.name import MANIFEST, WheelName
 
 PLATFORM_TAG = re.compile(r"(?:linux|manylinux\w*?)_(x86_64|aarch64)")
 
@@ -96,7 +96,7 @@ def open_wheel(path: Path) -> Wheel:
     if not path.is_file():
         raise CiError(f"{path}: no such file")
     try:
-        wheel = Wheel(path, wheel_name.parse(path.name))
+        wheel = Wheel(path, WheelName.parse(path.name))
     except CodegenError as error:
         raise CiError(f"{path.name}: not a wheel of {PROJECT}: {error}") from None
     matches = [PLATFORM_TAG.fullmatch(tag) for tag in wheel.parsed.platforms]

@@ -1,8 +1,9 @@
-"""The generator: what can be built, with which tiles, and the sources, tables and library made from that."""
+"""The generator: what can be built, with which tiles, and the sources and tables made from that."""
 
 import re
 from pathlib import Path
 
+PROJECT = "flash-attn"
 ROOT = Path(__file__).resolve().parent.parent
 TEMPLATES = ROOT / "templates"
 GENERATED = ROOT / "generated"

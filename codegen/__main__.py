@@ -44,13 +44,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def regenerate() -> int:
-    """Bring generated/ and flash_attn/_abi.py up to date, touching only what changed."""
-    from codegen import render, selection
+    """Bring generated/ and the modules in flash_attn/ up to date, touching only what changed."""
+    from codegen import render, targets
 
-    changed = render.write_tree(render.render_sources(selection.full_selection()), GENERATED)
+    changed = render.write_tree(render.render_sources(targets.full_selection()), GENERATED)
     changed = [f"{GENERATED.name}/{path}" for path in changed]
-    if render.write_file(PACKAGE / "_abi.py", render.render_abi_module()):
-        changed.append("flash_attn/_abi.py")
+    modules = render.render_modules().items()
+    changed += [f"{PACKAGE.name}/{name}" for name, text in modules if render.write_file(PACKAGE / name, text)]
     for path in changed:
         print(path)
     print(f"{len(changed)} files changed")
@@ -59,10 +59,11 @@ def regenerate() -> int:
 
 def check() -> int:
     """Print how the generated files differ from what the templates give."""
-    from codegen import render, selection
+    from codegen import render, targets
 
-    diff = render.diff_tree(render.render_sources(selection.full_selection()), GENERATED)
-    diff += render.diff_file(PACKAGE / "_abi.py", render.render_abi_module(), "flash_attn/_abi.py")
+    diff = render.diff_tree(render.render_sources(targets.full_selection()), GENERATED)
+    for name, text in render.render_modules().items():
+        diff += render.diff_file(PACKAGE / name, text, f"{PACKAGE.name}/{name}")
     if diff:
         print(diff, end="")
         print("generated files are stale: run python -m codegen", file=sys.stderr)
@@ -71,7 +72,8 @@ def check() -> int:
 
 def list_selected(part: str | None) -> int:
     """Print the key and the source of each unit of the selection."""
-    from codegen import selection, units
+    from codegen import units
+    from codegen.compilation import selection
 
     chosen = selection.from_environment()
     print(f"flash-attn: {chosen.summary}", file=sys.stderr)
@@ -83,7 +85,7 @@ def list_selected(part: str | None) -> int:
 
 def build(build_dir: Path | None) -> int:
     """Compile the selection and put the library into the source tree's package."""
-    from codegen import builder, selection
+    from codegen.compilation import builder, selection
 
     chosen = selection.from_environment()
     print(f"flash-attn: {chosen.summary}", file=sys.stderr)
@@ -93,7 +95,7 @@ def build(build_dir: Path | None) -> int:
 
 def report(build_dir: Path | None) -> int:
     """Print the build log of the selection as tables, and the size of the library."""
-    from codegen import builder, ninja, report, selection
+    from codegen.compilation import builder, ninja, report, selection
 
     folder = build_dir or builder.default_build_dir(selection.from_environment())
     records = report.read_records(folder)

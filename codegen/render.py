@@ -3,15 +3,15 @@
 import dataclasses
 import difflib
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
 import jinja2
 
-from codegen import TEMPLATES, abi, axes, tiles
-from codegen.selection import Selection, all_targets
-from codegen.units import list_units
+from codegen import TEMPLATES, abi, axes, kernel_key, tiles
+from codegen.targets import Selection, all_targets
+from codegen.units import Unit, list_units
 
 
 @cache
@@ -38,9 +38,12 @@ def _render(template: str, **variables: object) -> str:
     return _environment().get_template(template).render(template=template, **variables)
 
 
-def render_sources(selection: Selection) -> dict[str, str]:
-    """Text of every generated source, by path relative to the folder of generated files."""
-    units = list_units(selection)
+def render_sources(selection: Selection, units: Sequence[Unit] | None = None) -> dict[str, str]:
+    """Text of every generated source, by path relative to the folder of generated files.
+
+    ``units`` are ``list_units(selection)``, of a caller that has them already.
+    """
+    units = list_units(selection) if units is None else units
     files = {unit.path: _render("unit.cu.j2", unit=unit) for unit in units}
     files["abi.h"] = _render("abi.h.j2", **_abi_variables())
     files["dispatch.cu"] = _render(
@@ -73,6 +76,13 @@ def render_abi_module() -> str:
         long_cost=tiles.LONG_COST,
         **_abi_variables(),
     )
+
+
+def render_modules() -> dict[str, str]:
+    """Text of the generated modules of the package, which cannot import this one, by file name."""
+    key = Path(kernel_key.__file__).read_text(encoding="utf-8")
+    notice = "# Copied by `python -m codegen` from codegen/kernel_key.py. Do not edit.\n"
+    return {"_abi.py": render_abi_module(), "_kernel_key.py": notice + key}
 
 
 def _abi_variables() -> dict[str, object]:

@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 
 from codegen import CodegenError, axes, tiles
-from codegen.selection import Selection
+from codegen.kernel_key import KernelKey
+from codegen.targets import Selection
 from codegen.tile_shapes import Tile
 
 
@@ -20,18 +21,14 @@ class Unit:
     variants: dict[str, Tile] = field(default_factory=dict)
 
     @property
-    def _suffix(self) -> str:
-        return f"{self.dtype}_d{self.head_dim}_{self.mask}"
-
-    @property
     def key(self) -> str:
-        """The kernel's name everywhere: launcher function, dispatch table, build log, error messages."""
-        return f"{self.direction}_{self.family}_{self._suffix}"
+        """The kernel's name everywhere, see KernelKey."""
+        return str(KernelKey(self.direction, self.family, self.dtype, self.head_dim, self.mask))
 
     @property
     def path(self) -> str:
         """Path of the source, relative to the folder of generated files."""
-        return f"{self.family}/{self.direction}_{self._suffix}.cu"
+        return f"{self.family}/{self.direction}_{self.dtype}_d{self.head_dim}_{self.mask}.cu"
 
     @property
     def config(self) -> str:

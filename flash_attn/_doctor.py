@@ -10,7 +10,6 @@ import contextlib
 import io
 import math
 import platform
-import re
 import shutil
 import subprocess
 import time
@@ -25,11 +24,9 @@ from torch import Tensor
 
 import flash_attn
 from flash_attn import _abi, _library
+from flash_attn._kernel_key import KernelKey
 from flash_attn._version import PROJECT_VERSION
 
-KEY = re.compile(
-    r"(?P<direction>[a-z]+)_(?P<family>sm\d+)_(?P<dtype>[a-z]+\d+)_d(?P<head_dim>\d+)_(?P<mask>[a-z]+)"
-)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MASK_WINDOWS = {"full": (-1, -1), "causal": (-1, 0), "windowed": (64, 64)}
 BATCHES = 9
@@ -91,22 +88,21 @@ def kernels_by_family(keys: Iterable[str], targets: Iterable[str]) -> list[dict[
     Each entry lists what occurs on each axis and counts the kernels; a count below the product of the axes
     means that some combinations are missing. `targets` are "FAMILY:CC" or "FAMILY:CC+ptx".
     """
-    groups: dict[tuple[str, str], list[re.Match[str]]] = {}
-    for key in keys:
-        if match := KEY.match(key):
-            groups.setdefault((match["direction"], match["family"]), []).append(match)
+    groups: dict[tuple[str, str], list[KernelKey]] = {}
+    for key in filter(None, map(KernelKey.parse, keys)):
+        groups.setdefault((key.direction, key.family), []).append(key)
     compiled = [target.split(":") for target in targets]
     return [
         {
             "direction": direction,
             "family": family,
-            "dtypes": _distinct(match["dtype"] for match in matches),
-            "head_dims": sorted({int(match["head_dim"]) for match in matches}),
-            "masks": _distinct(match["mask"] for match in matches),
+            "dtypes": _distinct(key.dtype for key in group),
+            "head_dims": sorted({key.head_dim for key in group}),
+            "masks": _distinct(key.mask for key in group),
             "targets": [f"sm_{capability}" for name, capability in compiled if name == family],
-            "count": len(matches),
+            "count": len(group),
         }
-        for (direction, family), matches in groups.items()
+        for (direction, family), group in groups.items()
     ]
 
 
@@ -158,8 +154,8 @@ def gpu_notes(found: dict[str, Any], built: dict[str, Any], running: list[str]) 
 
 def gpu_problem(running: Iterable[str]) -> tuple[str, int] | None:
     """Dtype and head dim for a causal run on the GPU, bf16 and 128 if possible; None without a kernel."""
-    causal = [match for key in running if (match := KEY.match(key)) and match["mask"] == "causal"]
-    choices = [(match["dtype"], int(match["head_dim"])) for match in causal]
+    keys = filter(None, map(KernelKey.parse, running))
+    choices = [(key.dtype, key.head_dim) for key in keys if key.mask == "causal"]
     return min(choices, key=lambda choice: (choice[0] != "bf16", abs(choice[1] - 128)), default=None)
 
 

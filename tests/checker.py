@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from codegen import TEMPLATES, render, selection
+from codegen import TEMPLATES, render, targets
 
 CHECKS = {
     "forward": "ForwardParams", "backward": "BackwardParams", "cache": "CacheParams",
@@ -44,7 +44,7 @@ class Checker:
     """`check(operation, params)` returns (status, text) for a struct, its bytes, or None: a null pointer."""
 
     def __init__(self, folder: Path) -> None:
-        (folder / "abi.h").write_text(render.render_sources(selection.full_selection())["abi.h"])
+        (folder / "abi.h").write_text(render.render_sources(targets.full_selection())["abi.h"])
         exported = "\n".join(
             f'extern "C" int {name}(const flash_attn::{struct}* params) {{ return static_cast<int>('
             f'flash_attn::check_{name}("flash_attn_{name}", params)); }}'

@@ -76,11 +76,13 @@ def has_kernel(dtype: torch.dtype, head_dim: int, direction: str = "forward") ->
     """Return whether this build, which may be trimmed, has kernels for a dtype, head dim and direction."""
     import torch
 
-    from flash_attn import _abi
+    from flash_attn import _library
+    from flash_attn._kernel_key import KernelKey
 
     name = {torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
-    suffix = f"_{name}_d{next(d for d in _abi.HEAD_DIMS if d >= head_dim)}_"
-    return any(key.startswith(direction) and suffix in key for key in kernels())
+    wanted = (direction, name, _library.kernel_head_dim(head_dim))
+    keys = filter(None, map(KernelKey.parse, kernels()))
+    return any((key.direction, key.dtype, key.head_dim) == wanted for key in keys)
 
 
 def uses_kernels(device: str) -> bool:

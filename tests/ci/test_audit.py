@@ -73,14 +73,6 @@ def test_a_policy_that_is_none(facts):
         audit.problems(facts, "new")
 
 
-def test_reading_the_tools():
-    assert audit.parse_symbols("0000 T flash_attn_forward\n00 T f@@V1\n\n") == {"flash_attn_forward", "f"}
-    needed = " 0x01 (NEEDED)  Shared library: [libc.so.6]\n 0x0e (SONAME) Library soname: [x.so]\n"
-    assert audit.parse_needed(needed) == {"libc.so.6"}
-    assert audit.parse_glibc(" U a@GLIBC_2.4\n U b@GLIBC_2.34\n U c@GLIBCXX_3.4.30\n") == (2, 34)
-    assert audit.parse_glibc("") == (0, 0)
-
-
 SOURCE = """
 #include <stdint.h>
 int32_t flash_attn_kernel_count(void) { return 2; }

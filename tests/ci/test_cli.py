@@ -1,7 +1,10 @@
 import json
+import subprocess
+import sys
 
 import pytest
 
+from ci import ROOT
 from ci.__main__ import main
 
 
@@ -110,3 +113,10 @@ def test_matrix(matrix_file, capsys):
     assert len(json.loads(capsys.readouterr().out)["pairs"]) == 3
     assert main(["--matrix", str(matrix_file), "matrix", "--github"]) == 0
     assert capsys.readouterr().out.count("\n") == 3
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="needs tomli before Python 3.11")
+def test_the_matrix_is_listed_without_any_package():
+    command = [sys.executable, "-S", "-m", "ci", "matrix", "--github"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "pairs=" in done.stdout, done.stderr

@@ -5,14 +5,14 @@ import subprocess
 import pytest
 from checker import compile_cpp
 
-from codegen import PACKAGE, abi, axes, render, selection
+from codegen import PACKAGE, abi, axes, render, targets
 from codegen.abi.description import Field, Struct
 
 
 @pytest.fixture(scope="module")
 def header(tmp_path_factory):
     folder = tmp_path_factory.mktemp("abi")
-    (folder / "abi.h").write_text(render.render_sources(selection.full_selection())["abi.h"])
+    (folder / "abi.h").write_text(render.render_sources(targets.full_selection())["abi.h"])
     return folder / "abi.h"
 
 

@@ -8,7 +8,7 @@ import subprocess
 import pytest
 from checker import CHECKS, Checker, compile_cpp
 
-from codegen import TEMPLATES, render, selection
+from codegen import TEMPLATES, render, targets
 
 INVALID = 4
 SOME = 4096  # an address, which nobody looks at
@@ -210,7 +210,7 @@ int main() {
 
 def test_an_error_of_an_earlier_kernel_is_told_as_such(tmp_path):
     """The assertion of another kernel comes back from our launch; an invalid value is ours. Neither stays."""
-    (tmp_path / "abi.h").write_text(render.render_sources(selection.full_selection())["abi.h"])
+    (tmp_path / "abi.h").write_text(render.render_sources(targets.full_selection())["abi.h"])
     (tmp_path / "cuda_runtime.h").write_text(CUDA_STUB)
     (tmp_path / "program.cpp").write_text(CUDA_ERRORS)
     compile_cpp(tmp_path / "program.cpp", tmp_path / "program", f"-I{TEMPLATES}", f"-I{tmp_path}")

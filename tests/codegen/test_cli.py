@@ -8,18 +8,13 @@ from codegen import GENERATED, PACKAGE, ROOT
 from codegen import __main__ as cli
 
 
-@pytest.fixture(autouse=True)
-def clean_environment(monkeypatch):
-    for name in ("ARCHS", "CUDA_ARCHS", "HEAD_DIMS", "DTYPES", "DIRECTIONS"):
-        monkeypatch.delenv(f"FLASH_ATTN_{name}", raising=False)
-
-
 @pytest.fixture
 def tree(tmp_path, monkeypatch):
     """A copy of the generated files that a command may change."""
     shutil.copytree(GENERATED, tmp_path / "generated")
     (tmp_path / "flash_attn").mkdir()
-    shutil.copy(PACKAGE / "_abi.py", tmp_path / "flash_attn")
+    for name in ("_abi.py", "_kernel_key.py"):
+        shutil.copy(PACKAGE / name, tmp_path / "flash_attn")
     monkeypatch.setattr(cli, "GENERATED", tmp_path / "generated")
     monkeypatch.setattr(cli, "PACKAGE", tmp_path / "flash_attn")
     return tmp_path
@@ -34,6 +29,7 @@ def test_check_fails_with_a_diff_and_regenerating_repairs(tree, capsys):
     (tree / "generated/abi.h").write_text("edited\n")
     (tree / "generated/sm80/orphan.cu").write_text("left over\n")
     (tree / "flash_attn/_abi.py").write_text("LAYOUT_HASH = 0\n")
+    (tree / "flash_attn/_kernel_key.py").unlink()
     assert cli.main(["--check"]) == 1
     out, err = capsys.readouterr()
     for line in (
@@ -41,12 +37,13 @@ def test_check_fails_with_a_diff_and_regenerating_repairs(tree, capsys):
         "-left over",
         "-LAYOUT_HASH = 0",
         "--- a/flash_attn/_abi.py",
+        "+class KernelKey:",
         "+++ b/generated/abi.h",
     ):
         assert line in out.splitlines()
     assert "run python -m codegen" in err
     assert cli.main([]) == 0
-    assert "3 files changed" in capsys.readouterr().out
+    assert "4 files changed" in capsys.readouterr().out
     assert cli.main(["--check"]) == 0
     assert cli.main([]) == 0
     assert "0 files changed" in capsys.readouterr().out

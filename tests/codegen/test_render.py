@@ -4,8 +4,9 @@ from pathlib import Path
 import jinja2
 import pytest
 
-from codegen import GENERATED, axes, render, selection, tiles, units
-from codegen.selection import Selection, Target
+from codegen import GENERATED, axes, render, tiles, units
+from codegen.compilation import selection
+from codegen.targets import Selection, Target, full_selection
 from codegen.tile_shapes import BackwardTile, ForwardTile, SplitTile
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -35,7 +36,7 @@ def test_golden_output(fixed_tiles):
 
 
 def test_the_committed_files_are_current():
-    assert render.diff_tree(render.render_sources(selection.full_selection()), GENERATED) == ""
+    assert render.diff_tree(render.render_sources(full_selection()), GENERATED) == ""
 
 
 def test_write_touches_only_what_changed_and_deletes_what_is_stale(tmp_path):
@@ -74,7 +75,7 @@ def test_a_new_head_dim_is_data(monkeypatch):
         monkeypatch.setitem(rows, 160, {"default": BackwardTile(32, 32, 4, 1, 2)})
     for rows in tiles.SPLIT_TILES.values():
         monkeypatch.setitem(rows, 160, {"default": SplitTile(64, 64, 4, 1, 1, 1)})
-    files = render.render_sources(selection.full_selection())
+    files = render.render_sources(full_selection())
     assert "/*head_dim*/ 160" in files["sm86/forward_fp16_d160_windowed.cu"]
     assert "forward_sm80_bf16_d160_full" in files["dispatch.cu"]
     assert "kNumHeadDims = 7;" in files["dispatch.cu"]
@@ -100,4 +101,4 @@ def test_a_new_family_is_data(monkeypatch):
 def test_a_tile_that_does_not_fit_stops_the_generator(monkeypatch):
     monkeypatch.setitem(tiles.FORWARD_TILES["sm86"][256], "default", ForwardTile(128, 128, 8, 1))
     with pytest.raises(tiles.TileError, match="shared memory per block"):
-        render.render_sources(selection.full_selection())
+        render.render_sources(full_selection())

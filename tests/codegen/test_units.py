@@ -1,8 +1,9 @@
 import pytest
 
-from codegen import CodegenError, axes, selection, units
+from codegen import CodegenError, axes, targets, units
+from codegen.compilation import selection
 
-FULL = units.list_units(selection.full_selection())
+FULL = units.list_units(targets.full_selection())
 
 
 def test_the_full_matrix():

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from checker import compile_cpp
 
-from codegen.selection import from_environment
+from codegen.compilation.selection import from_environment
 from flash_attn import _abi, _library
 
 
@@ -143,6 +143,12 @@ def test_build_command():
     assert command.startswith(
         "FLASH_ATTN_ARCHS=90 FLASH_ATTN_HEAD_DIMS=96 FLASH_ATTN_DTYPES=fp16 pip install"
     )
+
+
+def test_the_build_reads_the_variables_of_the_command():
+    command = _library.build_command("90", 65, "fp16", _abi.Direction.BACKWARD)
+    chosen = from_environment(dict(word.split("=") for word in command.split() if "=" in word))
+    assert (chosen.head_dims, chosen.dtypes, chosen.directions) == ((96,), ("fp16",), ("forward", "backward"))
 
 
 @pytest.mark.parametrize("capability", [70, 75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121])

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import pad
 
 from codegen import GENERATED, TEMPLATES
-from codegen.toolchain import ToolchainError, find_toolchain
+from codegen.compilation.toolchain import ToolchainError, find_toolchain
 from flash_attn import _abi
 
 hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)

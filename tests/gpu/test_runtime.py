@@ -9,6 +9,7 @@ from conftest import cuda_problem, kernels
 from oracle import Options, assert_lse, assert_within, attention, varlen_attention
 
 from flash_attn import _abi, _library, flash_attn_func
+from flash_attn._kernel_key import KernelKey
 from flash_attn.flash_attn_interface import flash_attn_gpu, flash_attn_varlen_func
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(cuda_problem()), reason=str(cuda_problem()))]
@@ -208,7 +209,8 @@ def test_the_forced_family_runs(family, window, mask):
 def test_the_largest_family_that_fits_is_chosen():
     if os.environ.get("FLASH_ATTN_FORCE_FAMILY"):
         pytest.skip("a family is forced")
-    families = {key.split("_")[1] for key in kernels() if "bf16_d64_full" in key}
+    keys = filter(None, map(KernelKey.parse, kernels()))
+    families = {key.family for key in keys if (key.dtype, key.head_dim, key.mask) == ("bf16", 64, "full")}
     if torch.cuda.get_device_capability() != (9, 0) or not families & {"sm80", "sm90"}:
         pytest.skip("written for Hopper with kernels of sm80 or sm90")
     best = "sm90" if "sm90" in families else "sm80"

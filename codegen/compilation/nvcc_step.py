@@ -100,7 +100,7 @@ def worst(record: Record, field: str) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line and compile; everything after ``--`` goes to nvcc."""
-    parser = argparse.ArgumentParser(prog="python -m codegen.compile", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m codegen.compilation.nvcc_step", description=__doc__)
     parser.add_argument("--name", required=True, help="the unit's name in the build log")
     parser.add_argument(
         "--object", type=Path, required=True, help="output; the record and depfile go beside it"

@@ -1,15 +1,18 @@
 """The ninja file of a build: one edge per translation unit, one link."""
 
+import io
 import os
 import re
 import shlex
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from codegen import TEMPLATES, CodegenError
-from codegen.selection import Selection, Target
-from codegen.toolchain import Toolchain
+from codegen.compilation.toolchain import Toolchain
+from codegen.targets import Selection, Target
 from codegen.units import Unit
 
 LIBRARY = "libflash_attn.so"
@@ -28,18 +31,11 @@ COMPILE_FLAGS = (
 COMPRESS_FLAG = "--compress-mode=size"
 """Objects a quarter of their size, the library half, for no measurable time."""
 
-RULES = """\
-rule compile
-  command = "$$CODEGEN_PYTHON" -m codegen.compile --name $name --smem $smem $
-      --object $out --nvcc $nvcc --release $release -- $flags $gencode -c $in
-  depfile = $out.d
-  deps = gcc
-  description = nvcc $name
-
-rule link
-  command = $nvcc -shared -cudart static -Xlinker $exports $library_dirs -o $out $in
-  description = link $out
-"""
+COMPILE_COMMAND = (
+    '"$$CODEGEN_PYTHON" -m codegen.compilation.nvcc_step --name $name --smem $smem --object $out'
+    " --nvcc $nvcc --release $release -- $flags $gencode -c $in"
+)
+LINK_COMMAND = "$nvcc -shared -cudart static -Xlinker $exports $library_dirs -o $out $in"
 
 VERSION_SCRIPT = "{ global: flash_attn_*; local: *; };\n"
 
@@ -90,51 +86,53 @@ def build_file(
     build_dir: Path,
     compiled: bool = False,
 ) -> str:
-    """Text of ``build.ninja``; paths are absolute so that it can run from any folder.
+    """Text of ``build.ninja``; paths are absolute so that it can run from any folder. Raises CodegenError.
 
     With ``compiled`` the objects are there already and the only step is to link them.
     """
     compress = [COMPRESS_FLAG] if toolchain.compresses else []
-    flags = [*COMPILE_FLAGS, *compress, *(f"-I{path}" for path in includes)]
     library_dirs = [f"-L{toolchain.library_dir}"] if toolchain.library_dir else []
-    exports = build_dir / "exports.map"
-    lines = [
-        "ninja_required_version = 1.5",
-        f"builddir = {_value(build_dir)}",
-        f"nvcc = {_words(toolchain.nvcc)}",
-        f"release = {toolchain.release}",
-        f"flags = {_words(*flags)}",
-        f"exports = {_words(f'--version-script={exports}')}",
-        f"library_dirs = {_words(*library_dirs)}",
-        "",
-        RULES,
-    ]
+    exports, library = build_dir / "exports.map", _path(build_dir / LIBRARY)
+    text = io.StringIO()
+    writer = _writer(text)
+    writer.variable("ninja_required_version", "1.5")
+    writer.variable("builddir", str(build_dir).replace("$", "$$"))
+    writer.variable("nvcc", _words(toolchain.nvcc))
+    writer.variable("release", toolchain.release)
+    writer.variable("flags", _words(*COMPILE_FLAGS, *compress, *(f"-I{path}" for path in includes)))
+    writer.variable("exports", _words(f"--version-script={exports}"))
+    writer.variable("library_dirs", _words(*library_dirs))
+    writer.rule("compile", COMPILE_COMMAND, description="nvcc $name", depfile="$out.d", deps="gcc")
+    writer.rule("link", LINK_COMMAND, description="link $out")
     objects = []
     for source in sources:
         objects.append(_path(build_dir / "objects" / f"{source.name}.o"))
-        if compiled:
-            continue
-        lines += [
-            f"build {objects[-1]}: compile {_path(source.path)}",
-            f"  name = {source.name}",
-            f"  smem = {source.smem_bytes}",
-            f"  gencode = {_words(*source.gencode)}",
-        ]
-    library = _path(build_dir / LIBRARY)
-    lines += ["", f"build {library}: link {' '.join(objects)} | {_path(exports)}", f"default {library}"]
-    return "\n".join(lines) + "\n"
+        if not compiled:
+            described = {"name": source.name, "smem": str(source.smem_bytes)}
+            described["gencode"] = _words(*source.gencode)
+            writer.build(objects[-1], "compile", _path(source.path), variables=described)
+    writer.build(library, "link", objects, implicit=_path(exports))
+    return text.getvalue()
 
 
-def _value(text: object) -> str:
-    return str(text).replace("$", "$$")
+def _writer(output: io.StringIO) -> Any:
+    """ninja's own writer of its files, which breaks no line: two spaces of a path stay two."""
+    try:
+        from ninja import ninja_syntax
+    except ImportError:
+        raise CodegenError("the Python package ninja is missing: pip install ninja") from None
+    untyped: Any = ninja_syntax.Writer  # its stub has it write to a str
+    return untyped(output, width=sys.maxsize)
 
 
-def _path(text: object) -> str:
-    return _value(text).replace(" ", "$ ").replace(":", "$:")
+def _path(path: Path) -> str:
+    """The path for the writer: that escapes spaces, colons and dollars before spaces, but no other ones."""
+    return re.sub(r"\$(?! )", "$$", str(path))
 
 
 def _words(*words: object) -> str:
-    return _value(shlex.join(str(word) for word in words))
+    """Words of a command line as a variable's value."""
+    return shlex.join(str(word) for word in words).replace("$", "$$")
 
 
 def jobs(environ: Mapping[str, str] | None = None, available: float | None = None) -> int:

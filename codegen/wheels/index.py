@@ -15,8 +15,7 @@ from urllib.error import HTTPError
 from urllib.parse import unquote, urldefrag, urljoin, urlsplit
 from urllib.request import Request, url2pathname, urlopen
 
-from codegen import CodegenError
-from codegen.wheel_name import PROJECT
+from codegen import PROJECT, CodegenError
 
 PAGES = (f"{PROJECT}/", f"simple/{PROJECT}/")
 """Where an index has the project's page: it may be named by its root or by its ``simple`` folder."""

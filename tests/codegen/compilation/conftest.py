@@ -1,15 +1,13 @@
-import hashlib
-import io
-import json
+"""What tests of compiling share: an nvcc that only pretends, and sources that a real one compiles fast."""
+
 import shutil
 import sys
-import zipfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-from codegen import TEMPLATES, axes, toolchain, version
+from codegen import TEMPLATES, axes
+from codegen.compilation import toolchain
 
 HERE = Path(__file__).parent
 
@@ -61,15 +59,6 @@ def kernel(direction, shared_bytes, result, fields=FIELDS):
     return text.replace("BYTES", shared_bytes).replace("RESULT", result).replace("FIELDS", fields)
 
 
-@pytest.fixture(autouse=True)
-def clean_environment(monkeypatch):
-    """No selection and no toolchain from outside."""
-    selecting = ("ARCHS", "CUDA_ARCHS", "HEAD_DIMS", "DTYPES", "DIRECTIONS")
-    for name in (*selecting, "FORCE_BUILD", "WHEEL_INDEX"):
-        monkeypatch.delenv(f"FLASH_ATTN_{name}", raising=False)
-    monkeypatch.setenv("MAX_JOBS", "1")
-
-
 @pytest.fixture
 def fake_toolkit(tmp_path, monkeypatch):
     """A CUDA_HOME whose nvcc is fake_nvcc.py; returns the folder, whose calls.log lists the files it made."""
@@ -109,77 +98,3 @@ def real_nvcc():
     """Skips the test where the toolchain search finds no nvcc or there is no C++ compiler."""
     if toolchain.find_nvcc() is None or shutil.which("g++") is None:
         pytest.skip("no nvcc: CUDA_HOME, PATH and the compiler wheels have none")
-
-
-def wheel_name(cuda, platform="linux_x86_64", release="2.8.3", python="py3-none"):
-    """File name of a wheel that a CUDA (130 for 13.0) built."""
-    return f"flash_attn-{release}-{cuda}-{python}-{platform}.whl"
-
-
-def wheel_bytes(name, manifest=(), **files):
-    """A wheel with the contents that its name promises; ``files`` overrides members, None leaves one out."""
-    python, abi, platforms = name.removesuffix(".whl").split("-")[-3:]
-    tags = "".join(f"Tag: {python}-{abi}-{platform}\n" for platform in platforms.split("."))
-    build = {
-        "project_version": version("PROJECT_VERSION"),
-        "targets": ["sm80:80", "sm80:100+ptx", "sm86:86", "sm90:90"],
-        "head_dims": [64, 128],
-        "dtypes": ["bf16"],
-        "directions": ["forward"],
-        **dict(manifest),
-    }
-    members = {
-        "flash_attn/__init__.py": "",
-        "flash_attn/libflash_attn.so": "library",
-        "flash_attn/_build.json": json.dumps(build),
-        "flash_attn-2.8.3.dist-info/METADATA": "Metadata-Version: 2.4\nName: flash-attn\nVersion: 2.8.3\n",
-        "flash_attn-2.8.3.dist-info/WHEEL": f"Wheel-Version: 1.0\nRoot-Is-Purelib: false\n{tags}",
-        "flash_attn-2.8.3.dist-info/RECORD": "",
-        **files,
-    }
-    content = io.BytesIO()
-    with zipfile.ZipFile(content, "w") as archive:
-        for member, text in members.items():
-            if text is not None:
-                archive.writestr(member, text)
-    return content.getvalue()
-
-
-def html_page(files):
-    """The project's page of an index as PEP 503 has it; ``files`` maps names to bytes."""
-    links = [
-        f'<a href="{name}#sha256={hashlib.sha256(content).hexdigest()}">{name}</a><br>'
-        for name, content in files.items()
-    ]
-    return "<!DOCTYPE html><html><body>" + "\n".join(links) + "</body></html>"
-
-
-def json_page(files):
-    """The same page as PEP 691 has it."""
-    listed = [
-        {"filename": name, "url": name, "hashes": {"sha256": hashlib.sha256(content).hexdigest()}}
-        for name, content in files.items()
-    ]
-    return json.dumps({"meta": {"api-version": "1.0"}, "name": "flash-attn", "files": listed})
-
-
-@pytest.fixture
-def wheels():
-    """The functions above, which make wheels and index pages."""
-    return SimpleNamespace(name=wheel_name, content=wheel_bytes, html=html_page, json=json_page)
-
-
-@pytest.fixture
-def wheel_folder(tmp_path, wheels):
-    """Writes an index of wheels (names to bytes) into a folder and returns that."""
-
-    def write(files, page="index.html", at="simple/flash-attn"):
-        folder = tmp_path / "index"
-        (folder / at).mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():
-            (folder / at / name).write_bytes(content)
-        text = wheels.json(files) if page.endswith("json") else wheels.html(files)
-        (folder / at / page).write_text(text)
-        return folder
-
-    return write

@@ -14,10 +14,13 @@ from typing import Any
 from packaging.tags import platform_tags
 from packaging.utils import canonicalize_name
 
-from codegen import ROOT, CodegenError, axes, driver, version, wheel_index, wheel_name
-from codegen.selection import Selection, Target, is_native, parse_target
-from codegen.wheel_index import Listed, NoIndex, WheelError
-from codegen.wheel_name import PROJECT, WheelName
+from codegen import PROJECT, ROOT, CodegenError, axes, version
+from codegen.compilation import cuda_driver
+from codegen.compilation.cuda_driver import Cuda
+from codegen.compilation.selection import AXES, is_native
+from codegen.targets import Selection, Target
+from codegen.wheels.index import Listed, NoIndex, WheelError, download, list_files, replacing
+from codegen.wheels.name import LIBRARY, MANIFEST, WheelName
 
 DEFAULT_INDEX: str | None = None
 """No public index exists yet: without FLASH_ATTN_WHEEL_INDEX no wheel is looked for."""
@@ -36,12 +39,6 @@ SWITCH = {
     "off": False,
 }
 
-AXES = {
-    "head_dims": "FLASH_ATTN_HEAD_DIMS",
-    "dtypes": "FLASH_ATTN_DTYPES",
-    "directions": "FLASH_ATTN_DIRECTIONS",
-}
-
 REFUSALS_SHOWN = 8
 
 
@@ -50,7 +47,7 @@ class Candidate:
     """A wheel for this machine: the CUDA that built it, its platform's rank (0 fits best), its name."""
 
     file: Listed
-    cuda: driver.Cuda
+    cuda: Cuda
     rank: int
     name: WheelName
 
@@ -69,14 +66,14 @@ def find(
     if forced(environ) or index is None or not asked:
         return None
     try:
-        files = wheel_index.list_files(index)
+        files = list_files(index)
     except NoIndex as error:
         print(f"flash-attn: no prebuilt wheel: {error}", flush=True)
         return None
-    present = driver.driver_cuda()
+    present = cuda_driver.driver_cuda()
     candidates, refusals = choose(files, list(platform_tags()), present)
     for candidate in candidates:
-        wheel = wheel_index.download(candidate.file, downloads)
+        wheel = download(candidate.file, downloads)
         missing = shortfall(read_manifest(wheel, candidate), selection, environ)
         if not missing:
             print(f"flash-attn: taking the prebuilt wheel {wheel.name} of {index}", flush=True)
@@ -100,7 +97,7 @@ def place(wheel: Path, folder: Path) -> str:
     Raises CodegenError.
     """
     try:
-        with wheel_index.replacing(folder / wheel.name) as partial:
+        with replacing(folder / wheel.name) as partial:
             shutil.copyfile(wheel, partial)
     except OSError as error:
         raise CodegenError(f"cannot copy {wheel.name}: {error}") from None
@@ -108,13 +105,13 @@ def place(wheel: Path, folder: Path) -> str:
 
 
 def choose(
-    files: Iterable[Listed], platforms: Sequence[str], present: driver.Cuda | None
+    files: Iterable[Listed], platforms: Sequence[str], present: Cuda | None
 ) -> tuple[list[Candidate], list[str]]:
     """The wheels for this machine, best first, and for each other one why not; raises WheelError if two tie.
 
     Best is the newest CUDA that the driver supports, without a driver the oldest; then the platform's rank.
     """
-    found: dict[tuple[driver.Cuda, int], Candidate] = {}
+    found: dict[tuple[Cuda, int], Candidate] = {}
     refusals = []
     for file in files:
         if not file.name.endswith(".whl"):
@@ -130,10 +127,10 @@ def choose(
     return sorted(found.values(), key=lambda c: (newest_first * _number(c.cuda), c.rank)), refusals
 
 
-def classify(file: Listed, platforms: Sequence[str], present: driver.Cuda | None) -> Candidate | str:
+def classify(file: Listed, platforms: Sequence[str], present: Cuda | None) -> Candidate | str:
     """The wheel as a candidate, or why it is none."""
     try:
-        name = wheel_name.parse(file.name)
+        name = WheelName.parse(file.name)
     except CodegenError as error:
         return str(error)
     ranks = [platforms.index(platform) for platform in name.platforms if platform in platforms]
@@ -143,12 +140,12 @@ def classify(file: Listed, platforms: Sequence[str], present: driver.Cuda | None
         return "another platform"
     if name.cuda is None:
         return "no build tag that names a CUDA, such as 130"
-    if present and present < driver.needed_cuda(name.cuda):
-        return f"needs {driver.needed_driver(name.cuda)}"
+    if present and present < cuda_driver.needed_cuda(name.cuda):
+        return f"needs {cuda_driver.needed_driver(name.cuda)}"
     return Candidate(file, name.cuda, min(ranks), name)
 
 
-def _number(cuda: driver.Cuda) -> int:
+def _number(cuda: Cuda) -> int:
     return cuda[0] * 10 + cuda[1]
 
 
@@ -159,10 +156,10 @@ def read_manifest(wheel: Path, candidate: Candidate) -> dict[str, Any]:
         with zipfile.ZipFile(wheel) as archive:
             if damaged := archive.testzip():
                 raise WheelError(f"{wheel.name} is damaged: {damaged}")
-            archive.getinfo(wheel_name.LIBRARY)
+            archive.getinfo(LIBRARY)
             metadata = Parser().parsestr(archive.read(f"{folder}/METADATA").decode(), headersonly=True)
             tags = Parser().parsestr(archive.read(f"{folder}/WHEEL").decode(), headersonly=True)
-            manifest: dict[str, Any] = json.loads(archive.read(wheel_name.MANIFEST))
+            manifest: dict[str, Any] = json.loads(archive.read(MANIFEST))
     except KeyError as error:
         raise WheelError(f"{wheel.name} is no wheel of this project: {error.args[0]}") from None
     except (OSError, zipfile.BadZipFile, zlib.error, ValueError, EOFError, RuntimeError) as error:
@@ -192,7 +189,7 @@ def shortfall(manifest: Mapping[str, Any], selection: Selection, environ: Mappin
 
 
 def _parse_target(text: str) -> Target:
-    target = parse_target(str(text))
+    target = Target.parse(str(text))
     if target is None:
         raise WheelError(f"unknown target {text!r} in the wheel's _build.json")
     return target
@@ -209,9 +206,7 @@ def _covered(target: Target, held: Iterable[Target]) -> bool:
     return cubin and (not target.ptx or any(h.ptx for h in older))
 
 
-def _nothing_found(
-    index: str, selection: Selection, present: driver.Cuda | None, refusals: Sequence[str]
-) -> str:
+def _nothing_found(index: str, selection: Selection, present: Cuda | None, refusals: Sequence[str]) -> str:
     supported = f"CUDA {present[0]}.{present[1]} of the driver" if present else "any CUDA (no driver found)"
     targets = ", ".join(map(str, selection.targets)) or "any GPU"
     platforms = list(platform_tags())

@@ -14,7 +14,9 @@ from setuptools.build_meta import (
     prepare_metadata_for_build_wheel,
 )
 
-from codegen import CodegenError, driver, prebuilt, selection, toolchain
+from codegen import CodegenError
+from codegen.compilation import cuda_driver, selection, toolchain
+from codegen.wheels import prebuilt
 
 __all__ = [
     "build_editable",
@@ -63,7 +65,7 @@ def compiler_requirements(use_prebuilt: bool = False) -> list[str]:
         if use_prebuilt and prebuilt.find(chosen):
             return []
         if selection.is_native():
-            toolchain.check_driver(driver.driver_cuda())
+            toolchain.check_driver(cuda_driver.driver_cuda())
     return [toolchain.wheel_requirement()]
 
 

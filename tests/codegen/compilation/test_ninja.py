@@ -1,11 +1,16 @@
 import os
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from codegen import CodegenError, ninja
-from codegen.selection import Target, from_environment
-from codegen.toolchain import Toolchain
+from codegen import CodegenError
+from codegen.compilation import ninja
+from codegen.compilation.selection import from_environment
+from codegen.compilation.toolchain import Toolchain
+from codegen.targets import Target
 from codegen.units import list_units
 
 
@@ -39,6 +44,29 @@ def test_paths_with_spaces_and_dollars_are_escaped(tmp_path):
     assert "build /a$ b/c$$d/objects/unit.o: compile /a$ b/c$$d/unit.cu" in text
     assert "nvcc = '/a b/c$$d/nvcc'" in text
     assert "library_dirs = '-L/a b/c$$d/lib'" in text
+
+
+def test_the_writer_is_of_the_python_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ninja", None)
+    with pytest.raises(CodegenError, match="pip install ninja"):
+        ninja.build_file([], Toolchain(tmp_path / "nvcc", "13.0.88"), [], tmp_path)
+
+
+@pytest.mark.parametrize("name", ["plain", "two  spaces", "a$b", "a$ b$", "a$$ b:c"])
+def test_ninja_reads_paths_as_they_are(tmp_path, fake_toolkit, name):
+    folder = tmp_path / name
+    folder.mkdir()
+    for file in ("unit.cu", "exports.map"):
+        (folder / file).touch()
+    source = ninja.Source("unit", folder / "unit.cu", ())
+    (folder / "build.ninja").write_text(
+        ninja.build_file([source], Toolchain(folder / "nvcc", "13.0.88"), [folder], folder)
+    )
+    command = [sys.executable, "-m", "ninja", "-f", folder / "build.ninja", "-n", "-v"]
+    planned = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    words = shlex.split(planned.splitlines()[0].partition("] ")[2])
+    assert words[-1] == str(folder / "unit.cu") and f"-I{folder}" in words
+    assert words[words.index("--object") + 1] == str(folder / "objects/unit.o")
 
 
 @pytest.mark.parametrize(

@@ -3,23 +3,26 @@
 import hashlib
 import json
 import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from codegen import CodegenError, render
-from codegen.ninja import COMPILE_FLAGS, Source
-from codegen.selection import Selection
-from codegen.toolchain import Toolchain
+from codegen import CodegenError
+from codegen.compilation.ninja import COMPILE_FLAGS
+from codegen.compilation.toolchain import Toolchain
+from codegen.targets import Target
 from codegen.units import Unit, shard
 
 STAMP = "shard.json"
 SUFFIXES = (".o", ".json")
 
 
-def fingerprint(selection: Selection, tools: Toolchain, templates: Path) -> str:
-    """Hash of all that a selection's objects are made of: rendered sources, templates, compiler and flags."""
-    digest = hashlib.sha256(" ".join([tools.release, *COMPILE_FLAGS, *map(str, selection.targets)]).encode())
-    for path, text in sorted(render.render_sources(selection).items()):
+def fingerprint(
+    files: Mapping[str, str], targets: Iterable[Target], tools: Toolchain, templates: Path
+) -> str:
+    """Hash of all that objects are made of: rendered sources ``files``, templates, compiler and flags."""
+    digest = hashlib.sha256(" ".join([tools.release, *COMPILE_FLAGS, *map(str, targets)]).encode())
+    for path, text in sorted(files.items()):
         digest.update(f"{path}\0{text}\0".encode())
     for file in sorted(templates.rglob("*")):
         if file.suffix in (".cu", ".cuh", ".h"):
@@ -27,12 +30,12 @@ def fingerprint(selection: Selection, tools: Toolchain, templates: Path) -> str:
     return digest.hexdigest()
 
 
-def part(sources: list[Source], units: list[Unit], text: str) -> list[str]:
-    """Names of the sources of shard ``i/n``; the files that are no unit belong to the first one."""
+def part(names: list[str], units: list[Unit], text: str) -> list[str]:
+    """The names of shard ``i/n`` of the sources; the files that are no unit belong to the first one."""
     mine = {unit.key for unit in shard(units, text)}
     if text.startswith("1/"):
-        mine |= {source.name for source in sources} - {unit.key for unit in units}
-    return [source.name for source in sources if source.name in mine]
+        mine |= set(names) - {unit.key for unit in units}
+    return [name for name in names if name in mine]
 
 
 def is_exported(out: Path, expected: str, names: list[str]) -> bool:
@@ -83,10 +86,7 @@ def adopt(folder: Path, expected: str, names: list[str], build_dir: Path) -> Non
     (build_dir / STAMP).write_text(json.dumps({"fingerprint": expected}) + "\n")
 
 
-def adopted(build_dir: Path, selection: Selection, tools: Toolchain, templates: Path) -> bool:
+def adopted(build_dir: Path, expected: str) -> bool:
     """Whether the build folder holds adopted objects of exactly these sources."""
     stamp = build_dir / STAMP
-    if not stamp.is_file():
-        return False
-    described = json.loads(stamp.read_text())
-    return bool(described["fingerprint"] == fingerprint(selection, tools, templates))
+    return stamp.is_file() and json.loads(stamp.read_text())["fingerprint"] == expected

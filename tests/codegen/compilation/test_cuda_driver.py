@@ -3,7 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from codegen import driver
+from codegen.compilation import cuda_driver
 
 
 def answers(status, number):
@@ -16,9 +16,9 @@ def answers(status, number):
 
 @pytest.fixture(autouse=True)
 def uncached():
-    driver.driver_cuda.cache_clear()
+    cuda_driver.driver_cuda.cache_clear()
     yield
-    driver.driver_cuda.cache_clear()
+    cuda_driver.driver_cuda.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ def uncached():
 )
 def test_the_driver_tells_its_cuda(monkeypatch, status, number, expected):
     monkeypatch.setattr(ctypes, "CDLL", answers(status, number))
-    assert driver.driver_cuda() == expected
+    assert cuda_driver.driver_cuda() == expected
 
 
 def test_no_driver(monkeypatch):
@@ -35,7 +35,7 @@ def test_no_driver(monkeypatch):
         raise OSError(name)
 
     monkeypatch.setattr(ctypes, "CDLL", missing)
-    assert driver.driver_cuda() is None
+    assert cuda_driver.driver_cuda() is None
 
 
 @pytest.mark.parametrize(
@@ -49,4 +49,4 @@ def test_no_driver(monkeypatch):
     ],
 )
 def test_what_built_programs_need(built_by, words):
-    assert driver.needed_driver(built_by) == words
+    assert cuda_driver.needed_driver(built_by) == words

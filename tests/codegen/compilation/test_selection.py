@@ -1,7 +1,9 @@
 import pytest
 
-from codegen import axes, selection
-from codegen.selection import SelectionError, Target, from_environment
+from codegen import axes
+from codegen.compilation import selection
+from codegen.compilation.selection import SelectionError, from_environment
+from codegen.targets import Target
 
 
 def targets(value, gpus=()):
@@ -147,23 +149,3 @@ def test_axis_lists_keep_the_axis_order_and_default_to_all():
     assert chosen.head_dims == (64, 128)
     assert chosen.dtypes == axes.DTYPES
     assert chosen.directions == axes.DIRECTIONS
-
-
-def test_arch_is_the_item_that_selects_a_target():
-    for item in ("80", "90", "100+ptx", "sm86:90", "sm80:86+ptx"):
-        (target,) = from_environment({"FLASH_ATTN_ARCHS": item}).targets
-        assert target.arch == item
-
-
-def test_slug_is_stable_and_tells_selections_apart():
-    def slug(**variables):
-        return from_environment({f"FLASH_ATTN_{name}": value for name, value in variables.items()}).slug
-
-    assert slug(ARCHS="100;80") == slug(ARCHS="80 100") == "sm80.80.100"
-    assert slug(ARCHS="80", HEAD_DIMS="128", DTYPES="bf16") == "sm80.80-d128-bf16"
-    assert slug(ARCHS="86+ptx;sm80:90") == "sm80.90-sm86.86ptx"
-    assert slug(ARCHS="none") == "none"
-
-
-def test_full_selection_is_all():
-    assert from_environment({"FLASH_ATTN_ARCHS": "all"}) == selection.full_selection()

@@ -2,7 +2,8 @@ import json
 
 import pytest
 
-from codegen import CodegenError, report
+from codegen import CodegenError
+from codegen.compilation import report
 
 
 def record(name, wall, peak, size, kernels=(), dynamic_smem=0):

@@ -1,12 +1,12 @@
 """The build log as tables: what each translation unit cost, what the compiler made of it, and what is big."""
 
 import json
-import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from codegen import CodegenError
-from codegen.compile import Record, worst
+from codegen.compilation.nvcc_step import Record, worst
+from codegen.kernel_key import KernelKey
 
 COLUMNS = ("unit", "wall s", "CPU s", "peak MB", "regs", "spill B", "stack B", "smem B", "object KB")
 
@@ -44,12 +44,6 @@ def size_table(records: Sequence[Record]) -> str:
     return "\n".join(_aligned(rows)) + "\n"
 
 
-def head_dim_of(record: Record) -> int | None:
-    """The head dim in the unit's key; None for files that hold none."""
-    match = re.search(r"_d(\d+)_", record["name"])
-    return int(match[1]) if match else None
-
-
 def _kilobytes(records: Iterable[Record]) -> str:
     return f"{sum(r['object_bytes'] for r in records) / 1024:.0f}"
 
@@ -66,16 +60,26 @@ def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
     ]
 
 
+def _key(record: Record) -> KernelKey | None:
+    return KernelKey.parse(record["name"])
+
+
+def head_dim_of(record: Record) -> int | None:
+    """The head dim in the unit's key; None for files that hold no kernel."""
+    key = _key(record)
+    return key.head_dim if key else None
+
+
 def family_of(record: Record) -> str:
-    """The family in the unit's key; "host" for files that hold none."""
-    parts = record["name"].split("_")
-    return parts[1] if len(parts) > 1 and parts[1].startswith("sm") else "host"
+    """The family in the unit's key; "host" for files that hold no kernel."""
+    key = _key(record)
+    return key.family if key else "host"
 
 
 def group_of(record: Record) -> str:
-    """Direction and family in the unit's key, such as "backward sm80"; "host" for files that hold none."""
-    family = family_of(record)
-    return family if family == "host" else f"{record['name'].partition('_')[0]} {family}"
+    """Direction and family in the unit's key, "backward sm80"; "host" for files that hold no kernel."""
+    key = _key(record)
+    return f"{key.direction} {key.family}" if key else "host"
 
 
 def _row(record: Record) -> tuple[str, ...]:

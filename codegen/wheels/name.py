@@ -3,16 +3,13 @@
 import re
 from dataclasses import dataclass
 
-from codegen import CodegenError
+from packaging.utils import InvalidWheelFilename, parse_wheel_filename
 
-PROJECT = "flash-attn"
+from codegen import PROJECT, CodegenError
+
 LIBRARY = "flash_attn/libflash_attn.so"
 MANIFEST = "flash_attn/_build.json"
 
-NAME = re.compile(
-    r"(?P<project>[\w.]+)-(?P<version>[\w.!+]+)(-(?P<build>\d\w*))?-(?P<python>[\w.]+-[\w.]+)-(?P<platforms>[\w.]+)\.whl",
-    re.ASCII,
-)
 PYTHON = "py3-none"
 """Any Python and any ABI will do."""
 
@@ -25,10 +22,25 @@ class WheelName:
     build: str
     platforms: tuple[str, ...]
 
+    @classmethod
+    def parse(cls, name: str) -> "WheelName":
+        """The file name taken apart; raises CodegenError, which says why it is none of this project's."""
+        try:
+            project, version, _, _ = parse_wheel_filename(name)
+        except InvalidWheelFilename:
+            raise CodegenError("not the name of a wheel") from None
+        if project != PROJECT:
+            raise CodegenError("another project")
+        # Taken from the text: packaging drops a build tag's leading zeros and the order of the platforms.
+        _, _, *build, python, abi, platforms = name.removesuffix(".whl").split("-")
+        if f"{python}-{abi}" != PYTHON:
+            raise CodegenError(f"for {python}-{abi}, not {PYTHON}")
+        return cls(str(version), "".join(build), tuple(platforms.split(".")))
+
     @property
     def cuda(self) -> tuple[int, int] | None:
         """The CUDA that the build tag names; None if it names none."""
-        if not re.fullmatch(r"[1-9]\d\d", self.build):
+        if not re.fullmatch("[1-9][0-9]{2}", self.build):
             return None
         return int(self.build[:-1]), int(self.build[-1])
 
@@ -41,15 +53,3 @@ class WheelName:
     def dist_info(self) -> str:
         """The folder of the wheel's metadata."""
         return f"flash_attn-{self.version}.dist-info"
-
-
-def parse(name: str) -> WheelName:
-    """The file name taken apart; raises CodegenError, which says why it is none of this project's."""
-    match = NAME.fullmatch(name)
-    if match is None:
-        raise CodegenError("not the name of a wheel")
-    if re.sub(r"[_.]+", "-", match["project"]).lower() != PROJECT:
-        raise CodegenError("another project")
-    if match["python"] != PYTHON:
-        raise CodegenError(f"for {match['python']}, not {PYTHON}")
-    return WheelName(match["version"], match["build"] or "", tuple(match["platforms"].split(".")))

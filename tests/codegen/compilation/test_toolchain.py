@@ -1,12 +1,8 @@
-import subprocess
-import sys
-
 import pytest
-from packaging.tags import platform_tags
 
-from codegen import ROOT, backend, driver, prebuilt, selection, toolchain
-from codegen.selection import from_environment
-from codegen.toolchain import Toolchain, ToolchainError
+from codegen.compilation import toolchain
+from codegen.compilation.selection import from_environment
+from codegen.compilation.toolchain import Toolchain, ToolchainError
 
 
 def fake_nvcc(folder, says="release 13.0, V13.0.88"):
@@ -88,47 +84,3 @@ def test_nvcc_new_enough(tmp_path):
     toolchain.check_targets(
         Toolchain(tmp_path, "12.0.1"), from_environment({"FLASH_ATTN_ARCHS": "80;86;89;90"})
     )
-
-
-def test_compiler_wheels_are_required_only_where_kernels_need_them(monkeypatch, fake_toolkit):
-    monkeypatch.setenv("FLASH_ATTN_ARCHS", "80")
-    assert backend.compiler_requirements() == []
-    monkeypatch.delenv("CUDA_HOME")
-    monkeypatch.setenv("PATH", "")
-    monkeypatch.setattr(toolchain, "_nvidia_folders", list)
-    assert backend.compiler_requirements() == ["cuda-toolkit[nvcc,cccl]==13.0.*"]
-    monkeypatch.setenv("FLASH_ATTN_ARCHS", "none")
-    assert backend.compiler_requirements() == []
-
-
-def test_native_is_refused_where_the_driver_is_too_old_for_the_wheels(monkeypatch):
-    monkeypatch.setattr(toolchain, "find_nvcc", lambda: None)
-    monkeypatch.setattr(selection, "detect_gpus", lambda: [90])
-    monkeypatch.setattr(driver, "driver_cuda", lambda: (12, 4))
-    words = r"need driver 580 \(CUDA 13.0\) or newer, but this one supports CUDA 12.4"
-    for use_prebuilt in (False, True):
-        with pytest.raises(SystemExit, match=words):
-            backend.compiler_requirements(use_prebuilt)
-    monkeypatch.setenv("FLASH_ATTN_ARCHS", "90")
-    assert len(backend.compiler_requirements()) == 1
-    monkeypatch.delenv("FLASH_ATTN_ARCHS")
-    for enough in ((13, 0), (13, 2), None):
-        monkeypatch.setattr(driver, "driver_cuda", lambda enough=enough: enough)
-        assert len(backend.compiler_requirements()) == 1
-
-
-def test_a_prebuilt_wheel_needs_no_compiler(monkeypatch, wheels, wheel_folder, tmp_path):
-    name = wheels.name(120, list(platform_tags())[-1])
-    monkeypatch.setenv("FLASH_ATTN_WHEEL_INDEX", str(wheel_folder({name: wheels.content(name)})))
-    monkeypatch.setenv("FLASH_ATTN_ARCHS", "80")
-    monkeypatch.setattr(toolchain, "find_nvcc", lambda: None)
-    monkeypatch.setattr(prebuilt.find, "__defaults__", (None, tmp_path / "downloads"))
-    assert len(backend.compiler_requirements()) == 1
-    assert backend.compiler_requirements(use_prebuilt=True) == []
-    monkeypatch.setenv("FLASH_ATTN_FORCE_BUILD", "1")
-    assert len(backend.compiler_requirements(use_prebuilt=True)) == 1
-
-
-def test_the_backend_imports_neither_torch_nor_jinja():
-    script = "import codegen.backend, sys; assert not {'torch', 'jinja2'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)

@@ -7,8 +7,9 @@ import sys
 
 import pytest
 
-from codegen import ROOT, abi, builder, report, selection, version
-from codegen.builder import BuildError
+from codegen import ROOT, abi, version
+from codegen.compilation import builder, report, selection
+from codegen.compilation.builder import BuildError
 
 SMALL = {"FLASH_ATTN_ARCHS": "80;86", "FLASH_ATTN_HEAD_DIMS": "64", "FLASH_ATTN_DTYPES": "bf16"}
 TRIMMED = {"FLASH_ATTN_ARCHS": "80", "FLASH_ATTN_HEAD_DIMS": "128", "FLASH_ATTN_DTYPES": "bf16"}

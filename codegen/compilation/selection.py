@@ -5,114 +5,36 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import TypeVar
 
 from codegen import CodegenError, axes
+from codegen.targets import Selection, Target, all_targets, ordered
+
+AXES = {
+    "head_dims": "FLASH_ATTN_HEAD_DIMS",
+    "dtypes": "FLASH_ATTN_DTYPES",
+    "directions": "FLASH_ATTN_DIRECTIONS",
+}
+"""Axes that are trimmed, by the field of a Selection and of a manifest, and the variable that does it."""
 
 VARIABLES = {
     "FLASH_ATTN_ARCHS": "all, native, none, or a list of compute capabilities such as 80;90+ptx",
     "FLASH_ATTN_CUDA_ARCHS": "another name of FLASH_ATTN_ARCHS",
-    "FLASH_ATTN_HEAD_DIMS": "a list of head dims such as 64;128",
-    "FLASH_ATTN_DTYPES": "a list of dtypes such as bf16",
-    "FLASH_ATTN_DIRECTIONS": f"a list of directions: {', '.join(axes.DIRECTIONS)}",
+    AXES["head_dims"]: "a list of head dims such as 64;128",
+    AXES["dtypes"]: "a list of dtypes such as bf16",
+    AXES["directions"]: f"a list of directions: {', '.join(axes.DIRECTIONS)}",
     "FLASH_ATTN_FORCE_BUILD": "compile even if a prebuilt wheel matches",
     "FLASH_ATTN_WHEEL_INDEX": "where to look for a prebuilt wheel",
     "FLASH_ATTN_FORCE_FAMILY": "kernel family to use, read at run time",
 }
-
 
 _Value = TypeVar("_Value", str, int)
 
 
 class SelectionError(CodegenError):
     """An unknown variable or value in the environment; the message lists the known ones."""
-
-
-@dataclass(frozen=True)
-class Target:
-    """A family's kernels compiled for a compute capability, as a cubin and, if ``ptx``, as PTX too."""
-
-    family: str
-    capability: int
-    ptx: bool = False
-
-    def __str__(self) -> str:
-        return f"{self.family}:{self.capability}{'+ptx' if self.ptx else ''}"
-
-    @property
-    def code(self) -> str:
-        """What nvcc calls the target, without its prefix: ``80`` of sm_80, ``90a`` of sm_90a."""
-        return f"{self.capability}{axes.FAMILIES[self.family].code_suffix}"
-
-    @property
-    def arch(self) -> str:
-        """The item of FLASH_ATTN_ARCHS that selects this target."""
-        default = axes.ARCHS[self.capability].family == self.family
-        return str(self).removeprefix(f"{self.family}:") if default else str(self)
-
-
-def parse_target(text: str) -> Target | None:
-    """The target of which ``text`` is the str, as in a manifest; None for any other text."""
-    match = re.fullmatch(r"(\w+):(\d+)(\+ptx)?", text)
-    return Target(match[1], int(match[2]), match[3] is not None) if match else None
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Targets and axis values to build; ``notes`` says in one line each what was left out and why."""
-
-    targets: tuple[Target, ...]
-    head_dims: tuple[int, ...]
-    dtypes: tuple[str, ...]
-    directions: tuple[str, ...]
-    notes: tuple[str, ...] = field(default=(), compare=False)
-
-    @property
-    def summary(self) -> str:
-        """One line: what was left out and what is built."""
-        targets = ", ".join(str(target) for target in self.targets)
-        return "; ".join(
-            [*self.notes, f"kernels for {targets}" if targets else "no kernels, CPU backend only"]
-        )
-
-    @property
-    def families(self) -> tuple[str, ...]:
-        chosen = {target.family for target in self.targets}
-        return tuple(family for family in axes.FAMILIES if family in chosen)
-
-    @property
-    def slug(self) -> str:
-        """A short name, stable for equal selections, fit for a folder."""
-        parts = [
-            ".".join([family, *(_short(t) for t in self.targets if t.family == family)])
-            for family in self.families
-        ] or ["none"]
-        if self.head_dims != axes.HEAD_DIMS:
-            parts.append("d" + ".".join(map(str, self.head_dims)))
-        if self.dtypes != axes.DTYPES:
-            parts.append(".".join(self.dtypes))
-        if self.directions != axes.DIRECTIONS:
-            parts.append(".".join(self.directions))
-        return "-".join(parts)
-
-
-def _short(target: Target) -> str:
-    return f"{target.capability}{'ptx' if target.ptx else ''}"
-
-
-def full_selection() -> Selection:
-    """Everything that can be built: the selection whose sources are committed under ``generated/``."""
-    return Selection(all_targets(), axes.HEAD_DIMS, axes.DTYPES, axes.DIRECTIONS)
-
-
-def all_targets() -> tuple[Target, ...]:
-    """Every architecture whose family has kernels, without PTX."""
-    return _ordered(
-        Target(a.family, a.capability) for a in axes.ARCHS.values() if axes.FAMILIES[a.family].directions
-    )
 
 
 def from_environment(
@@ -127,9 +49,9 @@ def from_environment(
     targets, notes = _targets(_archs_value(environ), detect or detect_gpus)
     return Selection(
         targets=targets,
-        head_dims=_axis(environ, "FLASH_ATTN_HEAD_DIMS", axes.HEAD_DIMS),
-        dtypes=_axis(environ, "FLASH_ATTN_DTYPES", axes.DTYPES),
-        directions=_axis(environ, "FLASH_ATTN_DIRECTIONS", axes.DIRECTIONS),
+        head_dims=_axis(environ, AXES["head_dims"], axes.HEAD_DIMS),
+        dtypes=_axis(environ, AXES["dtypes"], axes.DTYPES),
+        directions=_axis(environ, AXES["directions"], axes.DIRECTIONS),
         notes=notes,
     )
 
@@ -182,7 +104,7 @@ def _targets(value: str, detect: Callable[[], list[int]]) -> tuple[tuple[Target,
         return all_targets(), ()
     if items == ["native"]:
         return _native_targets(detect())
-    return _ordered(_target(item) for item in items), ()
+    return ordered(_target(item) for item in items), ()
 
 
 def _target(item: str) -> Target:
@@ -227,7 +149,7 @@ def _native_targets(capabilities: list[int]) -> tuple[tuple[Target, ...], tuple[
             notes.append(
                 f"the GPU of compute capability {capability // 10}.{capability % 10} has no kernels: skipped"
             )
-    return _ordered(targets), tuple(notes)
+    return ordered(targets), tuple(notes)
 
 
 def _compatible_arch(capability: int) -> axes.Arch | None:
@@ -236,15 +158,6 @@ def _compatible_arch(capability: int) -> axes.Arch | None:
         return axes.ARCHS.get(capability)
     known = [a for c, a in axes.ARCHS.items() if c // 10 == capability // 10 and c <= capability]
     return max(known, key=lambda arch: arch.capability, default=None)
-
-
-def _ordered(targets: Iterable[Target]) -> tuple[Target, ...]:
-    """Sorted by family and capability; a target named twice keeps its PTX."""
-    merged: dict[tuple[str, int], bool] = {}
-    for target in targets:
-        key = (target.family, target.capability)
-        merged[key] = merged.get(key, False) or target.ptx
-    return tuple(Target(family, capability, ptx) for (family, capability), ptx in sorted(merged.items()))
 
 
 @cache

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from codegen import compile as step
+from codegen.compilation import nvcc_step as step
 
 PTXAS = """\
 ptxas info    : 0 bytes gmem

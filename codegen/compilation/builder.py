@@ -8,12 +8,14 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib.util import find_spec
+from dataclasses import dataclass
 from pathlib import Path
 
-from codegen import ROOT, TEMPLATES, CodegenError, ninja, render, shards, toolchain, version
-from codegen.ninja import LIBRARY, Source
-from codegen.selection import Selection
+from codegen import ROOT, TEMPLATES, CodegenError, render, version
+from codegen.compilation import ninja, shards, toolchain
+from codegen.compilation.ninja import LIBRARY, Source
+from codegen.compilation.selection import AXES
+from codegen.targets import Selection
 from codegen.units import Unit, list_units
 
 BUILD_INFO = "_build.json"
@@ -28,18 +30,48 @@ def default_build_dir(selection: Selection) -> Path:
     return ROOT / "build" / selection.slug
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """What a build is made of, worked out once for all of its steps; ``files`` are the rendered sources."""
+
+    tools: toolchain.Toolchain
+    units: list[Unit]
+    files: dict[str, str]
+    sources: list[Source]
+    fingerprint: str
+    build_dir: Path
+    templates: Path
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the objects."""
+        return [source.name for source in self.sources]
+
+
+def _plan(selection: Selection, build_dir: Path, templates: Path) -> _Plan:
+    """Raises CodegenError, also for a selection without targets."""
+    if not selection.targets:
+        raise BuildError("no kernels are selected: set FLASH_ATTN_ARCHS")
+    tools = toolchain.find_toolchain()
+    toolchain.check_targets(tools, selection)
+    units = list_units(selection)
+    files = render.render_sources(selection, units)
+    sources = ninja.sources(selection, units, build_dir / "generated", templates)
+    fingerprint = shards.fingerprint(files, selection.targets, tools, templates)
+    return _Plan(tools, units, files, sources, fingerprint, build_dir, templates)
+
+
 def build(selection: Selection, build_dir: Path, out: Path, templates: Path = TEMPLATES) -> None:
     """Compile the selection in ``build_dir`` and put the library and ``_build.json`` into the folder ``out``.
 
     Raises CodegenError, also for a selection without targets.
     """
-    tools = _tools(selection)
-    units = list_units(selection)
+    plan = _plan(selection, build_dir, templates)
     with _locked(build_dir):
-        _prepare(selection, units, tools, build_dir, templates)
+        _prepare(plan)
         _run_ninja(build_dir)
         install(build_dir / LIBRARY, out)
-    write_build_info(out, selection, units, tools.release)
+    write_build_info(out, selection, plan.units, plan.tools.release)
 
 
 def compile_shard(
@@ -49,40 +81,24 @@ def compile_shard(
 
     Objects that are there already, of the same sources, compiler and flags, are left as they are.
     """
-    tools = _tools(selection)
-    units = list_units(selection)
-    names = shards.part(_sources(selection, units, build_dir, templates), units, text)
-    fingerprint = shards.fingerprint(selection, tools, templates)
-    if shards.is_exported(out, fingerprint, names):
+    plan = _plan(selection, build_dir, templates)
+    names = shards.part(plan.names, plan.units, text)
+    if shards.is_exported(out, plan.fingerprint, names):
         print(f"flash-attn: {out} holds shard {text} already")
         return
     with _locked(build_dir):
         (build_dir / shards.STAMP).unlink(missing_ok=True)
-        _prepare(selection, units, tools, build_dir, templates)
+        _prepare(plan)
         if names:
             _run_ninja(build_dir, [str(build_dir / "objects" / f"{name}.o") for name in names])
-        shards.export(build_dir, names, fingerprint, out)
+        shards.export(build_dir, names, plan.fingerprint, out)
 
 
 def adopt_objects(selection: Selection, folder: Path, build_dir: Path, templates: Path = TEMPLATES) -> None:
     """Take the objects that ``compile_shard`` left under ``folder``: the next ``build`` only links them."""
-    expected = shards.fingerprint(selection, _tools(selection), templates)
-    names = [source.name for source in _sources(selection, list_units(selection), build_dir, templates)]
+    plan = _plan(selection, build_dir, templates)
     with _locked(build_dir):
-        shards.adopt(folder, expected, names, build_dir)
-
-
-def _tools(selection: Selection) -> toolchain.Toolchain:
-    """A toolchain that can compile the selection."""
-    if not selection.targets:
-        raise BuildError("no kernels are selected: set FLASH_ATTN_ARCHS")
-    tools = toolchain.find_toolchain()
-    toolchain.check_targets(tools, selection)
-    return tools
-
-
-def _sources(selection: Selection, units: list[Unit], build_dir: Path, templates: Path) -> list[Source]:
-    return ninja.sources(selection, units, build_dir / "generated", templates)
+        shards.adopt(folder, plan.fingerprint, plan.names, build_dir)
 
 
 @contextmanager
@@ -94,18 +110,16 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _prepare(
-    selection: Selection, units: list[Unit], tools: toolchain.Toolchain, build_dir: Path, templates: Path
-) -> None:
+def _prepare(plan: _Plan) -> None:
     """Bring sources and build.ninja up to date; objects that were adopted are linked as they are."""
-    generated = build_dir / "generated"
-    render.write_tree(render.render_sources(selection), generated)
-    sources = _sources(selection, units, build_dir, templates)
-    compiled = shards.adopted(build_dir, selection, tools, templates)
-    text = ninja.build_file(sources, tools, (templates, generated), build_dir, compiled)
-    render.write_file(build_dir / "exports.map", ninja.VERSION_SCRIPT)
-    render.write_file(build_dir / "build.ninja", text)
-    _remove_stale(build_dir / "objects", {source.name for source in sources})
+    generated = plan.build_dir / "generated"
+    compiled = shards.adopted(plan.build_dir, plan.fingerprint)
+    includes = (plan.templates, generated)
+    text = ninja.build_file(plan.sources, plan.tools, includes, plan.build_dir, compiled)
+    render.write_tree(plan.files, generated)
+    render.write_file(plan.build_dir / "exports.map", ninja.VERSION_SCRIPT)
+    render.write_file(plan.build_dir / "build.ninja", text)
+    _remove_stale(plan.build_dir / "objects", set(plan.names))
 
 
 def install(library: Path, out: Path) -> None:
@@ -133,7 +147,16 @@ def _remove_stale(objects: Path, names: set[str]) -> None:
 
 
 def _run_ninja(build_dir: Path, targets: Iterable[str] = ()) -> None:
-    command = [*_ninja_command(), "-f", str(build_dir / "build.ninja"), "-j", str(ninja.jobs()), *targets]
+    command = [
+        sys.executable,
+        "-m",
+        "ninja",
+        "-f",
+        str(build_dir / "build.ninja"),
+        "-j",
+        str(ninja.jobs()),
+        *targets,
+    ]
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {
         "NINJA_STATUS": "[%f/%t, %es] ",
@@ -145,20 +168,11 @@ def _run_ninja(build_dir: Path, targets: Iterable[str] = ()) -> None:
         raise BuildError(f"the build in {build_dir} failed, see above")
 
 
-def _ninja_command() -> list[str]:
-    if find_spec("ninja"):
-        return [sys.executable, "-m", "ninja"]
-    found = shutil.which("ninja")
-    if found is None:
-        raise BuildError("no ninja: pip install ninja")
-    return [found]
-
-
 def write_build_info(
     out: Path, selection: Selection, units: Sequence[Unit] = (), nvcc: str | None = None
 ) -> None:
     """Write into the package folder what ``flash_attn.build_info()`` tells about a build."""
-    chosen = {name: getattr(selection, name) for name in ("head_dims", "dtypes", "directions")}
+    chosen = {name: getattr(selection, name) for name in AXES}
     info = {
         "project_version": version("PROJECT_VERSION"),
         "commit": commit(),

@@ -9,8 +9,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from codegen import CodegenError, axes, driver
-from codegen.selection import Selection
+from codegen import CodegenError, axes
+from codegen.compilation import cuda_driver
+from codegen.targets import Selection
 
 MINIMUM_CUDA = (12, 0)
 
@@ -33,7 +34,7 @@ class Toolchain:
     @property
     def compresses(self) -> bool:
         """Whether this nvcc can compress the code that it embeds."""
-        return self.cuda >= driver.COMPRESSED_SINCE
+        return self.cuda >= cuda_driver.COMPRESSED_SINCE
 
     @property
     def cuda(self) -> tuple[int, int]:
@@ -46,15 +47,15 @@ def wheel_requirement(release: str = WHEEL_RELEASE) -> str:
     return f"cuda-toolkit[nvcc,cccl]=={release}"
 
 
-def check_driver(present: driver.Cuda | None) -> None:
+def check_driver(present: cuda_driver.Cuda | None) -> None:
     """Raise ToolchainError if a driver is too old to run what the compiler wheels build."""
     major, minor, *_ = WHEEL_RELEASE.split(".")
     release = (int(major), int(minor))
-    if present and present < driver.needed_cuda(release):
+    if present and present < cuda_driver.needed_cuda(release):
         raise ToolchainError(
             f"no nvcc here, and programs of NVIDIA's compiler wheels (CUDA {major}.{minor}) need"
-            f" {driver.needed_driver(release)}, but this one supports CUDA {present[0]}.{present[1]}: update"
-            " it, set CUDA_HOME to a CUDA 12 toolkit, or set FLASH_ATTN_ARCHS=none"
+            f" {cuda_driver.needed_driver(release)}, but this one supports CUDA {present[0]}.{present[1]}:"
+            " update it, set CUDA_HOME to a CUDA 12 toolkit, or set FLASH_ATTN_ARCHS=none"
         )
 
 

@@ -2,7 +2,8 @@ import json
 
 import pytest
 
-from codegen import CodegenError, builder, selection, units
+from codegen import CodegenError, units
+from codegen.compilation import builder, selection
 
 SMALL = {"FLASH_ATTN_ARCHS": "80;86", "FLASH_ATTN_HEAD_DIMS": "64", "FLASH_ATTN_DTYPES": "bf16"}
 
