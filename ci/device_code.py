@@ -61,7 +61,7 @@ def _code(target: str) -> tuple[str, str]:
 def parse(text: str) -> frozenset[str]:
     """The same in the output of ``cuobjdump --dump-elf-symbols``: a symbol holds its unit's config."""
     all_units = units.list_units(full_selection())
-    keys = {config: unit.key for unit in all_units for config in unit.configs}
+    keys = {unit.config: unit.key for unit in all_units}
     found = set()
     arch = ""
     for line in text.splitlines():

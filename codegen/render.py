@@ -27,6 +27,9 @@ def _environment() -> jinja2.Environment:
     environment.filters["enumerator"] = abi.cpp_enumerator
     environment.filters["cpp"] = lambda value: str(value).lower()
     environment.filters["fields"] = dataclasses.asdict
+    environment.filters["members"] = lambda tiles: {
+        name: dataclasses.asdict(tile) for name, tile in tiles.items() if tile
+    }
     environment.policies["json.dumps_kwargs"] = {"sort_keys": False}
     environment.filters["wrap"] = lambda text, prefix: "\n".join(
         textwrap.wrap(text, 105, initial_indent=prefix, subsequent_indent=prefix)
@@ -52,7 +55,7 @@ def render_sources(selection: Selection, units: Sequence[Unit] | None = None) ->
         targets=selection.targets,
         families=axes.built_families(),
         head_dims=axes.HEAD_DIMS,
-        directions=axes.DIRECTIONS,
+        passes=axes.PASSES,
     )
     if "sm90" in selection.families:
         files["wgmma.cuh"] = _render("wgmma.cuh.j2", columns=tiles.wgmma_columns())
@@ -65,15 +68,15 @@ def render_sources(selection: Selection, units: Sequence[Unit] | None = None) ->
 def render_abi_module() -> str:
     """Text of ``flash_attn/_abi.py``: axes, enums, ctypes mirror, packers, function signatures."""
     capabilities = tuple(sorted(target.capability for target in all_targets()))
-    split_rows, split_keys = tiles.split_shape()
+    cache_rows, cache_keys = tiles.cache_shape()
     return _render(
         "abi.py.j2",
         head_dims=axes.HEAD_DIMS,
         capabilities=capabilities,
-        split_rows=split_rows,
-        split_keys=split_keys,
-        long_tiles=tiles.long_tiles(),
-        long_cost=tiles.LONG_COST,
+        cache_rows=cache_rows,
+        cache_keys=cache_keys,
+        wgmma_shapes=tiles.wgmma_shapes(),
+        wgmma_cost=tiles.WGMMA_COST,
         **_abi_variables(),
     )
 

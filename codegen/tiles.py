@@ -1,182 +1,193 @@
 """The tile tables, and what fits in them."""
 
 from codegen import CodegenError, axes
-from codegen.tile_shapes import BackwardTile, ForwardTile, HopperTile, SplitTile, Tile
+from codegen.tile_shapes import MmaBackwardTile, MmaCacheTile, MmaForwardTile, Tile, WgmmaForwardTile
 
 
 class TileError(CodegenError):
     """A tile that does not fit its family, or a missing one."""
 
 
-# family -> head dim -> mask class, "default", or one of VARIANTS -> tile.
+# family -> head dim -> mask class or name of MEMBERS -> tile.
 Table = dict[str, dict[int, dict[str, Tile]]]
 
 FORWARD_TILES: Table = {
     "sm80": {
-        32: {"default": ForwardTile(128, 64, 4, 3)},
-        64: {"default": ForwardTile(128, 128, 4, 2)},
-        96: {"default": ForwardTile(128, 64, 4, 2)},
-        128: {"default": ForwardTile(128, 64, 4, 2)},
-        192: {"default": ForwardTile(128, 128, 8, 1)},
-        256: {"default": ForwardTile(128, 64, 8, 1, 2), "roomy": ForwardTile(64, 64, 4, 2, 2)},
+        32: {"default": MmaForwardTile(128, 64, 4, 3)},
+        64: {"default": MmaForwardTile(128, 128, 4, 2)},
+        96: {"default": MmaForwardTile(128, 64, 4, 2)},
+        128: {"default": MmaForwardTile(128, 64, 4, 2)},
+        192: {"default": MmaForwardTile(128, 128, 8, 1)},
+        256: {"default": MmaForwardTile(128, 64, 8, 1, 2), "roomy": MmaForwardTile(64, 64, 4, 2, 2)},
     },
     "sm86": {
-        32: {"default": ForwardTile(128, 64, 4, 3)},
-        64: {"default": ForwardTile(128, 128, 4, 2)},
-        96: {"default": ForwardTile(128, 64, 4, 2), "causal": ForwardTile(64, 64, 4, 2)},
-        128: {"default": ForwardTile(64, 64, 4, 2), "full": ForwardTile(128, 32, 4, 2)},
-        192: {"default": ForwardTile(128, 64, 8, 1)},
-        256: {"default": ForwardTile(64, 64, 4, 1)},
+        32: {"default": MmaForwardTile(128, 64, 4, 3)},
+        64: {"default": MmaForwardTile(128, 128, 4, 2)},
+        96: {"default": MmaForwardTile(128, 64, 4, 2), "causal": MmaForwardTile(64, 64, 4, 2)},
+        128: {"default": MmaForwardTile(64, 64, 4, 2), "full": MmaForwardTile(128, 32, 4, 2)},
+        192: {"default": MmaForwardTile(128, 64, 8, 1)},
+        256: {"default": MmaForwardTile(64, 64, 4, 1)},
     },
     "sm90": {
-        32: {"default": HopperTile(192, 128, 3, 2)},
-        64: {"default": HopperTile(192, 128, 3, 2)},
-        96: {"default": HopperTile(192, 96, 3, 1)},
-        128: {"default": HopperTile(192, 80, 3, 2), "short": HopperTile(192, 64, 4, 2, max_keys=512)},
-        192: {"default": HopperTile(128, 96, 2, 1), "narrow": HopperTile(192, 80, 3, 1, head_dim_v=128)},
-        256: {"default": HopperTile(128, 80, 2, 1)},
+        32: {"default": WgmmaForwardTile(192, 128, 3, 2)},
+        64: {"default": WgmmaForwardTile(192, 128, 3, 2)},
+        96: {"default": WgmmaForwardTile(192, 96, 3, 1)},
+        128: {
+            "default": WgmmaForwardTile(192, 80, 3, 2),
+            "short": WgmmaForwardTile(192, 64, 4, 2, max_keys=512),
+        },
+        192: {
+            "default": WgmmaForwardTile(128, 96, 2, 1),
+            "narrow": WgmmaForwardTile(192, 80, 3, 1, head_dim_v=128),
+        },
+        256: {"default": WgmmaForwardTile(128, 80, 2, 1)},
     },
 }
 
 BACKWARD_TILES: Table = {
     "sm80": {
-        32: {"default": BackwardTile(64, 128, 4, 2, 2)},
-        64: {"default": BackwardTile(32, 128, 4, 2, 2), "roomy": BackwardTile(64, 128, 4, 2, 2)},
-        96: {"default": BackwardTile(64, 128, 8, 1, 2)},
-        128: {"default": BackwardTile(64, 128, 8, 1, 2)},
-        192: {"default": BackwardTile(64, 64, 8, 1, 2)},
-        256: {"default": BackwardTile(32, 64, 8, 1, 2)},
+        32: {"default": MmaBackwardTile(64, 128, 4, 2, 2)},
+        64: {"default": MmaBackwardTile(32, 128, 4, 2, 2), "roomy": MmaBackwardTile(64, 128, 4, 2, 2)},
+        96: {"default": MmaBackwardTile(64, 128, 8, 1, 2)},
+        128: {"default": MmaBackwardTile(64, 128, 8, 1, 2)},
+        192: {"default": MmaBackwardTile(64, 64, 8, 1, 2)},
+        256: {"default": MmaBackwardTile(32, 64, 8, 1, 2)},
     },
     "sm86": {
-        32: {"default": BackwardTile(64, 128, 4, 1, 2)},
-        64: {"default": BackwardTile(32, 128, 4, 1, 2)},
-        96: {"default": BackwardTile(64, 64, 4, 1, 2)},
-        128: {"default": BackwardTile(32, 64, 8, 1, 2)},
-        192: {"default": BackwardTile(32, 32, 4, 1, 2)},
-        256: {"default": BackwardTile(32, 32, 4, 1, 1)},
+        32: {"default": MmaBackwardTile(64, 128, 4, 1, 2)},
+        64: {"default": MmaBackwardTile(32, 128, 4, 1, 2)},
+        96: {"default": MmaBackwardTile(64, 64, 4, 1, 2)},
+        128: {"default": MmaBackwardTile(32, 64, 8, 1, 2)},
+        192: {"default": MmaBackwardTile(32, 32, 4, 1, 2)},
+        256: {"default": MmaBackwardTile(32, 32, 4, 1, 1)},
     },
     "sm90": {
-        32: {"default": BackwardTile(64, 128, 4, 2, 2)},
-        64: {"default": BackwardTile(64, 128, 4, 2, 2)},
-        96: {"default": BackwardTile(64, 128, 8, 1, 2)},
-        128: {"default": BackwardTile(64, 128, 8, 1, 2)},
-        192: {"default": BackwardTile(64, 64, 8, 1, 2)},
-        256: {"default": BackwardTile(64, 64, 8, 1, 2)},
+        32: {"default": MmaBackwardTile(64, 128, 4, 2, 2)},
+        64: {"default": MmaBackwardTile(64, 128, 4, 2, 2)},
+        96: {"default": MmaBackwardTile(64, 128, 8, 1, 2)},
+        128: {"default": MmaBackwardTile(64, 128, 8, 1, 2)},
+        192: {"default": MmaBackwardTile(64, 64, 8, 1, 2)},
+        256: {"default": MmaBackwardTile(64, 64, 8, 1, 2)},
     },
 }
 
-# "few" holds up to 16 rows: the queries of the heads that share keys; "several" up to 64.
-SPLIT_TILES: Table = {
+# By the rows that a tile holds: the queries of all heads that share keys.
+CACHE_TILES: Table = {
     "sm80": {
         32: {
-            "few": SplitTile(16, 64, 1, 4, 4, 2),
-            "several": SplitTile(64, 64, 4, 1, 2, 2),
-            "default": SplitTile(128, 64, 4, 1, 2, 2),
+            "rows16": MmaCacheTile(16, 64, 1, 4, 4, 2),
+            "rows64": MmaCacheTile(64, 64, 4, 1, 2, 2),
+            "rows128": MmaCacheTile(128, 64, 4, 1, 2, 2),
         },
         64: {
-            "few": SplitTile(16, 64, 1, 4, 3, 2),
-            "several": SplitTile(64, 64, 4, 1, 2, 2),
-            "default": SplitTile(128, 64, 4, 1, 2, 2),
+            "rows16": MmaCacheTile(16, 64, 1, 4, 3, 2),
+            "rows64": MmaCacheTile(64, 64, 4, 1, 2, 2),
+            "rows128": MmaCacheTile(128, 64, 4, 1, 2, 2),
         },
         96: {
-            "few": SplitTile(16, 64, 1, 4, 3, 2),
-            "several": SplitTile(64, 64, 4, 1, 2, 2),
-            "default": SplitTile(128, 64, 4, 1, 1, 2),
+            "rows16": MmaCacheTile(16, 64, 1, 4, 3, 2),
+            "rows64": MmaCacheTile(64, 64, 4, 1, 2, 2),
+            "rows128": MmaCacheTile(128, 64, 4, 1, 1, 2),
         },
         128: {
-            "few": SplitTile(16, 64, 1, 4, 2, 2),
-            "several": SplitTile(64, 64, 4, 1, 2, 2),
-            "default": SplitTile(128, 64, 4, 1, 1, 2),
+            "rows16": MmaCacheTile(16, 64, 1, 4, 2, 2),
+            "rows64": MmaCacheTile(64, 64, 4, 1, 2, 2),
+            "rows128": MmaCacheTile(128, 64, 4, 1, 1, 2),
         },
         192: {
-            "few": SplitTile(16, 64, 1, 4, 3, 1),
-            "several": SplitTile(64, 64, 4, 1, 2, 1),
-            "default": SplitTile(128, 64, 8, 1, 2, 1),
+            "rows16": MmaCacheTile(16, 64, 1, 4, 3, 1),
+            "rows64": MmaCacheTile(64, 64, 4, 1, 2, 1),
+            "rows128": MmaCacheTile(128, 64, 8, 1, 2, 1),
         },
         256: {
-            "few": SplitTile(16, 64, 1, 4, 2, 1),
-            "several": SplitTile(64, 64, 4, 1, 2, 1),
-            "default": SplitTile(128, 64, 8, 1, 1, 1),
+            "rows16": MmaCacheTile(16, 64, 1, 4, 2, 1),
+            "rows64": MmaCacheTile(64, 64, 4, 1, 2, 1),
+            "rows128": MmaCacheTile(128, 64, 8, 1, 1, 1),
         },
     },
     "sm86": {
-        32: {"few": SplitTile(16, 64, 1, 4, 4, 2), "default": SplitTile(64, 64, 4, 1, 2, 2)},
-        64: {"few": SplitTile(16, 64, 1, 4, 2, 2), "default": SplitTile(64, 64, 4, 1, 2, 2)},
-        96: {"few": SplitTile(16, 64, 1, 4, 3, 1), "default": SplitTile(64, 64, 4, 1, 1, 2)},
-        128: {"few": SplitTile(16, 64, 1, 4, 2, 1), "default": SplitTile(64, 64, 4, 1, 1, 2)},
-        192: {"few": SplitTile(16, 64, 1, 4, 1, 1), "default": SplitTile(64, 64, 4, 1, 1, 1)},
-        256: {"few": SplitTile(16, 64, 1, 4, 1, 1), "default": SplitTile(64, 64, 4, 1, 1, 1)},
+        32: {"rows16": MmaCacheTile(16, 64, 1, 4, 4, 2), "rows64": MmaCacheTile(64, 64, 4, 1, 2, 2)},
+        64: {"rows16": MmaCacheTile(16, 64, 1, 4, 2, 2), "rows64": MmaCacheTile(64, 64, 4, 1, 2, 2)},
+        96: {"rows16": MmaCacheTile(16, 64, 1, 4, 3, 1), "rows64": MmaCacheTile(64, 64, 4, 1, 1, 2)},
+        128: {"rows16": MmaCacheTile(16, 64, 1, 4, 2, 1), "rows64": MmaCacheTile(64, 64, 4, 1, 1, 2)},
+        192: {"rows16": MmaCacheTile(16, 64, 1, 4, 1, 1), "rows64": MmaCacheTile(64, 64, 4, 1, 1, 1)},
+        256: {"rows16": MmaCacheTile(16, 64, 1, 4, 1, 1), "rows64": MmaCacheTile(64, 64, 4, 1, 1, 1)},
     },
     "sm90": {
         32: {
-            "few": SplitTile(16, 64, 1, 4, 6, 2),
-            "several": SplitTile(64, 64, 4, 1, 3, 2),
-            "default": SplitTile(128, 64, 4, 1, 3, 2),
+            "rows16": MmaCacheTile(16, 64, 1, 4, 6, 2),
+            "rows64": MmaCacheTile(64, 64, 4, 1, 3, 2),
+            "rows128": MmaCacheTile(128, 64, 4, 1, 3, 2),
         },
         64: {
-            "few": SplitTile(16, 64, 1, 4, 5, 2),
-            "several": SplitTile(64, 64, 4, 1, 3, 2),
-            "default": SplitTile(128, 64, 4, 1, 3, 2),
+            "rows16": MmaCacheTile(16, 64, 1, 4, 5, 2),
+            "rows64": MmaCacheTile(64, 64, 4, 1, 3, 2),
+            "rows128": MmaCacheTile(128, 64, 4, 1, 3, 2),
         },
         96: {
-            "few": SplitTile(16, 64, 1, 4, 4, 2),
-            "several": SplitTile(64, 64, 4, 1, 3, 2),
-            "default": SplitTile(128, 64, 4, 1, 2, 2),
+            "rows16": MmaCacheTile(16, 64, 1, 4, 4, 2),
+            "rows64": MmaCacheTile(64, 64, 4, 1, 3, 2),
+            "rows128": MmaCacheTile(128, 64, 4, 1, 2, 2),
         },
         128: {
-            "few": SplitTile(16, 64, 1, 4, 3, 2),
-            "several": SplitTile(64, 64, 4, 1, 2, 2),
-            "default": SplitTile(128, 64, 4, 1, 2, 2),
+            "rows16": MmaCacheTile(16, 64, 1, 4, 3, 2),
+            "rows64": MmaCacheTile(64, 64, 4, 1, 2, 2),
+            "rows128": MmaCacheTile(128, 64, 4, 1, 2, 2),
         },
         192: {
-            "few": SplitTile(16, 64, 1, 4, 2, 2),
-            "several": SplitTile(64, 64, 4, 1, 2, 1),
-            "default": SplitTile(128, 64, 8, 1, 2, 1),
+            "rows16": MmaCacheTile(16, 64, 1, 4, 2, 2),
+            "rows64": MmaCacheTile(64, 64, 4, 1, 2, 1),
+            "rows128": MmaCacheTile(128, 64, 8, 1, 2, 1),
         },
         256: {
-            "few": SplitTile(16, 64, 1, 4, 3, 1),
-            "several": SplitTile(64, 64, 4, 1, 2, 1),
-            "default": SplitTile(128, 64, 8, 1, 2, 1),
+            "rows16": MmaCacheTile(16, 64, 1, 4, 3, 1),
+            "rows64": MmaCacheTile(64, 64, 4, 1, 2, 1),
+            "rows128": MmaCacheTile(128, 64, 8, 1, 2, 1),
         },
     },
 }
 
 # Hopper's forward kernel takes many rows: flash_attn/_splits.py decides.
-for _head_dim, _row in SPLIT_TILES["sm90"].items():
-    _row["long"] = FORWARD_TILES["sm90"][_head_dim]["default"]
+for _head_dim, _row in CACHE_TILES["sm90"].items():
+    _row["wgmma"] = FORWARD_TILES["sm90"][_head_dim]["default"]
 
-LONG_COST = 0.5
+WGMMA_COST = 0.5
 """Time of a row in that kernel over that in the largest tile for split keys, measured on an H200."""
 
-TABLES = {"forward": FORWARD_TILES, "backward": BACKWARD_TILES, "split": SPLIT_TILES}
+TABLES = {"forward": FORWARD_TILES, "backward": BACKWARD_TILES, "split": CACHE_TILES}
 
-VARIANTS = ("roomy", "short", "narrow", "few", "several", "long")
-"""Keys of the tile tables for tiles that the launcher takes instead of the default where they suit."""
+MEMBERS = {
+    ("mma", "forward"): ("default", "roomy"),
+    ("mma", "backward"): ("default", "roomy"),
+    ("mma", "split"): ("rows16", "rows64", "rows128"),
+    ("wgmma", "forward"): ("default", "short", "narrow"),
+    ("wgmma", "split"): ("rows16", "rows64", "rows128", "wgmma"),
+}
+"""The tiles for which the launcher of a design and direction asks by name: members of a unit's C++ struct.
+
+A mask class in the table stands in for "default". A roomy tile is for devices with more shared memory per SM
+than the family counts on.
+"""
+
+OPTIONAL = ("roomy", "short", "narrow", "rows128")
+"""Members that a table may lack: ``void`` in C++."""
 
 
-def find_tile(direction: str, family: str, head_dim: int, mask: str) -> Tile:
-    """The checked tile of one kernel; raises TileError if there is none or if it does not fit."""
+def find_tiles(direction: str, family: str, head_dim: int, mask: str) -> dict[str, Tile | None]:
+    """The checked tiles of one kernel by member; raises TileError if one is missing or does not fit."""
     row = TABLES[direction].get(family, {}).get(head_dim, {})
-    tile = row.get(mask) or row.get("default")
-    if tile is None:
-        raise TileError(
-            f"no {direction} tile for family {family}, head_dim {head_dim}, mask {mask}:"
-            f" add it to {direction.upper()}_TILES"
-        )
-    check_tile(tile, axes.FAMILIES[family], head_dim, mask)
-    return tile
-
-
-def tile_variants(direction: str, family: str, head_dim: int) -> dict[str, Tile]:
-    """The checked tiles that are tried before the default one, by name.
-
-    A roomy tile is for devices with more shared memory per SM than the family counts on.
-    """
-    row = TABLES[direction][family][head_dim]
-    variants = {name: row[name] for name in VARIANTS if name in row}
-    for name, tile in variants.items():
-        check_tile(tile, axes.FAMILIES[family], head_dim, name, resident=name != "roomy")
-    return variants
+    found: dict[str, Tile | None] = {}
+    for member in MEMBERS[axes.FAMILIES[family].directions[direction], direction]:
+        tile = row.get(mask if member == "default" and mask in row else member)
+        if tile is not None:
+            check_tile(tile, axes.FAMILIES[family], head_dim, mask, resident=member != "roomy")
+        elif member not in OPTIONAL:
+            raise TileError(
+                f"no {direction} tile {member!r} for family {family}, head_dim {head_dim}, mask {mask}:"
+                f" add it to {axes.PASSES[direction].upper()}_TILES"
+            )
+        found[member] = tile
+    return found
 
 
 def check_tile(tile: Tile, family: axes.Family, head_dim: int, mask: str, resident: bool = True) -> None:
@@ -191,25 +202,25 @@ def check_tile(tile: Tile, family: axes.Family, head_dim: int, mask: str, reside
         )
 
 
-def split_shape() -> tuple[tuple[int, ...], int]:
-    """The numbers of rows that tiles with split keys have, in ascending order, and of keys in a block."""
-    tiles = [tile for family in SPLIT_TILES.values() for row in family.values() for tile in row.values()]
-    split = [tile for tile in tiles if isinstance(tile, SplitTile)]
-    keys = {tile.block_n for tile in split}
+def cache_shape() -> tuple[tuple[int, ...], int]:
+    """Rows of the mma design's tiles over a KV cache, in ascending order, and keys of their blocks."""
+    tiles = [tile for family in CACHE_TILES.values() for row in family.values() for tile in row.values()]
+    mma = [tile for tile in tiles if isinstance(tile, MmaCacheTile)]
+    keys = {tile.block_n for tile in mma}
     if len(keys) != 1:
-        raise TileError(f"block_n differs between the tiles of SPLIT_TILES: {sorted(keys)}")
-    return tuple(sorted({tile.block_m for tile in split})), keys.pop()
+        raise TileError(f"block_n differs between the tiles of CACHE_TILES: {sorted(keys)}")
+    return tuple(sorted({tile.block_m for tile in mma})), keys.pop()
 
 
-def long_tiles() -> dict[int, tuple[int, int]]:
-    """The rows and keys of Hopper's tiles for many queries over a KV cache, by head dim."""
-    tiles = {d: row["long"] for d, row in SPLIT_TILES["sm90"].items()}
-    return {d: (tile.block_m, tile.block_n) for d, tile in tiles.items() if isinstance(tile, HopperTile)}
+def wgmma_shapes() -> dict[int, tuple[int, int]]:
+    """The rows and keys of the wgmma design's tiles over a KV cache, by head dim."""
+    tiles = {d: row["wgmma"] for d, row in CACHE_TILES["sm90"].items()}
+    return {d: (tile.block_m, tile.block_n) for d, tile in tiles.items()}
 
 
 def wgmma_columns() -> list[int]:
     """The widths N of wgmma that kernels use: keys of a block for Q K^T, the head dim of V for P V."""
-    tables = FORWARD_TILES["sm90"], SPLIT_TILES["sm90"]
+    tables = FORWARD_TILES["sm90"], CACHE_TILES["sm90"]
     tiles = [(d, tile) for table in tables for d, row in table.items() for tile in row.values()]
-    hopper = [(d, tile) for d, tile in tiles if isinstance(tile, HopperTile)]
-    return sorted({n for d, tile in hopper for n in (tile.head_dim_v or d, tile.block_n)})
+    wgmma = [(d, tile) for d, tile in tiles if isinstance(tile, WgmmaForwardTile)]
+    return sorted({n for d, tile in wgmma for n in (tile.head_dim_v or d, tile.block_n)})

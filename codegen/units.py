@@ -1,6 +1,6 @@
 """The translation units of a selection: one kernel instantiation each."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from codegen import CodegenError, axes, tiles
 from codegen.kernel_key import KernelKey
@@ -10,15 +10,14 @@ from codegen.tile_shapes import Tile
 
 @dataclass(frozen=True)
 class Unit:
-    """One kernel: its place on the axes, its tile, and those that the launcher prefers where they suit."""
+    """One kernel: its place on the axes, and the tiles for which its launcher asks, or None."""
 
     direction: str
     family: str
     dtype: str
     head_dim: int
     mask: str
-    tile: Tile
-    variants: dict[str, Tile] = field(default_factory=dict)
+    tiles: dict[str, Tile | None]
 
     @property
     def key(self) -> str:
@@ -32,19 +31,19 @@ class Unit:
 
     @property
     def config(self) -> str:
-        """C++ type that describes the kernel: ``ForwardSm80Bf16D128Causal``."""
+        """C++ type whose members describe the kernel's tiles: ``ForwardSm80Bf16D128Causal``."""
         return "".join(word.capitalize() for word in self.key.split("_"))
-
-    @property
-    def configs(self) -> dict[str, Tile]:
-        """C++ types that describe the kernel's tiles, in the order in which the launcher considers them."""
-        variants = {f"{self.config}{name.capitalize()}": tile for name, tile in self.variants.items()}
-        return {**variants, self.config: self.tile}
 
     @property
     def design(self) -> str:
         """Kernel design that serves the unit: folder under ``templates/`` and C++ namespace."""
         return axes.FAMILIES[self.family].directions[self.direction]
+
+    @property
+    def designs(self) -> list[str]:
+        """Designs whose launchers the unit needs: that of a call over a KV cache chooses between two."""
+        of_tiles = {tile.TEMPLATE.partition("::")[0] for tile in self.tiles.values() if tile}
+        return sorted({self.design, *of_tiles})
 
     @property
     def kernel_pass(self) -> str:
@@ -57,8 +56,14 @@ class Unit:
         return axes.DIRECTIONS.index(self.direction), self.head_dim, axes.MASKS.index(self.mask)
 
     @property
+    def tile(self) -> Tile:
+        """The tile of calls for which no other one is better."""
+        named = (self.tiles.get(name) for name in ("default", "rows128", "rows64"))
+        return next(tile for tile in named if tile is not None)
+
+    @property
     def smem_bytes(self) -> int:
-        """Dynamic shared memory that a block needs at least, in bytes."""
+        """Dynamic shared memory that a block of ``tile`` needs, in bytes."""
         return self.tile.smem_bytes(self.head_dim)
 
 
@@ -71,8 +76,7 @@ def list_units(selection: Selection) -> list[Unit]:
             dtype,
             head_dim,
             mask,
-            tiles.find_tile(direction, family, head_dim, mask),
-            tiles.tile_variants(direction, family, head_dim),
+            tiles.find_tiles(direction, family, head_dim, mask),
         )
         for family in selection.families
         for direction in selection.directions

@@ -4,7 +4,7 @@ import ctypes
 import struct
 from enum import IntEnum
 
-LAYOUT_HASH = 0xC9AC828CE6167EBC
+LAYOUT_HASH = 0x356A8E4E5FC18F5A
 """Must equal flash_attn_layout_hash() of the library."""
 
 HEAD_DIMS = (32, 64, 96, 128, 192, 256)
@@ -13,17 +13,17 @@ HEAD_DIMS = (32, 64, 96, 128, 192, 256)
 CAPABILITIES = (80, 86, 89, 90, 100, 110, 120)
 """Compute capabilities (90 for 9.0) that kernels can be built for by name."""
 
-SPLIT_ROWS = (16, 64, 128)
+CACHE_ROWS = (16, 64, 128)
 """Rows, queries x heads that share keys, of tiles of calls over a KV cache; a family may lack the last."""
 
-LONG_TILES = {32: (192, 128), 64: (192, 128), 96: (192, 96), 128: (192, 80), 192: (128, 96), 256: (128, 80)}
-"""Rows and keys of the tiles of Hopper's forward kernel for such a call, by the kernel's head dim."""
-
-LONG_COST = 0.5
-"""Time of a row in that kernel over that in the largest of the others' tiles."""
-
-SPLIT_KEYS = 64
+CACHE_KEYS = 64
 """Keys in a block of such a call."""
+
+WGMMA_SHAPES = {32: (192, 128), 64: (192, 128), 96: (192, 96), 128: (192, 80), 192: (128, 96), 256: (128, 80)}
+"""Rows and keys of the wgmma design's tiles for such a call, by the kernel's head dim."""
+
+WGMMA_COST = 0.5
+"""Time of a row in that design over that in the largest of the other's tiles."""
 
 
 class Dtype(IntEnum):
@@ -57,6 +57,13 @@ class Direction(IntEnum):
     FORWARD = 0
     BACKWARD = 1
     SPLIT = 2
+
+
+class Design(IntEnum):
+    """Design of a kernel over a KV cache."""
+
+    MMA = 0
+    WGMMA = 1
 
 
 class Status(IntEnum):
@@ -205,7 +212,7 @@ class CacheParams(ctypes.Structure):
         ("rotary_dim", ctypes.c_int32),  # elements of each head that are rotated, a multiple of 16
         ("rotary_interleaved", ctypes.c_int32),  # pairs are (0, 1), (2, 3), ..; else the two halves
         ("num_splits", ctypes.c_int32),  # parts of the keys; the workspaces are used where more than 1
-        ("long_tiles", ctypes.c_int32),  # take the tiles for many queries, where the family has them (sm90)
+        ("design", ctypes.c_int32),  # Design that is to compute the call, where the kernel has both (sm90)
         ("cache_head_dim", ctypes.c_int16),  # elements per head of the keys in the cache, at most head_dim
         ("cache_head_dim_v", ctypes.c_int16),  # the same of the values
     )

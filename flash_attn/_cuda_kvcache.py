@@ -13,7 +13,7 @@ from flash_attn import _validation as check
 from flash_attn._arguments import check_memory, fail
 from flash_attn._cpu_kvcache import Cache, Rotary
 from flash_attn._layout import empty_out, write
-from flash_attn._splits import LONG_FROM, long_tiles, plan
+from flash_attn._splits import WGMMA_FROM, plan, wgmma_tile
 from flash_attn._validation import Scoring, Shapes
 
 CACHE_NAMES = ("k_cache", "v_cache")
@@ -38,10 +38,10 @@ def kvcache_num_splits(q: Tensor, k_cache: Tensor, block_table: Tensor | None = 
     capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
     num_heads_k = k_cache.shape[2]
     rows, device = seqlen_q * (num_heads // num_heads_k), q.get_device()
-    long = None
+    wgmma = None
     if _gpu.prepared(device).hopper and _cuda.readable(k_cache):
-        long = long_tiles(seqlen_q, num_heads, num_heads_k, head_dim, packs=True)
-    return plan(batch, num_heads_k, rows, capacity, _gpu.multiprocessors(device), long).num_splits
+        wgmma = wgmma_tile(seqlen_q, num_heads, num_heads_k, head_dim, packs=True)
+    return plan(batch, num_heads_k, rows, capacity, _gpu.multiprocessors(device), wgmma).num_splits
 
 
 def _check_in_place(cache: Cache, names: tuple[str, str]) -> None:
@@ -123,16 +123,16 @@ def _attend(
         table_at, table_stride = block_table.data_ptr(), block_table.shape[1]
         page_size, capacity = rows, rows * table_stride
     group_rows = seqlen_q * (num_heads // num_heads_k)
-    long, is_long, counter_at = None, False, 0
-    if hopper and aligned and group_rows >= LONG_FROM:
+    wgmma, design, counter_at = None, _abi.Design.MMA, 0
+    if hopper and aligned and group_rows >= WGMMA_FROM:
         packs = scoring.alibi_slopes is None and not scoring.softcap and scoring.softmax_scale > 0.0
-        long = long_tiles(seqlen_q, num_heads, num_heads_k, max(head_dim, head_dim_v), packs)
-    if long is not None or not num_splits:
+        wgmma = wgmma_tile(seqlen_q, num_heads, num_heads_k, max(head_dim, head_dim_v), packs)
+    if wgmma is not None or not num_splits:
         multiprocessors = _gpu.multiprocessors(device)
-        num_splits, is_long = plan(
-            batch, num_heads_k, group_rows, capacity, multiprocessors, long, num_splits
+        num_splits, design = plan(
+            batch, num_heads_k, group_rows, capacity, multiprocessors, wgmma, num_splits
         )  # fmt: skip
-    if is_long:
+    if design == _abi.Design.WGMMA:
         counter = _gpu.tile_counter(device, stream)
         counter_at = counter.data_ptr()
     partial_at = partial_rows = 0
@@ -175,7 +175,7 @@ def _attend(
     packed = _pack(
         forward, seqlens_at, batch_idx_at, table_at, *new_at, *rotary_at, partial_at,
         partial_at + 4 * partial_rows * head_dim_v, *new_strides, table_stride, entries, page_size, seqlen,
-        seqlen_new, *rotary_sizes, num_splits, is_long, cache_head_dim, cache_head_dim_v,
+        seqlen_new, *rotary_sizes, num_splits, design, cache_head_dim, cache_head_dim_v,
     )  # fmt: skip
     status = library.cache(packed, stream)
     if status:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import NamedTuple
 
-from flash_attn._abi import LONG_COST, LONG_TILES, SPLIT_KEYS, SPLIT_ROWS
+from flash_attn._abi import CACHE_KEYS, CACHE_ROWS, WGMMA_COST, WGMMA_SHAPES, Design
 from flash_attn._library import kernel_head_dim
 from flash_attn._validation import MAX_SPLITS
 
@@ -27,11 +27,12 @@ MERGE_COST = 2.0
 
 MERGED_AT_ONCE, MERGING_WARPS = 8, 8
 """Parts of a row that a warp reads at once, and the warps that share a row of a call with few rows: kBatch
-and kWarps of common/combine.cu.
+and kWarps of ops/combine.cu.
 """
 
 ALONE = 0.6
-"""Speed of a thread block of more than FEW_ROWS rows that has a multiprocessor to itself, of that of two.
+"""How fast one thread block runs alone on a multiprocessor, relative to two that share it (tiles of more than
+FEW_ROWS rows).
 
 Tensor cores bound it, and it does not keep them busy; with few rows memory does.
 """
@@ -39,12 +40,12 @@ Tensor cores bound it, and it does not keep them busy; with few rows memory does
 TOLERANCE = 1.02
 """Fewer splits are taken where they cost at most this much more than the best number."""
 
-FEW_ROWS, LARGEST_TILE = SPLIT_ROWS[0], SPLIT_ROWS[-1]
+FEW_ROWS, LARGEST_TILE = CACHE_ROWS[0], CACHE_ROWS[-1]
 
 ENOUGH_TILES = 2
 """Tiles of Hopper's forward kernel for each multiprocessor from which on their keys are not split."""
 
-LONG_FROM = SPLIT_ROWS[-2] + 1
+WGMMA_FROM = CACHE_ROWS[-2] + 1
 """Rows of a head of keys from which on Hopper's forward kernel may take a call; memory bounds fewer."""
 
 
@@ -60,16 +61,16 @@ def _cost(splits: int, tiles: int, rows: int, key_blocks: int, multiprocessors: 
     return cost + thread_blocks * (rows - FEW_ROWS) * PART_COST + MERGE_COST if splits > 1 else cost
 
 
-def _long_cost(
-    splits: int, tiles: int, long: LongTiles, rows: int, capacity: int, multiprocessors: int
+def _wgmma_cost(
+    splits: int, tiles: int, wgmma: WgmmaTile, rows: int, capacity: int, multiprocessors: int
 ) -> float:
     """The same for the tiles of Hopper's forward kernel, of which a multiprocessor works on one at a time.
 
     The memory that parts of all `rows` are written to and merged from is shared evenly.
     """
     tiles *= splits
-    blocks = -(-_blocks(capacity, long.keys) // splits) * long.keys / SPLIT_KEYS
-    cost = -(-tiles // multiprocessors) * (blocks + START_COST) * LONG_COST * long.rows / LARGEST_TILE
+    blocks = -(-_blocks(capacity, wgmma.keys) // splits) * wgmma.keys / CACHE_KEYS
+    cost = -(-tiles // multiprocessors) * (blocks + START_COST) * WGMMA_COST * wgmma.rows / LARGEST_TILE
     if splits == 1:
         return cost
     warps = MERGING_WARPS if rows <= MERGING_WARPS * multiprocessors else 1
@@ -94,10 +95,10 @@ def _cheapest(costs: dict[int, float]) -> int:
 
 def tile_rows(rows: int) -> int:
     """Return how many rows a tile has where a sequence and KV head has `rows` (queries x heads of q)."""
-    return next((block_m for block_m in SPLIT_ROWS if rows <= block_m), LARGEST_TILE)
+    return next((block_m for block_m in CACHE_ROWS if rows <= block_m), LARGEST_TILE)
 
 
-class LongTiles(NamedTuple):
+class WgmmaTile(NamedTuple):
     """How many tiles of how many rows and keys a sequence has in Hopper's forward kernel."""
 
     tiles: int
@@ -106,54 +107,56 @@ class LongTiles(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def long_tiles(
+def wgmma_tile(
     seqlen_q: int, num_heads: int, num_heads_k: int, head_dim: int, packs: bool
-) -> LongTiles | None:
+) -> WgmmaTile | None:
     """Return the tiles of Hopper's forward kernel, None where there are too few rows for it.
 
     `head_dim` is the larger one; `packs` says that no score modifiers keep it from packing heads into a tile.
     """
-    group, (block_m, block_n) = num_heads // num_heads_k, LONG_TILES[kernel_head_dim(head_dim)]
+    group, (block_m, block_n) = num_heads // num_heads_k, WGMMA_SHAPES[kernel_head_dim(head_dim)]
     rows = seqlen_q * group
-    if rows < LONG_FROM:
+    if rows < WGMMA_FROM:
         return None
     packed, unpacked = num_heads_k * -(-rows // block_m), num_heads * -(-seqlen_q // block_m)
-    tiles = packed if packs and block_m % group == 0 and packed < 0.9 * unpacked else unpacked
-    return LongTiles(tiles, block_m, block_n)
+    tiles = packed if packs and block_m % group == 0 and 10 * packed < 9 * unpacked else unpacked
+    return WgmmaTile(tiles, block_m, block_n)
 
 
 class Plan(NamedTuple):
-    """Into how many parts keys are split, and whether Hopper's forward kernel computes them."""
+    """Into how many parts keys are split, and the design whose kernel computes them."""
 
     num_splits: int
-    long: bool
+    design: Design
 
 
 @lru_cache(maxsize=4096)
 def plan(
     sequences: int, num_heads_k: int, rows: int, capacity: int, multiprocessors: int,
-    long: LongTiles | None = None, num_splits: int = 0,
+    wgmma: WgmmaTile | None = None, num_splits: int = 0,
 ) -> Plan:  # fmt: skip
     """Return how to compute a call with `rows` rows (queries x heads that share keys) for each head of keys,
     and room for `capacity` keys, in each sequence.
 
-    `long` are the tiles of Hopper's forward kernel, if it may take the call; `num_splits` is 0 to choose.
+    `wgmma` are the tiles of Hopper's forward kernel, if it may take the call; `num_splits` is 0 to choose.
     """
-    block_m, key_blocks = tile_rows(rows), _blocks(capacity, SPLIT_KEYS)
+    block_m, key_blocks = tile_rows(rows), _blocks(capacity, CACHE_KEYS)
     tiles = sequences * num_heads_k * -(-rows // block_m)
     choices = [num_splits] if num_splits else _choices(key_blocks) if tiles else [1]
     costs = {n: _cost(n, tiles, block_m, key_blocks, multiprocessors) for n in choices}
     best = _cheapest(costs)
-    if long is None:
-        return Plan(best, False)
-    tiles, total_rows = sequences * long.tiles, sequences * num_heads_k * rows
+    if wgmma is None:
+        return Plan(best, Design.MMA)
+    tiles, total_rows = sequences * wgmma.tiles, sequences * num_heads_k * rows
     if not num_splits:
         # Many tiles share out evenly enough, also where capacity says little about lengths.
         many = tiles >= ENOUGH_TILES * multiprocessors
-        choices = [1] if many else _choices(_blocks(capacity, long.keys))
-    long_costs = {n: _long_cost(n, tiles, long, total_rows, capacity, multiprocessors) for n in choices}
-    long_best = _cheapest(long_costs)
-    return Plan(long_best, True) if long_costs[long_best] <= costs[best] else Plan(best, False)
+        choices = [1] if many else _choices(_blocks(capacity, wgmma.keys))
+    wgmma_costs = {n: _wgmma_cost(n, tiles, wgmma, total_rows, capacity, multiprocessors) for n in choices}
+    wgmma_best = _cheapest(wgmma_costs)
+    if wgmma_costs[wgmma_best] <= costs[best]:
+        return Plan(wgmma_best, Design.WGMMA)
+    return Plan(best, Design.MMA)
 
 
 KEY_BLOCK = 128

@@ -31,6 +31,7 @@ def enums() -> tuple[Enum, ...]:
         Enum("Mask", "Mask class: what a kernel is compiled to mask.", _numbered(axes.MASKS)),
         Enum("Family", "Kernel family; auto = the best one for the device.", families),
         Enum("Direction", "Pass that a kernel computes.", _numbered(axes.DIRECTIONS)),
+        Enum("Design", "Design of a kernel over a KV cache.", _numbered(("mma", "wgmma"))),
         Enum("Status", "Result of a call; flash_attn_last_error() has the text.", _numbered(status)),
     )
 

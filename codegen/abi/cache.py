@@ -1,4 +1,4 @@
-"""Attention over a KV cache, with split keys."""
+"""Attention over a KV cache."""
 
 from codegen.abi import forward
 from codegen.abi.description import Field, Struct
@@ -33,7 +33,7 @@ PARAMS = Struct(
         Field("rotary_dim", "int32", "elements of each head that are rotated, a multiple of 16"),
         Field("rotary_interleaved", "int32", "pairs are (0, 1), (2, 3), ..; else the two halves"),
         Field("num_splits", "int32", "parts of the keys; the workspaces are used where more than 1"),
-        Field("long_tiles", "int32", "take the tiles for many queries, where the family has them (sm90)"),
+        Field("design", "int32", "Design that is to compute the call, where the kernel has both (sm90)"),
         Field("cache_head_dim", "int16", "elements per head of the keys in the cache, at most head_dim"),
         Field("cache_head_dim_v", "int16", "the same of the values"),
     ),

@@ -24,7 +24,7 @@ COMPILE_FLAGS = (
     "-std=c++17",
     "-O3",
     "--expt-relaxed-constexpr",
-    "-Xcompiler=-fvisibility=hidden,-fPIC,-Wall",
+    "-Xcompiler=-fvisibility=hidden,-fPIC,-Wall,-Wno-unknown-pragmas",
     "--threads=1",
 )
 

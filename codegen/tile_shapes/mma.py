@@ -12,7 +12,7 @@ REGISTER_OVERHEAD = 40
 
 
 @dataclass(frozen=True)
-class ForwardTile(Tile):
+class MmaForwardTile(Tile):
     """Tile of a forward kernel with mma.sync.
 
     ``min_blocks`` is the number of thread blocks per multiprocessor that ``__launch_bounds__`` asks for.
@@ -69,12 +69,12 @@ class ForwardTile(Tile):
 
 
 @dataclass(frozen=True)
-class BackwardTile(Tile):
+class MmaBackwardTile(Tile):
     """Tile of a backward kernel with mma.sync.
 
     Half of the ``warps`` hold dV and half dK: a pair of one each shares ``block_n / (warps / 2)`` keys, and
     takes as many queries at once as its scores have registers. Q and dO have two stages, P and dS
-    ``score_stages``; ``min_blocks`` is as in ForwardTile.
+    ``score_stages``; ``min_blocks`` is as in MmaForwardTile.
     """
 
     TEMPLATE: ClassVar[str] = "mma::Backward"
@@ -96,6 +96,9 @@ class BackwardTile(Tile):
     @property
     def queries_at_once(self) -> int:
         return min(self.block_m, self.SCORES_AT_ONCE // self.keys_per_warp.value)
+
+    def constants(self, head_dim: int) -> dict[str, int]:
+        return {**super().constants(head_dim), "kChunk": self.queries_at_once}
 
     @property
     def barriers(self) -> Sum:
@@ -148,14 +151,14 @@ class BackwardTile(Tile):
 
 
 @dataclass(frozen=True)
-class SplitTile(Tile):
+class MmaCacheTile(Tile):
     """Tile of a forward kernel with mma.sync for few queries and split keys, read from a KV cache.
 
     ``warps_m`` warps share the rows among them and ``warps_n`` the keys of a block; K and V have ``stages``
-    buffers each. ``min_blocks`` is as in ForwardTile.
+    buffers each. ``min_blocks`` is as in MmaForwardTile.
     """
 
-    TEMPLATE: ClassVar[str] = "mma::Split"
+    TEMPLATE: ClassVar[str] = "mma::Cache"
     warps_m: int
     warps_n: int
     stages: int
@@ -205,7 +208,7 @@ def _not_multiple(term: Term, unit: int) -> list[str]:
     return [f"{term} = {term.quotient:g}, not a multiple of {unit}"] if term.quotient % unit else []
 
 
-def _copy_problems(tile: ForwardTile | BackwardTile, head_dim: int) -> list[str]:
+def _copy_problems(tile: MmaForwardTile | MmaBackwardTile, head_dim: int) -> list[str]:
     copied = tile.warps * 32 // (8 if head_dim % 64 == 0 else 4)
     return [
         f"{name} = {rows}, not a multiple of the {copied} rows that {tile.warps} warps copy at once"
@@ -215,7 +218,7 @@ def _copy_problems(tile: ForwardTile | BackwardTile, head_dim: int) -> list[str]
 
 
 def _cost_problems(
-    tile: ForwardTile | BackwardTile | SplitTile, family: axes.Family, head_dim: int, resident: bool
+    tile: MmaForwardTile | MmaBackwardTile | MmaCacheTile, family: axes.Family, head_dim: int, resident: bool
 ) -> list[str]:
     problems = tile.smem_problems(family, head_dim)
     smem, blocks = tile.smem(head_dim), {"min_blocks": tile.min_blocks}

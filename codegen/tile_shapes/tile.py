@@ -38,6 +38,10 @@ class Tile(ABC):
     def smem_bytes(self, head_dim: int) -> int:
         return self.smem(head_dim).value
 
+    def constants(self, head_dim: int) -> dict[str, int]:
+        """Members of the C++ Config that must have the values with which this module counts."""
+        return {"kSharedBytes": self.smem_bytes(head_dim)}
+
     def smem_problems(self, family: axes.Family, head_dim: int) -> list[str]:
         """What keeps a block from having its shared memory."""
         smem = self.smem(head_dim)

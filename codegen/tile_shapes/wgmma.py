@@ -15,7 +15,7 @@ SLAB = 64
 
 
 @dataclass(frozen=True)
-class HopperTile(Tile):
+class WgmmaForwardTile(Tile):
     """Tile of a forward kernel with wgmma.
 
     ``stages`` is the number of buffers for K, and for V; ``query_stages`` that for Q. A tile with
@@ -56,6 +56,10 @@ class HopperTile(Tile):
                 Term("overhead", {"registers": REGISTER_OVERHEAD}),
             )
         )
+
+    def constants(self, head_dim: int) -> dict[str, int]:
+        consumers = self.block_m // 64
+        return {**super().constants(head_dim), "kConsumerRegisters": self.CONSUMER_REGISTERS[consumers]}
 
     def problems(self, family: axes.Family, head_dim: int, resident: bool) -> list[str]:
         problems = []

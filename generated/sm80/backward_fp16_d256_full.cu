@@ -3,11 +3,16 @@
 
 namespace flash_attn {
 
-// Types of this unit alone, so that families with equal tiles never share a kernel's symbol.
-struct BackwardSm80Fp16D256Full
-    : mma::BackwardConfig<Dtype::kFp16, /*head_dim*/ 256, Mask::kFull,
-                          mma::BackwardTile</*block_m*/ 32, /*block_n*/ 64, /*warps*/ 8, /*min_blocks*/ 1, /*score_stages*/ 2>> {};
-static_assert(BackwardSm80Fp16D256Full::kSharedBytes == 139776, "the tile table counts shared memory otherwise");
+// The tiles from which the launcher chooses. Own types for this unit: two families with equal tiles would otherwise
+// define the same kernel symbol.
+struct BackwardSm80Fp16D256Full {
+  struct Default
+      : mma::BackwardConfig<Dtype::kFp16, /*head_dim*/ 256, Mask::kFull,
+          mma::BackwardTile</*block_m*/ 32, /*block_n*/ 64, /*warps*/ 8, /*min_blocks*/ 1, /*score_stages*/ 2>> {};
+  using Roomy = void;
+};
+static_assert(BackwardSm80Fp16D256Full::Default::kSharedBytes == 139776, "codegen/tile_shapes counts otherwise");
+static_assert(BackwardSm80Fp16D256Full::Default::kChunk == 32, "codegen/tile_shapes counts otherwise");
 
 Status backward_sm80_fp16_d256_full(const BackwardParams& params, const Device& device, cudaStream_t stream) {
   return mma::launch_backward<BackwardSm80Fp16D256Full>(params, device, stream, "backward_sm80_fp16_d256_full");

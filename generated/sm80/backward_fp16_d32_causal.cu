@@ -3,11 +3,16 @@
 
 namespace flash_attn {
 
-// Types of this unit alone, so that families with equal tiles never share a kernel's symbol.
-struct BackwardSm80Fp16D32Causal
-    : mma::BackwardConfig<Dtype::kFp16, /*head_dim*/ 32, Mask::kCausal,
-                          mma::BackwardTile</*block_m*/ 64, /*block_n*/ 128, /*warps*/ 4, /*min_blocks*/ 2, /*score_stages*/ 2>> {};
-static_assert(BackwardSm80Fp16D32Causal::kSharedBytes == 66560, "the tile table counts shared memory otherwise");
+// The tiles from which the launcher chooses. Own types for this unit: two families with equal tiles would otherwise
+// define the same kernel symbol.
+struct BackwardSm80Fp16D32Causal {
+  struct Default
+      : mma::BackwardConfig<Dtype::kFp16, /*head_dim*/ 32, Mask::kCausal,
+          mma::BackwardTile</*block_m*/ 64, /*block_n*/ 128, /*warps*/ 4, /*min_blocks*/ 2, /*score_stages*/ 2>> {};
+  using Roomy = void;
+};
+static_assert(BackwardSm80Fp16D32Causal::Default::kSharedBytes == 66560, "codegen/tile_shapes counts otherwise");
+static_assert(BackwardSm80Fp16D32Causal::Default::kChunk == 32, "codegen/tile_shapes counts otherwise");
 
 Status backward_sm80_fp16_d32_causal(const BackwardParams& params, const Device& device, cudaStream_t stream) {
   return mma::launch_backward<BackwardSm80Fp16D32Causal>(params, device, stream, "backward_sm80_fp16_d32_causal");

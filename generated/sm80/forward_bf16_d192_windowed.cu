@@ -3,11 +3,15 @@
 
 namespace flash_attn {
 
-// Types of this unit alone, so that families with equal tiles never share a kernel's symbol.
-struct ForwardSm80Bf16D192Windowed
-    : mma::ForwardConfig<Dtype::kBf16, /*head_dim*/ 192, Mask::kWindowed,
-                          mma::ForwardTile</*block_m*/ 128, /*block_n*/ 128, /*warps*/ 8, /*min_blocks*/ 1, /*warps_per_row*/ 1>> {};
-static_assert(ForwardSm80Bf16D192Windowed::kSharedBytes == 147456, "the tile table counts shared memory otherwise");
+// The tiles from which the launcher chooses. Own types for this unit: two families with equal tiles would otherwise
+// define the same kernel symbol.
+struct ForwardSm80Bf16D192Windowed {
+  struct Default
+      : mma::ForwardConfig<Dtype::kBf16, /*head_dim*/ 192, Mask::kWindowed,
+          mma::ForwardTile</*block_m*/ 128, /*block_n*/ 128, /*warps*/ 8, /*min_blocks*/ 1, /*warps_per_row*/ 1>> {};
+  using Roomy = void;
+};
+static_assert(ForwardSm80Bf16D192Windowed::Default::kSharedBytes == 147456, "codegen/tile_shapes counts otherwise");
 
 Status forward_sm80_bf16_d192_windowed(const ForwardParams& params, const Device& device, cudaStream_t stream) {
   return mma::launch_forward<ForwardSm80Bf16D192Windowed>(params, device, stream, "forward_sm80_bf16_d192_windowed");

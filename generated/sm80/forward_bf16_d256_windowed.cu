@@ -3,19 +3,21 @@
 
 namespace flash_attn {
 
-// Types of this unit alone, so that families with equal tiles never share a kernel's symbol.
-struct ForwardSm80Bf16D256WindowedRoomy
-    : mma::ForwardConfig<Dtype::kBf16, /*head_dim*/ 256, Mask::kWindowed,
-                          mma::ForwardTile</*block_m*/ 64, /*block_n*/ 64, /*warps*/ 4, /*min_blocks*/ 2, /*warps_per_row*/ 2>> {};
-static_assert(ForwardSm80Bf16D256WindowedRoomy::kSharedBytes == 107008, "the tile table counts shared memory otherwise");
-
-struct ForwardSm80Bf16D256Windowed
-    : mma::ForwardConfig<Dtype::kBf16, /*head_dim*/ 256, Mask::kWindowed,
-                          mma::ForwardTile</*block_m*/ 128, /*block_n*/ 64, /*warps*/ 8, /*min_blocks*/ 1, /*warps_per_row*/ 2>> {};
-static_assert(ForwardSm80Bf16D256Windowed::kSharedBytes == 148480, "the tile table counts shared memory otherwise");
+// The tiles from which the launcher chooses. Own types for this unit: two families with equal tiles would otherwise
+// define the same kernel symbol.
+struct ForwardSm80Bf16D256Windowed {
+  struct Default
+      : mma::ForwardConfig<Dtype::kBf16, /*head_dim*/ 256, Mask::kWindowed,
+          mma::ForwardTile</*block_m*/ 128, /*block_n*/ 64, /*warps*/ 8, /*min_blocks*/ 1, /*warps_per_row*/ 2>> {};
+  struct Roomy
+      : mma::ForwardConfig<Dtype::kBf16, /*head_dim*/ 256, Mask::kWindowed,
+          mma::ForwardTile</*block_m*/ 64, /*block_n*/ 64, /*warps*/ 4, /*min_blocks*/ 2, /*warps_per_row*/ 2>> {};
+};
+static_assert(ForwardSm80Bf16D256Windowed::Default::kSharedBytes == 148480, "codegen/tile_shapes counts otherwise");
+static_assert(ForwardSm80Bf16D256Windowed::Roomy::kSharedBytes == 107008, "codegen/tile_shapes counts otherwise");
 
 Status forward_sm80_bf16_d256_windowed(const ForwardParams& params, const Device& device, cudaStream_t stream) {
-  return mma::launch_forward<ForwardSm80Bf16D256WindowedRoomy, ForwardSm80Bf16D256Windowed>(params, device, stream, "forward_sm80_bf16_d256_windowed");
+  return mma::launch_forward<ForwardSm80Bf16D256Windowed>(params, device, stream, "forward_sm80_bf16_d256_windowed");
 }
 
 }  // namespace flash_attn

@@ -3,11 +3,15 @@
 
 namespace flash_attn {
 
-// Types of this unit alone, so that families with equal tiles never share a kernel's symbol.
-struct ForwardSm80Bf16D32Full
-    : mma::ForwardConfig<Dtype::kBf16, /*head_dim*/ 32, Mask::kFull,
-                          mma::ForwardTile</*block_m*/ 128, /*block_n*/ 64, /*warps*/ 4, /*min_blocks*/ 3, /*warps_per_row*/ 1>> {};
-static_assert(ForwardSm80Bf16D32Full::kSharedBytes == 16384, "the tile table counts shared memory otherwise");
+// The tiles from which the launcher chooses. Own types for this unit: two families with equal tiles would otherwise
+// define the same kernel symbol.
+struct ForwardSm80Bf16D32Full {
+  struct Default
+      : mma::ForwardConfig<Dtype::kBf16, /*head_dim*/ 32, Mask::kFull,
+          mma::ForwardTile</*block_m*/ 128, /*block_n*/ 64, /*warps*/ 4, /*min_blocks*/ 3, /*warps_per_row*/ 1>> {};
+  using Roomy = void;
+};
+static_assert(ForwardSm80Bf16D32Full::Default::kSharedBytes == 16384, "codegen/tile_shapes counts otherwise");
 
 Status forward_sm80_bf16_d32_full(const ForwardParams& params, const Device& device, cudaStream_t stream) {
   return mma::launch_forward<ForwardSm80Bf16D32Full>(params, device, stream, "forward_sm80_bf16_d32_full");

@@ -3,11 +3,15 @@
 
 namespace flash_attn {
 
-// Types of this unit alone, so that families with equal tiles never share a kernel's symbol.
-struct ForwardSm80Bf16D64Full
-    : mma::ForwardConfig<Dtype::kBf16, /*head_dim*/ 64, Mask::kFull,
-                          mma::ForwardTile</*block_m*/ 128, /*block_n*/ 128, /*warps*/ 4, /*min_blocks*/ 2, /*warps_per_row*/ 1>> {};
-static_assert(ForwardSm80Bf16D64Full::kSharedBytes == 49152, "the tile table counts shared memory otherwise");
+// The tiles from which the launcher chooses. Own types for this unit: two families with equal tiles would otherwise
+// define the same kernel symbol.
+struct ForwardSm80Bf16D64Full {
+  struct Default
+      : mma::ForwardConfig<Dtype::kBf16, /*head_dim*/ 64, Mask::kFull,
+          mma::ForwardTile</*block_m*/ 128, /*block_n*/ 128, /*warps*/ 4, /*min_blocks*/ 2, /*warps_per_row*/ 1>> {};
+  using Roomy = void;
+};
+static_assert(ForwardSm80Bf16D64Full::Default::kSharedBytes == 49152, "codegen/tile_shapes counts otherwise");
 
 Status forward_sm80_bf16_d64_full(const ForwardParams& params, const Device& device, cudaStream_t stream) {
   return mma::launch_forward<ForwardSm80Bf16D64Full>(params, device, stream, "forward_sm80_bf16_d64_full");

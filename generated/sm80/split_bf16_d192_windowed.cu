@@ -3,24 +3,25 @@
 
 namespace flash_attn {
 
-// Types of this unit alone, so that families with equal tiles never share a kernel's symbol.
-struct SplitSm80Bf16D192WindowedFew
-    : mma::SplitConfig<Dtype::kBf16, /*head_dim*/ 192, Mask::kWindowed,
-                          mma::SplitTile</*block_m*/ 16, /*block_n*/ 64, /*warps_m*/ 1, /*warps_n*/ 4, /*stages*/ 3, /*min_blocks*/ 1>> {};
-static_assert(SplitSm80Bf16D192WindowedFew::kSharedBytes == 153600, "the tile table counts shared memory otherwise");
-
-struct SplitSm80Bf16D192WindowedSeveral
-    : mma::SplitConfig<Dtype::kBf16, /*head_dim*/ 192, Mask::kWindowed,
-                          mma::SplitTile</*block_m*/ 64, /*block_n*/ 64, /*warps_m*/ 4, /*warps_n*/ 1, /*stages*/ 2, /*min_blocks*/ 1>> {};
-static_assert(SplitSm80Bf16D192WindowedSeveral::kSharedBytes == 122880, "the tile table counts shared memory otherwise");
-
-struct SplitSm80Bf16D192Windowed
-    : mma::SplitConfig<Dtype::kBf16, /*head_dim*/ 192, Mask::kWindowed,
-                          mma::SplitTile</*block_m*/ 128, /*block_n*/ 64, /*warps_m*/ 8, /*warps_n*/ 1, /*stages*/ 2, /*min_blocks*/ 1>> {};
-static_assert(SplitSm80Bf16D192Windowed::kSharedBytes == 147456, "the tile table counts shared memory otherwise");
+// The tiles from which the launcher chooses. Own types for this unit: two families with equal tiles would otherwise
+// define the same kernel symbol.
+struct SplitSm80Bf16D192Windowed {
+  struct Rows16
+      : mma::CacheConfig<Dtype::kBf16, /*head_dim*/ 192, Mask::kWindowed,
+          mma::CacheTile</*block_m*/ 16, /*block_n*/ 64, /*warps_m*/ 1, /*warps_n*/ 4, /*stages*/ 3, /*min_blocks*/ 1>> {};
+  struct Rows64
+      : mma::CacheConfig<Dtype::kBf16, /*head_dim*/ 192, Mask::kWindowed,
+          mma::CacheTile</*block_m*/ 64, /*block_n*/ 64, /*warps_m*/ 4, /*warps_n*/ 1, /*stages*/ 2, /*min_blocks*/ 1>> {};
+  struct Rows128
+      : mma::CacheConfig<Dtype::kBf16, /*head_dim*/ 192, Mask::kWindowed,
+          mma::CacheTile</*block_m*/ 128, /*block_n*/ 64, /*warps_m*/ 8, /*warps_n*/ 1, /*stages*/ 2, /*min_blocks*/ 1>> {};
+};
+static_assert(SplitSm80Bf16D192Windowed::Rows16::kSharedBytes == 153600, "codegen/tile_shapes counts otherwise");
+static_assert(SplitSm80Bf16D192Windowed::Rows64::kSharedBytes == 122880, "codegen/tile_shapes counts otherwise");
+static_assert(SplitSm80Bf16D192Windowed::Rows128::kSharedBytes == 147456, "codegen/tile_shapes counts otherwise");
 
 Status split_sm80_bf16_d192_windowed(const CacheParams& params, const Device& device, cudaStream_t stream) {
-  return mma::launch_cache<SplitSm80Bf16D192WindowedFew, SplitSm80Bf16D192WindowedSeveral, SplitSm80Bf16D192Windowed>(params, device, stream, "split_sm80_bf16_d192_windowed");
+  return mma::launch_cache<SplitSm80Bf16D192Windowed>(params, device, stream, "split_sm80_bf16_d192_windowed");
 }
 
 }  // namespace flash_attn

@@ -3,24 +3,25 @@
 
 namespace flash_attn {
 
-// Types of this unit alone, so that families with equal tiles never share a kernel's symbol.
-struct SplitSm80Bf16D96WindowedFew
-    : mma::SplitConfig<Dtype::kBf16, /*head_dim*/ 96, Mask::kWindowed,
-                          mma::SplitTile</*block_m*/ 16, /*block_n*/ 64, /*warps_m*/ 1, /*warps_n*/ 4, /*stages*/ 3, /*min_blocks*/ 2>> {};
-static_assert(SplitSm80Bf16D96WindowedFew::kSharedBytes == 76800, "the tile table counts shared memory otherwise");
-
-struct SplitSm80Bf16D96WindowedSeveral
-    : mma::SplitConfig<Dtype::kBf16, /*head_dim*/ 96, Mask::kWindowed,
-                          mma::SplitTile</*block_m*/ 64, /*block_n*/ 64, /*warps_m*/ 4, /*warps_n*/ 1, /*stages*/ 2, /*min_blocks*/ 2>> {};
-static_assert(SplitSm80Bf16D96WindowedSeveral::kSharedBytes == 61440, "the tile table counts shared memory otherwise");
-
-struct SplitSm80Bf16D96Windowed
-    : mma::SplitConfig<Dtype::kBf16, /*head_dim*/ 96, Mask::kWindowed,
-                          mma::SplitTile</*block_m*/ 128, /*block_n*/ 64, /*warps_m*/ 4, /*warps_n*/ 1, /*stages*/ 1, /*min_blocks*/ 2>> {};
-static_assert(SplitSm80Bf16D96Windowed::kSharedBytes == 54272, "the tile table counts shared memory otherwise");
+// The tiles from which the launcher chooses. Own types for this unit: two families with equal tiles would otherwise
+// define the same kernel symbol.
+struct SplitSm80Bf16D96Windowed {
+  struct Rows16
+      : mma::CacheConfig<Dtype::kBf16, /*head_dim*/ 96, Mask::kWindowed,
+          mma::CacheTile</*block_m*/ 16, /*block_n*/ 64, /*warps_m*/ 1, /*warps_n*/ 4, /*stages*/ 3, /*min_blocks*/ 2>> {};
+  struct Rows64
+      : mma::CacheConfig<Dtype::kBf16, /*head_dim*/ 96, Mask::kWindowed,
+          mma::CacheTile</*block_m*/ 64, /*block_n*/ 64, /*warps_m*/ 4, /*warps_n*/ 1, /*stages*/ 2, /*min_blocks*/ 2>> {};
+  struct Rows128
+      : mma::CacheConfig<Dtype::kBf16, /*head_dim*/ 96, Mask::kWindowed,
+          mma::CacheTile</*block_m*/ 128, /*block_n*/ 64, /*warps_m*/ 4, /*warps_n*/ 1, /*stages*/ 1, /*min_blocks*/ 2>> {};
+};
+static_assert(SplitSm80Bf16D96Windowed::Rows16::kSharedBytes == 76800, "codegen/tile_shapes counts otherwise");
+static_assert(SplitSm80Bf16D96Windowed::Rows64::kSharedBytes == 61440, "codegen/tile_shapes counts otherwise");
+static_assert(SplitSm80Bf16D96Windowed::Rows128::kSharedBytes == 54272, "codegen/tile_shapes counts otherwise");
 
 Status split_sm80_bf16_d96_windowed(const CacheParams& params, const Device& device, cudaStream_t stream) {
-  return mma::launch_cache<SplitSm80Bf16D96WindowedFew, SplitSm80Bf16D96WindowedSeveral, SplitSm80Bf16D96Windowed>(params, device, stream, "split_sm80_bf16_d96_windowed");
+  return mma::launch_cache<SplitSm80Bf16D96Windowed>(params, device, stream, "split_sm80_bf16_d96_windowed");
 }
 
 }  // namespace flash_attn

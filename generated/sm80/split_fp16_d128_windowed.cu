@@ -3,24 +3,25 @@
 
 namespace flash_attn {
 
-// Types of this unit alone, so that families with equal tiles never share a kernel's symbol.
-struct SplitSm80Fp16D128WindowedFew
-    : mma::SplitConfig<Dtype::kFp16, /*head_dim*/ 128, Mask::kWindowed,
-                          mma::SplitTile</*block_m*/ 16, /*block_n*/ 64, /*warps_m*/ 1, /*warps_n*/ 4, /*stages*/ 2, /*min_blocks*/ 2>> {};
-static_assert(SplitSm80Fp16D128WindowedFew::kSharedBytes == 69632, "the tile table counts shared memory otherwise");
-
-struct SplitSm80Fp16D128WindowedSeveral
-    : mma::SplitConfig<Dtype::kFp16, /*head_dim*/ 128, Mask::kWindowed,
-                          mma::SplitTile</*block_m*/ 64, /*block_n*/ 64, /*warps_m*/ 4, /*warps_n*/ 1, /*stages*/ 2, /*min_blocks*/ 2>> {};
-static_assert(SplitSm80Fp16D128WindowedSeveral::kSharedBytes == 81920, "the tile table counts shared memory otherwise");
-
-struct SplitSm80Fp16D128Windowed
-    : mma::SplitConfig<Dtype::kFp16, /*head_dim*/ 128, Mask::kWindowed,
-                          mma::SplitTile</*block_m*/ 128, /*block_n*/ 64, /*warps_m*/ 4, /*warps_n*/ 1, /*stages*/ 1, /*min_blocks*/ 2>> {};
-static_assert(SplitSm80Fp16D128Windowed::kSharedBytes == 70656, "the tile table counts shared memory otherwise");
+// The tiles from which the launcher chooses. Own types for this unit: two families with equal tiles would otherwise
+// define the same kernel symbol.
+struct SplitSm80Fp16D128Windowed {
+  struct Rows16
+      : mma::CacheConfig<Dtype::kFp16, /*head_dim*/ 128, Mask::kWindowed,
+          mma::CacheTile</*block_m*/ 16, /*block_n*/ 64, /*warps_m*/ 1, /*warps_n*/ 4, /*stages*/ 2, /*min_blocks*/ 2>> {};
+  struct Rows64
+      : mma::CacheConfig<Dtype::kFp16, /*head_dim*/ 128, Mask::kWindowed,
+          mma::CacheTile</*block_m*/ 64, /*block_n*/ 64, /*warps_m*/ 4, /*warps_n*/ 1, /*stages*/ 2, /*min_blocks*/ 2>> {};
+  struct Rows128
+      : mma::CacheConfig<Dtype::kFp16, /*head_dim*/ 128, Mask::kWindowed,
+          mma::CacheTile</*block_m*/ 128, /*block_n*/ 64, /*warps_m*/ 4, /*warps_n*/ 1, /*stages*/ 1, /*min_blocks*/ 2>> {};
+};
+static_assert(SplitSm80Fp16D128Windowed::Rows16::kSharedBytes == 69632, "codegen/tile_shapes counts otherwise");
+static_assert(SplitSm80Fp16D128Windowed::Rows64::kSharedBytes == 81920, "codegen/tile_shapes counts otherwise");
+static_assert(SplitSm80Fp16D128Windowed::Rows128::kSharedBytes == 70656, "codegen/tile_shapes counts otherwise");
 
 Status split_sm80_fp16_d128_windowed(const CacheParams& params, const Device& device, cudaStream_t stream) {
-  return mma::launch_cache<SplitSm80Fp16D128WindowedFew, SplitSm80Fp16D128WindowedSeveral, SplitSm80Fp16D128Windowed>(params, device, stream, "split_sm80_fp16_d128_windowed");
+  return mma::launch_cache<SplitSm80Fp16D128Windowed>(params, device, stream, "split_sm80_fp16_d128_windowed");
 }
 
 }  // namespace flash_attn

@@ -3,11 +3,16 @@
 
 namespace flash_attn {
 
-// Types of this unit alone, so that families with equal tiles never share a kernel's symbol.
-struct BackwardSm86Bf16D192Causal
-    : mma::BackwardConfig<Dtype::kBf16, /*head_dim*/ 192, Mask::kCausal,
-                          mma::BackwardTile</*block_m*/ 32, /*block_n*/ 32, /*warps*/ 4, /*min_blocks*/ 1, /*score_stages*/ 2>> {};
-static_assert(BackwardSm86Bf16D192Causal::kSharedBytes == 78336, "the tile table counts shared memory otherwise");
+// The tiles from which the launcher chooses. Own types for this unit: two families with equal tiles would otherwise
+// define the same kernel symbol.
+struct BackwardSm86Bf16D192Causal {
+  struct Default
+      : mma::BackwardConfig<Dtype::kBf16, /*head_dim*/ 192, Mask::kCausal,
+          mma::BackwardTile</*block_m*/ 32, /*block_n*/ 32, /*warps*/ 4, /*min_blocks*/ 1, /*score_stages*/ 2>> {};
+  using Roomy = void;
+};
+static_assert(BackwardSm86Bf16D192Causal::Default::kSharedBytes == 78336, "codegen/tile_shapes counts otherwise");
+static_assert(BackwardSm86Bf16D192Causal::Default::kChunk == 32, "codegen/tile_shapes counts otherwise");
 
 Status backward_sm86_bf16_d192_causal(const BackwardParams& params, const Device& device, cudaStream_t stream) {
   return mma::launch_backward<BackwardSm86Bf16D192Causal>(params, device, stream, "backward_sm86_bf16_d192_causal");

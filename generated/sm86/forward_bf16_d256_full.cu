@@ -3,11 +3,15 @@
 
 namespace flash_attn {
 
-// Types of this unit alone, so that families with equal tiles never share a kernel's symbol.
-struct ForwardSm86Bf16D256Full
-    : mma::ForwardConfig<Dtype::kBf16, /*head_dim*/ 256, Mask::kFull,
-                          mma::ForwardTile</*block_m*/ 64, /*block_n*/ 64, /*warps*/ 4, /*min_blocks*/ 1, /*warps_per_row*/ 1>> {};
-static_assert(ForwardSm86Bf16D256Full::kSharedBytes == 98304, "the tile table counts shared memory otherwise");
+// The tiles from which the launcher chooses. Own types for this unit: two families with equal tiles would otherwise
+// define the same kernel symbol.
+struct ForwardSm86Bf16D256Full {
+  struct Default
+      : mma::ForwardConfig<Dtype::kBf16, /*head_dim*/ 256, Mask::kFull,
+          mma::ForwardTile</*block_m*/ 64, /*block_n*/ 64, /*warps*/ 4, /*min_blocks*/ 1, /*warps_per_row*/ 1>> {};
+  using Roomy = void;
+};
+static_assert(ForwardSm86Bf16D256Full::Default::kSharedBytes == 98304, "codegen/tile_shapes counts otherwise");
 
 Status forward_sm86_bf16_d256_full(const ForwardParams& params, const Device& device, cudaStream_t stream) {
   return mma::launch_forward<ForwardSm86Bf16D256Full>(params, device, stream, "forward_sm86_bf16_d256_full");

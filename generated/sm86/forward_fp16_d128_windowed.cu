@@ -3,11 +3,15 @@
 
 namespace flash_attn {
 
-// Types of this unit alone, so that families with equal tiles never share a kernel's symbol.
-struct ForwardSm86Fp16D128Windowed
-    : mma::ForwardConfig<Dtype::kFp16, /*head_dim*/ 128, Mask::kWindowed,
-                          mma::ForwardTile</*block_m*/ 64, /*block_n*/ 64, /*warps*/ 4, /*min_blocks*/ 2, /*warps_per_row*/ 1>> {};
-static_assert(ForwardSm86Fp16D128Windowed::kSharedBytes == 49152, "the tile table counts shared memory otherwise");
+// The tiles from which the launcher chooses. Own types for this unit: two families with equal tiles would otherwise
+// define the same kernel symbol.
+struct ForwardSm86Fp16D128Windowed {
+  struct Default
+      : mma::ForwardConfig<Dtype::kFp16, /*head_dim*/ 128, Mask::kWindowed,
+          mma::ForwardTile</*block_m*/ 64, /*block_n*/ 64, /*warps*/ 4, /*min_blocks*/ 2, /*warps_per_row*/ 1>> {};
+  using Roomy = void;
+};
+static_assert(ForwardSm86Fp16D128Windowed::Default::kSharedBytes == 49152, "codegen/tile_shapes counts otherwise");
 
 Status forward_sm86_fp16_d128_windowed(const ForwardParams& params, const Device& device, cudaStream_t stream) {
   return mma::launch_forward<ForwardSm86Fp16D128Windowed>(params, device, stream, "forward_sm86_fp16_d128_windowed");

@@ -3,19 +3,22 @@
 
 namespace flash_attn {
 
-// Types of this unit alone, so that families with equal tiles never share a kernel's symbol.
-struct SplitSm86Bf16D128WindowedFew
-    : mma::SplitConfig<Dtype::kBf16, /*head_dim*/ 128, Mask::kWindowed,
-                          mma::SplitTile</*block_m*/ 16, /*block_n*/ 64, /*warps_m*/ 1, /*warps_n*/ 4, /*stages*/ 2, /*min_blocks*/ 1>> {};
-static_assert(SplitSm86Bf16D128WindowedFew::kSharedBytes == 69632, "the tile table counts shared memory otherwise");
-
-struct SplitSm86Bf16D128Windowed
-    : mma::SplitConfig<Dtype::kBf16, /*head_dim*/ 128, Mask::kWindowed,
-                          mma::SplitTile</*block_m*/ 64, /*block_n*/ 64, /*warps_m*/ 4, /*warps_n*/ 1, /*stages*/ 1, /*min_blocks*/ 2>> {};
-static_assert(SplitSm86Bf16D128Windowed::kSharedBytes == 49152, "the tile table counts shared memory otherwise");
+// The tiles from which the launcher chooses. Own types for this unit: two families with equal tiles would otherwise
+// define the same kernel symbol.
+struct SplitSm86Bf16D128Windowed {
+  struct Rows16
+      : mma::CacheConfig<Dtype::kBf16, /*head_dim*/ 128, Mask::kWindowed,
+          mma::CacheTile</*block_m*/ 16, /*block_n*/ 64, /*warps_m*/ 1, /*warps_n*/ 4, /*stages*/ 2, /*min_blocks*/ 1>> {};
+  struct Rows64
+      : mma::CacheConfig<Dtype::kBf16, /*head_dim*/ 128, Mask::kWindowed,
+          mma::CacheTile</*block_m*/ 64, /*block_n*/ 64, /*warps_m*/ 4, /*warps_n*/ 1, /*stages*/ 1, /*min_blocks*/ 2>> {};
+  using Rows128 = void;
+};
+static_assert(SplitSm86Bf16D128Windowed::Rows16::kSharedBytes == 69632, "codegen/tile_shapes counts otherwise");
+static_assert(SplitSm86Bf16D128Windowed::Rows64::kSharedBytes == 49152, "codegen/tile_shapes counts otherwise");
 
 Status split_sm86_bf16_d128_windowed(const CacheParams& params, const Device& device, cudaStream_t stream) {
-  return mma::launch_cache<SplitSm86Bf16D128WindowedFew, SplitSm86Bf16D128Windowed>(params, device, stream, "split_sm86_bf16_d128_windowed");
+  return mma::launch_cache<SplitSm86Bf16D128Windowed>(params, device, stream, "split_sm86_bf16_d128_windowed");
 }
 
 }  // namespace flash_attn

@@ -3,11 +3,16 @@
 
 namespace flash_attn {
 
-// Types of this unit alone, so that families with equal tiles never share a kernel's symbol.
-struct BackwardSm90Bf16D128Full
-    : mma::BackwardConfig<Dtype::kBf16, /*head_dim*/ 128, Mask::kFull,
-                          mma::BackwardTile</*block_m*/ 64, /*block_n*/ 128, /*warps*/ 8, /*min_blocks*/ 1, /*score_stages*/ 2>> {};
-static_assert(BackwardSm90Bf16D128Full::kSharedBytes == 164864, "the tile table counts shared memory otherwise");
+// The tiles from which the launcher chooses. Own types for this unit: two families with equal tiles would otherwise
+// define the same kernel symbol.
+struct BackwardSm90Bf16D128Full {
+  struct Default
+      : mma::BackwardConfig<Dtype::kBf16, /*head_dim*/ 128, Mask::kFull,
+          mma::BackwardTile</*block_m*/ 64, /*block_n*/ 128, /*warps*/ 8, /*min_blocks*/ 1, /*score_stages*/ 2>> {};
+  using Roomy = void;
+};
+static_assert(BackwardSm90Bf16D128Full::Default::kSharedBytes == 164864, "codegen/tile_shapes counts otherwise");
+static_assert(BackwardSm90Bf16D128Full::Default::kChunk == 64, "codegen/tile_shapes counts otherwise");
 
 Status backward_sm90_bf16_d128_full(const BackwardParams& params, const Device& device, cudaStream_t stream) {
   return mma::launch_backward<BackwardSm90Bf16D128Full>(params, device, stream, "backward_sm90_bf16_d128_full");

@@ -3,11 +3,16 @@
 
 namespace flash_attn {
 
-// Types of this unit alone, so that families with equal tiles never share a kernel's symbol.
-struct BackwardSm90Bf16D96Causal
-    : mma::BackwardConfig<Dtype::kBf16, /*head_dim*/ 96, Mask::kCausal,
-                          mma::BackwardTile</*block_m*/ 64, /*block_n*/ 128, /*warps*/ 8, /*min_blocks*/ 1, /*score_stages*/ 2>> {};
-static_assert(BackwardSm90Bf16D96Causal::kSharedBytes == 132096, "the tile table counts shared memory otherwise");
+// The tiles from which the launcher chooses. Own types for this unit: two families with equal tiles would otherwise
+// define the same kernel symbol.
+struct BackwardSm90Bf16D96Causal {
+  struct Default
+      : mma::BackwardConfig<Dtype::kBf16, /*head_dim*/ 96, Mask::kCausal,
+          mma::BackwardTile</*block_m*/ 64, /*block_n*/ 128, /*warps*/ 8, /*min_blocks*/ 1, /*score_stages*/ 2>> {};
+  using Roomy = void;
+};
+static_assert(BackwardSm90Bf16D96Causal::Default::kSharedBytes == 132096, "codegen/tile_shapes counts otherwise");
+static_assert(BackwardSm90Bf16D96Causal::Default::kChunk == 64, "codegen/tile_shapes counts otherwise");
 
 Status backward_sm90_bf16_d96_causal(const BackwardParams& params, const Device& device, cudaStream_t stream) {
   return mma::launch_backward<BackwardSm90Bf16D96Causal>(params, device, stream, "backward_sm90_bf16_d96_causal");

@@ -3,19 +3,24 @@
 
 namespace flash_attn {
 
-// Types of this unit alone, so that families with equal tiles never share a kernel's symbol.
-struct ForwardSm90Bf16D128FullShort
-    : wgmma::ForwardConfig<Dtype::kBf16, /*head_dim*/ 128, Mask::kFull,
-                          wgmma::ForwardTile</*block_m*/ 192, /*block_n*/ 64, /*stages*/ 4, /*query_stages*/ 2, /*head_dim_v*/ 0, /*max_keys*/ 512>> {};
-static_assert(ForwardSm90Bf16D128FullShort::kSharedBytes == 229632, "the tile table counts shared memory otherwise");
-
-struct ForwardSm90Bf16D128Full
-    : wgmma::ForwardConfig<Dtype::kBf16, /*head_dim*/ 128, Mask::kFull,
-                          wgmma::ForwardTile</*block_m*/ 192, /*block_n*/ 80, /*stages*/ 3, /*query_stages*/ 2, /*head_dim_v*/ 0, /*max_keys*/ 0>> {};
-static_assert(ForwardSm90Bf16D128Full::kSharedBytes == 221440, "the tile table counts shared memory otherwise");
+// The tiles from which the launcher chooses. Own types for this unit: two families with equal tiles would otherwise
+// define the same kernel symbol.
+struct ForwardSm90Bf16D128Full {
+  struct Default
+      : wgmma::ForwardConfig<Dtype::kBf16, /*head_dim*/ 128, Mask::kFull,
+          wgmma::ForwardTile</*block_m*/ 192, /*block_n*/ 80, /*stages*/ 3, /*query_stages*/ 2, /*head_dim_v*/ 0, /*max_keys*/ 0>> {};
+  struct Short
+      : wgmma::ForwardConfig<Dtype::kBf16, /*head_dim*/ 128, Mask::kFull,
+          wgmma::ForwardTile</*block_m*/ 192, /*block_n*/ 64, /*stages*/ 4, /*query_stages*/ 2, /*head_dim_v*/ 0, /*max_keys*/ 512>> {};
+  using Narrow = void;
+};
+static_assert(ForwardSm90Bf16D128Full::Default::kSharedBytes == 221440, "codegen/tile_shapes counts otherwise");
+static_assert(ForwardSm90Bf16D128Full::Default::kConsumerRegisters == 160, "codegen/tile_shapes counts otherwise");
+static_assert(ForwardSm90Bf16D128Full::Short::kSharedBytes == 229632, "codegen/tile_shapes counts otherwise");
+static_assert(ForwardSm90Bf16D128Full::Short::kConsumerRegisters == 160, "codegen/tile_shapes counts otherwise");
 
 Status forward_sm90_bf16_d128_full(const ForwardParams& params, const Device& device, cudaStream_t stream) {
-  return wgmma::launch_forward<ForwardSm90Bf16D128FullShort, ForwardSm90Bf16D128Full>(params, device, stream, "forward_sm90_bf16_d128_full");
+  return wgmma::launch_forward<ForwardSm90Bf16D128Full>(params, device, stream, "forward_sm90_bf16_d128_full");
 }
 
 }  // namespace flash_attn

@@ -3,19 +3,24 @@
 
 namespace flash_attn {
 
-// Types of this unit alone, so that families with equal tiles never share a kernel's symbol.
-struct ForwardSm90Fp16D128CausalShort
-    : wgmma::ForwardConfig<Dtype::kFp16, /*head_dim*/ 128, Mask::kCausal,
-                          wgmma::ForwardTile</*block_m*/ 192, /*block_n*/ 64, /*stages*/ 4, /*query_stages*/ 2, /*head_dim_v*/ 0, /*max_keys*/ 512>> {};
-static_assert(ForwardSm90Fp16D128CausalShort::kSharedBytes == 229632, "the tile table counts shared memory otherwise");
-
-struct ForwardSm90Fp16D128Causal
-    : wgmma::ForwardConfig<Dtype::kFp16, /*head_dim*/ 128, Mask::kCausal,
-                          wgmma::ForwardTile</*block_m*/ 192, /*block_n*/ 80, /*stages*/ 3, /*query_stages*/ 2, /*head_dim_v*/ 0, /*max_keys*/ 0>> {};
-static_assert(ForwardSm90Fp16D128Causal::kSharedBytes == 221440, "the tile table counts shared memory otherwise");
+// The tiles from which the launcher chooses. Own types for this unit: two families with equal tiles would otherwise
+// define the same kernel symbol.
+struct ForwardSm90Fp16D128Causal {
+  struct Default
+      : wgmma::ForwardConfig<Dtype::kFp16, /*head_dim*/ 128, Mask::kCausal,
+          wgmma::ForwardTile</*block_m*/ 192, /*block_n*/ 80, /*stages*/ 3, /*query_stages*/ 2, /*head_dim_v*/ 0, /*max_keys*/ 0>> {};
+  struct Short
+      : wgmma::ForwardConfig<Dtype::kFp16, /*head_dim*/ 128, Mask::kCausal,
+          wgmma::ForwardTile</*block_m*/ 192, /*block_n*/ 64, /*stages*/ 4, /*query_stages*/ 2, /*head_dim_v*/ 0, /*max_keys*/ 512>> {};
+  using Narrow = void;
+};
+static_assert(ForwardSm90Fp16D128Causal::Default::kSharedBytes == 221440, "codegen/tile_shapes counts otherwise");
+static_assert(ForwardSm90Fp16D128Causal::Default::kConsumerRegisters == 160, "codegen/tile_shapes counts otherwise");
+static_assert(ForwardSm90Fp16D128Causal::Short::kSharedBytes == 229632, "codegen/tile_shapes counts otherwise");
+static_assert(ForwardSm90Fp16D128Causal::Short::kConsumerRegisters == 160, "codegen/tile_shapes counts otherwise");
 
 Status forward_sm90_fp16_d128_causal(const ForwardParams& params, const Device& device, cudaStream_t stream) {
-  return wgmma::launch_forward<ForwardSm90Fp16D128CausalShort, ForwardSm90Fp16D128Causal>(params, device, stream, "forward_sm90_fp16_d128_causal");
+  return wgmma::launch_forward<ForwardSm90Fp16D128Causal>(params, device, stream, "forward_sm90_fp16_d128_causal");
 }
 
 }  // namespace flash_attn

@@ -3,19 +3,24 @@
 
 namespace flash_attn {
 
-// Types of this unit alone, so that families with equal tiles never share a kernel's symbol.
-struct ForwardSm90Fp16D192FullNarrow
-    : wgmma::ForwardConfig<Dtype::kFp16, /*head_dim*/ 192, Mask::kFull,
-                          wgmma::ForwardTile</*block_m*/ 192, /*block_n*/ 80, /*stages*/ 3, /*query_stages*/ 1, /*head_dim_v*/ 128, /*max_keys*/ 0>> {};
-static_assert(ForwardSm90Fp16D192FullNarrow::kSharedBytes == 227584, "the tile table counts shared memory otherwise");
-
-struct ForwardSm90Fp16D192Full
-    : wgmma::ForwardConfig<Dtype::kFp16, /*head_dim*/ 192, Mask::kFull,
-                          wgmma::ForwardTile</*block_m*/ 128, /*block_n*/ 96, /*stages*/ 2, /*query_stages*/ 1, /*head_dim_v*/ 0, /*max_keys*/ 0>> {};
-static_assert(ForwardSm90Fp16D192Full::kSharedBytes == 196864, "the tile table counts shared memory otherwise");
+// The tiles from which the launcher chooses. Own types for this unit: two families with equal tiles would otherwise
+// define the same kernel symbol.
+struct ForwardSm90Fp16D192Full {
+  struct Default
+      : wgmma::ForwardConfig<Dtype::kFp16, /*head_dim*/ 192, Mask::kFull,
+          wgmma::ForwardTile</*block_m*/ 128, /*block_n*/ 96, /*stages*/ 2, /*query_stages*/ 1, /*head_dim_v*/ 0, /*max_keys*/ 0>> {};
+  using Short = void;
+  struct Narrow
+      : wgmma::ForwardConfig<Dtype::kFp16, /*head_dim*/ 192, Mask::kFull,
+          wgmma::ForwardTile</*block_m*/ 192, /*block_n*/ 80, /*stages*/ 3, /*query_stages*/ 1, /*head_dim_v*/ 128, /*max_keys*/ 0>> {};
+};
+static_assert(ForwardSm90Fp16D192Full::Default::kSharedBytes == 196864, "codegen/tile_shapes counts otherwise");
+static_assert(ForwardSm90Fp16D192Full::Default::kConsumerRegisters == 232, "codegen/tile_shapes counts otherwise");
+static_assert(ForwardSm90Fp16D192Full::Narrow::kSharedBytes == 227584, "codegen/tile_shapes counts otherwise");
+static_assert(ForwardSm90Fp16D192Full::Narrow::kConsumerRegisters == 160, "codegen/tile_shapes counts otherwise");
 
 Status forward_sm90_fp16_d192_full(const ForwardParams& params, const Device& device, cudaStream_t stream) {
-  return wgmma::launch_forward<ForwardSm90Fp16D192FullNarrow, ForwardSm90Fp16D192Full>(params, device, stream, "forward_sm90_fp16_d192_full");
+  return wgmma::launch_forward<ForwardSm90Fp16D192Full>(params, device, stream, "forward_sm90_fp16_d192_full");
 }
 
 }  // namespace flash_attn

@@ -3,11 +3,17 @@
 
 namespace flash_attn {
 
-// Types of this unit alone, so that families with equal tiles never share a kernel's symbol.
-struct ForwardSm90Fp16D256Causal
-    : wgmma::ForwardConfig<Dtype::kFp16, /*head_dim*/ 256, Mask::kCausal,
-                          wgmma::ForwardTile</*block_m*/ 128, /*block_n*/ 80, /*stages*/ 2, /*query_stages*/ 1, /*head_dim_v*/ 0, /*max_keys*/ 0>> {};
-static_assert(ForwardSm90Fp16D256Causal::kSharedBytes == 229632, "the tile table counts shared memory otherwise");
+// The tiles from which the launcher chooses. Own types for this unit: two families with equal tiles would otherwise
+// define the same kernel symbol.
+struct ForwardSm90Fp16D256Causal {
+  struct Default
+      : wgmma::ForwardConfig<Dtype::kFp16, /*head_dim*/ 256, Mask::kCausal,
+          wgmma::ForwardTile</*block_m*/ 128, /*block_n*/ 80, /*stages*/ 2, /*query_stages*/ 1, /*head_dim_v*/ 0, /*max_keys*/ 0>> {};
+  using Short = void;
+  using Narrow = void;
+};
+static_assert(ForwardSm90Fp16D256Causal::Default::kSharedBytes == 229632, "codegen/tile_shapes counts otherwise");
+static_assert(ForwardSm90Fp16D256Causal::Default::kConsumerRegisters == 232, "codegen/tile_shapes counts otherwise");
 
 Status forward_sm90_fp16_d256_causal(const ForwardParams& params, const Device& device, cudaStream_t stream) {
   return wgmma::launch_forward<ForwardSm90Fp16D256Causal>(params, device, stream, "forward_sm90_fp16_d256_causal");

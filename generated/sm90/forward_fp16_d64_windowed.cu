@@ -3,11 +3,17 @@
 
 namespace flash_attn {
 
-// Types of this unit alone, so that families with equal tiles never share a kernel's symbol.
-struct ForwardSm90Fp16D64Windowed
-    : wgmma::ForwardConfig<Dtype::kFp16, /*head_dim*/ 64, Mask::kWindowed,
-                          wgmma::ForwardTile</*block_m*/ 192, /*block_n*/ 128, /*stages*/ 3, /*query_stages*/ 2, /*head_dim_v*/ 0, /*max_keys*/ 0>> {};
-static_assert(ForwardSm90Fp16D64Windowed::kSharedBytes == 147712, "the tile table counts shared memory otherwise");
+// The tiles from which the launcher chooses. Own types for this unit: two families with equal tiles would otherwise
+// define the same kernel symbol.
+struct ForwardSm90Fp16D64Windowed {
+  struct Default
+      : wgmma::ForwardConfig<Dtype::kFp16, /*head_dim*/ 64, Mask::kWindowed,
+          wgmma::ForwardTile</*block_m*/ 192, /*block_n*/ 128, /*stages*/ 3, /*query_stages*/ 2, /*head_dim_v*/ 0, /*max_keys*/ 0>> {};
+  using Short = void;
+  using Narrow = void;
+};
+static_assert(ForwardSm90Fp16D64Windowed::Default::kSharedBytes == 147712, "codegen/tile_shapes counts otherwise");
+static_assert(ForwardSm90Fp16D64Windowed::Default::kConsumerRegisters == 160, "codegen/tile_shapes counts otherwise");
 
 Status forward_sm90_fp16_d64_windowed(const ForwardParams& params, const Device& device, cudaStream_t stream) {
   return wgmma::launch_forward<ForwardSm90Fp16D64Windowed>(params, device, stream, "forward_sm90_fp16_d64_windowed");

@@ -1,6 +1,7 @@
 // Plain C++: the tests compile it without CUDA.
 #include "host/check_params.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -167,6 +168,12 @@ void require_cache(Requirements& require, const CacheParams& params) {
   }
   require.that(params.num_splits >= 1 && params.num_splits <= kMaxSplits, "num_splits", "from 1 to 128",
                params.num_splits);
+  require.that(params.design == 0 || params.design == 1, "design", "0 (mma) or 1 (wgmma)", params.design);
+  if (forward.num_heads_k > 0) {
+    const int64_t rows = std::max<int64_t>(forward.total_q, forward.seqlen_q);
+    require.that(rows * (forward.num_heads / forward.num_heads_k) <= INT32_MAX, "total_q",
+                 "fewer than 2^31 rows with the heads that share keys", rows);
+  }
   if (params.num_splits > 1 && has_queries(forward)) {
     require.given(params.out_partial, "out_partial");
     require.given(params.lse_partial, "lse_partial");
@@ -200,7 +207,7 @@ void require_backward(Requirements& require, const BackwardParams& params) {
   require_workspaces(require, params);
 }
 
-void require_split(Requirements& require, const CacheParams& params) {
+void require_cache_call(Requirements& require, const CacheParams& params) {
   const ForwardParams& forward = params.forward;
   require_choice(require, forward);
   require_sizes(require, forward, 0);
@@ -263,7 +270,7 @@ Status check_backward(const char* function, const BackwardParams* params) {
 }
 
 Status check_cache(const char* function, const CacheParams* params) {
-  return check(function, params, require_split);
+  return check(function, params, require_cache_call);
 }
 
 Status check_dropout_probs(const char* function, const ForwardParams* params) {

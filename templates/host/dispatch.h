@@ -4,25 +4,27 @@
 #include <cuda_runtime.h>
 
 #include "abi.h"
-#include "host/device.h"
+#include "host/launch.h"
 
 namespace flash_attn {
 
-using ForwardLauncher = Status (*)(const ForwardParams&, const Device&, cudaStream_t);
-using CacheLauncher = Status (*)(const CacheParams&, const Device&, cudaStream_t);
-using BackwardLauncher = Status (*)(const BackwardParams&, const Device&, cudaStream_t);
-
-struct KernelEntry {
+// A kernel of one direction, that of its table.
+template <class Params>
+struct Kernel {
   const char* key;
   Family family;
-  Direction direction;
   Dtype dtype;
   int head_dim;
   Mask mask;
   int shared_bytes;
-  ForwardLauncher launch_forward;  // null but for a forward kernel, and so on
-  BackwardLauncher launch_backward;
-  CacheLauncher launch_cache;
+  Status (*launch)(const Params&, const Device&, cudaStream_t);
+};
+
+template <class Params>
+struct KernelTable {
+  Direction direction;
+  const Kernel<Params>* kernels;
+  int count;
 };
 
 // Machine code (or, with ptx, intermediate code) for a compute capability, given as 10 * major + minor.
@@ -38,8 +40,9 @@ struct FamilyInfo {
   int shared_bytes;  // per thread block, on the devices that the family's tiles are made for
 };
 
-extern const KernelEntry kKernels[];
-extern const int kNumKernels;
+extern const KernelTable<ForwardParams> kForwardKernels;
+extern const KernelTable<BackwardParams> kBackwardKernels;
+extern const KernelTable<CacheParams> kCacheKernels;
 extern const FamilyTarget kTargets[];
 extern const int kNumTargets;
 extern const FamilyInfo kFamilies[];
@@ -50,8 +53,10 @@ extern const int kNumHeadDims;
 // The family's row; that of an unknown family has the name "auto".
 const FamilyInfo& family_info(Family family);
 
-// The kernel for `params` on `device`, or null with the reason in `status` and flash_attn_last_error().
-const KernelEntry* find_kernel(Direction direction, const ForwardParams& params, const Device& device,
-                               Status& status);
+// The table's kernel for `params` on `device`, or null with the reason in `status` and
+// flash_attn_last_error().
+template <class Params>
+const Kernel<Params>* find_kernel(const KernelTable<Params>& table, const ForwardParams& params,
+                                  const Device& device, Status& status);
 
 }  // namespace flash_attn

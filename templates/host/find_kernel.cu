@@ -59,22 +59,21 @@ const char* mask_name(Mask mask) {
 
 // What a call asks for, in the table's terms.
 struct Wanted {
-  Direction direction;
   Dtype dtype;
   int head_dim;
   Mask mask;
   Family family;  // kAuto: any
 
   Wanted(Direction direction, const ForwardParams& params)
-      : direction(direction),
-        dtype(static_cast<Dtype>(params.dtype)),
+      : dtype(static_cast<Dtype>(params.dtype)),
         head_dim(kernel_head_dim(std::max(params.head_dim, params.head_dim_v))),
         mask(direction == Direction::kSplit ? Mask::kWindowed : mask_class(params)),
         family(static_cast<Family>(params.family)) {}
 
-  bool matches(const KernelEntry& kernel) const {
+  template <class Params>
+  bool matches(const Kernel<Params>& kernel) const {
     return kernel.head_dim == head_dim && kernel.mask == mask && kernel.dtype == dtype &&
-           kernel.direction == direction && (family == Family::kAuto || kernel.family == family);
+           (family == Family::kAuto || kernel.family == family);
   }
 };
 
@@ -92,13 +91,14 @@ Status fail_without_kernel(Status status, Direction direction, const ForwardPara
 
 }  // namespace
 
-const KernelEntry* find_kernel(Direction direction, const ForwardParams& params, const Device& device,
-                               Status& status) {
-  const Wanted wanted(direction, params);
-  const KernelEntry* best = nullptr;
+template <class Params>
+const Kernel<Params>* find_kernel(const KernelTable<Params>& table, const ForwardParams& params,
+                                  const Device& device, Status& status) {
+  const Wanted wanted(table.direction, params);
+  const Kernel<Params>* best = nullptr;
   bool too_large = false;
-  for (int i = 0; i < kNumKernels; ++i) {
-    const KernelEntry& kernel = kKernels[i];
+  for (int i = 0; i < table.count; ++i) {
+    const Kernel<Params>& kernel = table.kernels[i];
     if (!wanted.matches(kernel) || !family_runs_on(kernel.family, device.capability)) continue;
     if (kernel.shared_bytes > device.shared_bytes) {
       too_large = true;
@@ -109,9 +109,16 @@ const KernelEntry* find_kernel(Direction direction, const ForwardParams& params,
   status = Status::kOk;
   if (best == nullptr) {
     const Status reason = too_large ? Status::kUnsupportedDevice : Status::kNotBuilt;
-    status = fail_without_kernel(reason, direction, params, device);
+    status = fail_without_kernel(reason, table.direction, params, device);
   }
   return best;
 }
+
+template const Kernel<ForwardParams>* find_kernel(const KernelTable<ForwardParams>&, const ForwardParams&,
+                                                  const Device&, Status&);
+template const Kernel<BackwardParams>* find_kernel(const KernelTable<BackwardParams>&, const ForwardParams&,
+                                                   const Device&, Status&);
+template const Kernel<CacheParams>* find_kernel(const KernelTable<CacheParams>&, const ForwardParams&,
+                                                const Device&, Status&);
 
 }  // namespace flash_attn

@@ -73,12 +73,6 @@ Status device_properties(int index, Device& device) {
   return status;
 }
 
-const KernelEntry* choose_kernel(Direction direction, const ForwardParams& params, Device& device,
-                                 Status& status) {
-  status = device_properties(params.device, device);
-  return status == Status::kOk ? find_kernel(direction, params, device, status) : nullptr;
-}
-
 const ForwardParams* forward_of(const ForwardParams* params) { return params; }
 
 template <class Params>
@@ -86,20 +80,25 @@ const ForwardParams* forward_of(const Params* params) {
   return params == nullptr ? nullptr : &params->forward;
 }
 
-// Runs a launcher, which is one direction's member of KernelEntry, on parameters whose check gave `checked`.
-template <class Params, class Launcher>
-int32_t run(Status checked, Direction direction, Launcher KernelEntry::* launcher, const Params* params,
-            void* stream) {
+// The table's kernel for a call on its device, or null with the reason in `status`.
+template <class Params>
+const Kernel<Params>* kernel_for(const KernelTable<Params>& table, const ForwardParams& params,
+                                 Device& device, Status& status) {
+  status = device_properties(params.device, device);
+  return status == Status::kOk ? find_kernel(table, params, device, status) : nullptr;
+}
+
+// Runs the table's kernel on parameters whose check gave `checked`.
+template <class Params>
+int32_t run(Status checked, const KernelTable<Params>& table, const Params* params, void* stream) {
   if (checked != Status::kOk) return static_cast<int32_t>(checked);
   Device device{};
   Status status;
-  const KernelEntry* kernel = choose_kernel(direction, *forward_of(params), device, status);
+  const Kernel<Params>* kernel = kernel_for(table, *forward_of(params), device, status);
   if (kernel == nullptr) return static_cast<int32_t>(status);
   const DeviceGuard guard(device.index);
   status = guard.status();
-  if (status == Status::kOk) {
-    status = (kernel->*launcher)(*params, device, static_cast<cudaStream_t>(stream));
-  }
+  if (status == Status::kOk) status = kernel->launch(*params, device, static_cast<cudaStream_t>(stream));
   return static_cast<int32_t>(status);
 }
 
@@ -114,13 +113,21 @@ int32_t run_on_device(Status checked, Launcher launch, const Params* params, voi
 }
 
 template <class Params>
-const char* kernel_key(const char* function, Direction direction, const Params* params) {
+const char* kernel_key(const char* function, const KernelTable<Params>& table, const Params* params) {
   const ForwardParams* forward = forward_of(params);
   Status status = check_choice(function, forward);
   if (status != Status::kOk) return nullptr;
   Device device{};
-  const KernelEntry* kernel = choose_kernel(direction, *forward, device, status);
+  const Kernel<Params>* kernel = kernel_for(table, *forward, device, status);
   return kernel == nullptr ? nullptr : kernel->key;
+}
+
+// Key of a table's kernel of this number, or null and the number in the next table.
+template <class Params>
+const char* key_in(const KernelTable<Params>& table, int32_t& index) {
+  if (index >= 0 && index < table.count) return table.kernels[index].key;
+  index -= table.count;
+  return nullptr;
 }
 
 }  // namespace
@@ -138,17 +145,15 @@ Status fail(Status status, const char* format, ...) {
 using namespace flash_attn;
 
 int32_t flash_attn_forward(const ForwardParams* params, void* stream) {
-  return run(check_forward(__func__, params), Direction::kForward, &KernelEntry::launch_forward, params,
-             stream);
+  return run(check_forward(__func__, params), kForwardKernels, params, stream);
 }
 
 int32_t flash_attn_backward(const BackwardParams* params, void* stream) {
-  return run(check_backward(__func__, params), Direction::kBackward, &KernelEntry::launch_backward, params,
-             stream);
+  return run(check_backward(__func__, params), kBackwardKernels, params, stream);
 }
 
 int32_t flash_attn_cache(const CacheParams* params, void* stream) {
-  return run(check_cache(__func__, params), Direction::kSplit, &KernelEntry::launch_cache, params, stream);
+  return run(check_cache(__func__, params), kCacheKernels, params, stream);
 }
 
 int32_t flash_attn_rotary(const RotaryParams* params, void* stream) {
@@ -160,15 +165,15 @@ int32_t flash_attn_dropout_probs(const ForwardParams* params, void* stream) {
 }
 
 const char* flash_attn_forward_kernel(const ForwardParams* params) {
-  return kernel_key(__func__, Direction::kForward, params);
+  return kernel_key(__func__, kForwardKernels, params);
 }
 
 const char* flash_attn_backward_kernel(const BackwardParams* params) {
-  return kernel_key(__func__, Direction::kBackward, params);
+  return kernel_key(__func__, kBackwardKernels, params);
 }
 
 const char* flash_attn_cache_kernel(const CacheParams* params) {
-  return kernel_key(__func__, Direction::kSplit, params);
+  return kernel_key(__func__, kCacheKernels, params);
 }
 
 const char* flash_attn_last_error() { return last_error; }
@@ -183,10 +188,15 @@ int64_t flash_attn_cache_params_size() { return sizeof(CacheParams); }
 
 int64_t flash_attn_rotary_params_size() { return sizeof(RotaryParams); }
 
-int32_t flash_attn_kernel_count() { return kNumKernels; }
+int32_t flash_attn_kernel_count() {
+  return kForwardKernels.count + kBackwardKernels.count + kCacheKernels.count;
+}
 
 const char* flash_attn_kernel_key(int32_t index) {
-  return index >= 0 && index < kNumKernels ? kKernels[index].key : nullptr;
+  const char* key = index >= 0 ? key_in(kForwardKernels, index) : nullptr;
+  if (key == nullptr && index >= 0) key = key_in(kBackwardKernels, index);
+  if (key == nullptr && index >= 0) key = key_in(kCacheKernels, index);
+  return key;
 }
 
 const char* flash_attn_targets() {

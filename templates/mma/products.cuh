@@ -3,29 +3,12 @@
 
 #include <cstdint>
 
-#include "mma/forward/config.cuh"
 #include "ptx/ldmatrix.cuh"
 #include "ptx/mma.cuh"
 #include "warp/accumulator.cuh"
 #include "warp/shared_tile.cuh"
 
 namespace flash_attn::mma {
-
-// Which part of the tile this warp computes: rows from `row`, keys from `key` of each block, columns of O
-// from `dim`.
-template <class Config>
-struct WarpPart {
-  int row;
-  int key;
-  int dim;
-
-  __device__ __forceinline__ WarpPart() {
-    const int warp = threadIdx.x / 32, in_row = warp % Config::Tile::kWarpsPerRow;
-    row = warp / Config::Tile::kWarpsPerRow * Config::kWarpRows;
-    key = in_row * Config::kWarpKeys;
-    dim = in_row * Config::kWarpDims;
-  }
-};
 
 // Where in a fragment this lane's address for ldmatrix_x4 points: lanes 8..15 address rows 8..15 for A
 // operands and for transposed B (V), columns 8..15 for B (K); lanes 16..31 the other way round. A chunk is 8
@@ -35,29 +18,12 @@ struct FragmentLane {
   int chunk;
 
   __device__ static __forceinline__ FragmentLane of_a() {
-    const int lane = threadIdx.x % 32;
+    const int lane = lane_index();
     return {lane % 16, lane / 16};
   }
   __device__ static __forceinline__ FragmentLane of_b() {
-    const int lane = threadIdx.x % 32;
+    const int lane = lane_index();
     return {lane % 8 + lane / 16 * 8, lane / 8 % 2};
-  }
-};
-
-// The shared addresses from which this lane reads fragments with ldmatrix.
-template <class Config>
-struct FragmentAddresses {
-  using Shared = SharedTile<Config::kHeadDim>;
-  uint32_t query;
-  uint32_t key;
-  uint32_t value;
-
-  __device__ __forceinline__ FragmentAddresses(uint32_t shared, const WarpPart<Config>& part) {
-    const FragmentLane a = FragmentLane::of_a(), b = FragmentLane::of_b();
-    const uint32_t keys = shared + Config::kQueryBytes;
-    query = shared + Shared::offset(part.row + a.row, a.chunk);
-    key = keys + Shared::offset(part.key + b.row, b.chunk);
-    value = keys + Config::kKeyBytes + Shared::offset(part.key + a.row, part.dim / 8 + a.chunk);
   }
 };
 

@@ -68,7 +68,7 @@ __device__ __forceinline__ void write_rotated(const CacheParams& params, const E
     rotary.load_angles(static_cast<const Element*>(params.rotary_cos) + angles,
                        static_cast<const Element*>(params.rotary_sin) + angles, 1.0f);
   } else {
-    rotary.stay();
+    rotary.copy_only();
   }
   rotary.store(rotary.load(from), to);
 }
@@ -81,38 +81,40 @@ __device__ __forceinline__ void append(const CacheParams& params, bool aligned, 
   const int position = sequence.length + at.token;
   if (position < sequence.k_row) return;
   const KeyLocation to = locate_key(params, sequence, position - sequence.k_row);
-  if (to.entry < 0) return;
+  if (to.page_or_batch < 0) return;
   const Element* k = static_cast<const Element*>(params.k_new) + at.batch * params.k_new_batch_stride +
                      at.token * params.k_new_row_stride + at.head * params.k_new_head_stride;
-  Element* k_cache = static_cast<Element*>(const_cast<void*>(forward.k)) + to.entry * forward.k_batch_stride +
-                     to.row * forward.k_row_stride + at.head * forward.k_head_stride;
+  Element* k_cache = static_cast<Element*>(const_cast<void*>(forward.k)) +
+                     to.page_or_batch * forward.k_batch_stride + to.row * forward.k_row_stride +
+                     at.head * forward.k_head_stride;
   write_rotated<kDtype, Element>(params, k, {k_cache, params.cache_head_dim, aligned}, unit, position);
   if (unit * 8 >= forward.head_dim_v) return;
   const Element* v = static_cast<const Element*>(params.v_new) + at.batch * params.v_new_batch_stride +
                      at.token * params.v_new_row_stride + at.head * params.v_new_head_stride;
-  Element* v_cache = static_cast<Element*>(const_cast<void*>(forward.v)) + to.entry * forward.v_batch_stride +
-                     to.row * forward.v_row_stride + at.head * forward.v_head_stride;
+  Element* v_cache = static_cast<Element*>(const_cast<void*>(forward.v)) +
+                     to.page_or_batch * forward.v_batch_stride + to.row * forward.v_row_stride +
+                     at.head * forward.v_head_stride;
   const Row<Element> v_row{v_cache, params.cache_head_dim_v, aligned};
   v_row(unit * 8, *reinterpret_cast<const uint4*>(v + unit * 8));
 }
 
-// Without a mask that depends on the position all queries stand at the first new key.
+// With a full mask every query is rotated for the position of the first new key.
 template <Dtype kDtype, class Element>
 __device__ __forceinline__ void rotate_query(const CacheParams& params, int64_t row, int unit) {
   const ForwardParams& forward = params.forward;
   const TokenHead at(row, forward.seqlen_q, forward.num_heads);
   const CachedSequence sequence(params, at.batch);
-  const bool moving = forward.window_left >= 0 || forward.window_right >= 0;
+  const bool by_position = forward.window_left >= 0 || forward.window_right >= 0;
   const Element* q = static_cast<const Element*>(forward.q) + at.batch * forward.q_batch_stride +
                      at.token * forward.q_row_stride + at.head * forward.q_head_stride;
   Element* rotated = static_cast<Element*>(params.q_rotated) + row * forward.head_dim;
   write_rotated<kDtype, Element>(params, q, {rotated, forward.head_dim, true}, unit,
-                                 sequence.length + (moving ? at.token : 0));
+                                 sequence.length + (by_position ? at.token : 0));
 }
 
 template <Dtype kDtype>
 __global__ void __launch_bounds__(kThreads) append_kernel(const __grid_constant__ AppendArguments arguments) {
-  using Element = typename ElementOf<kDtype>::Type;
+  using Element = typename ptx::ElementOf<kDtype>::Type;
   ptx::launch_dependents();
   const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   const int64_t row = i / arguments.units;

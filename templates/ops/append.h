@@ -4,7 +4,7 @@
 #include <cuda_runtime.h>
 
 #include "abi.h"
-#include "host/device.h"
+#include "host/launch.h"
 
 namespace flash_attn {
 

@@ -1,14 +1,13 @@
-// O = sum of exp(LSE of the split - LSE) O of the split, LSE the logarithm of the sum of their exponentials.
-// A split without visible keys has the LSE -inf and O = 0.
+// O = sum of exp(LSE of the part - LSE) O of the part, LSE the logarithm of the sum of their exponentials. A
+// part without visible keys has the LSE -inf and O = 0.
 #include "ops/combine.h"
 
 #include <cmath>
 #include <cstdint>
 
 #include "host/launch.h"
-#include "ptx/dtype.cuh"
+#include "ptx/arithmetic.cuh"
 #include "ptx/grid_dependency.cuh"
-#include "ptx/math.cuh"
 #include "warp/softmax.cuh"
 
 namespace flash_attn {
@@ -24,14 +23,14 @@ struct CombineArguments {
   int warps_per_row;  // 1, or all of a block's
 };
 
-// Replaces the LSEs of a row's splits by their weights, in shared memory; returns the row's LSE.
-__device__ __forceinline__ float weigh_splits(float* weights, const float* lse_partial, int num_splits) {
+// Replaces the LSEs of a row's parts by their weights, in shared memory; returns the row's LSE.
+__device__ __forceinline__ float weigh_parts(float* weights, const float* lse_partial, int num_splits) {
   const int lane = threadIdx.x % 32;
   float lse[kMaxSplits / 32], max = -INFINITY, sum = 0.0f;
 #pragma unroll
   for (int i = 0; i < kMaxSplits / 32; ++i) {
-    const int split = i * 32 + lane;
-    lse[i] = split < num_splits ? lse_partial[split] : -INFINITY;
+    const int part = i * 32 + lane;
+    lse[i] = part < num_splits ? lse_partial[part] : -INFINITY;
     max = fmaxf(max, lse[i]);
   }
 #pragma unroll
@@ -52,10 +51,10 @@ __device__ __forceinline__ float weigh_splits(float* weights, const float* lse_p
 
 // A warp's partial results of a row: every lane has four columns of each 128.
 template <int kGroups>
-class Partials {
+class PartialRow {
  public:
-  // The warp reads the splits `first`, `first` + `step`, ..
-  __device__ __forceinline__ Partials(const float* row, int head_dim, int num_splits, int first, int step)
+  // The warp reads the parts `first`, `first` + `step`, ..
+  __device__ __forceinline__ PartialRow(const float* row, int head_dim, int num_splits, int first, int step)
       : row_(row + threadIdx.x % 32 * 4),
         head_dim_(head_dim),
         num_splits_(num_splits),
@@ -70,13 +69,13 @@ class Partials {
   __device__ __forceinline__ void add(float4 (&o)[kGroups], const float* weights) {
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      const int split = next_ + i * step_;
-      const float weight = split < num_splits_ ? weights[split] : 0.0f;
+      const int part = next_ + i * step_;
+      const float weight = part < num_splits_ ? weights[part] : 0.0f;
 #pragma unroll
       for (int group = 0; group < kGroups; ++group) {
-        const float4& part = parts_[i][group];
-        o[group] = make_float4(o[group].x + weight * part.x, o[group].y + weight * part.y,
-                               o[group].z + weight * part.z, o[group].w + weight * part.w);
+        const float4& x = parts_[i][group];
+        o[group] = make_float4(o[group].x + weight * x.x, o[group].y + weight * x.y,
+                               o[group].z + weight * x.z, o[group].w + weight * x.w);
       }
     }
     next_ += kBatch * step_;
@@ -87,11 +86,11 @@ class Partials {
   __device__ __forceinline__ void load() {
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      const int split = next_ + i * step_;
+      const int part = next_ + i * step_;
 #pragma unroll
       for (int group = 0; group < kGroups; ++group) {
-        const bool exists = split < num_splits_ && group * 128 + threadIdx.x % 32 * 4 < head_dim_;
-        parts_[i][group] = exists ? *reinterpret_cast<const float4*>(row_ + split * head_dim_ + group * 128)
+        const bool exists = part < num_splits_ && group * 128 + threadIdx.x % 32 * 4 < head_dim_;
+        parts_[i][group] = exists ? *reinterpret_cast<const float4*>(row_ + part * head_dim_ + group * 128)
                                   : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
       }
     }
@@ -145,7 +144,7 @@ __device__ __forceinline__ void add_warps(float4 (&o)[kGroups], float4 (&shared)
 template <Dtype kDtype, int kGroups>
 __global__ void __launch_bounds__(32 * kWarps)
     combine_kernel(const __grid_constant__ CombineArguments arguments) {
-  using Element = typename ElementOf<kDtype>::Type;
+  using Element = typename ptx::ElementOf<kDtype>::Type;
   __shared__ float weights[kWarps][kMaxSplits];
   __shared__ float4 shared[kWarps][kGroups][32];
   const CacheParams& params = arguments.params;
@@ -155,9 +154,9 @@ __global__ void __launch_bounds__(32 * kWarps)
   ptx::wait_for_dependency();
   if (row >= arguments.rows) return;
 
-  Partials<kGroups> partials(params.out_partial + row * num_splits * head_dim, head_dim, num_splits,
-                             warp % warps_per_row, warps_per_row);
-  float lse = weigh_splits(weights[warp], params.lse_partial + row * num_splits, num_splits);
+  PartialRow<kGroups> partials(params.out_partial + row * num_splits * head_dim, head_dim, num_splits,
+                               warp % warps_per_row, warps_per_row);
+  float lse = weigh_parts(weights[warp], params.lse_partial + row * num_splits, num_splits);
   float4 o[kGroups] = {};
   while (!partials.done()) partials.add(o, weights[warp]);
   if (warps_per_row > 1) {
@@ -166,7 +165,7 @@ __global__ void __launch_bounds__(32 * kWarps)
   }
   const ResultRow<Element> result(params.forward, row);
   if (params.forward.sinks != nullptr) {
-    const float factor = add_sink(lse, params.forward.sinks[result.head]);
+    const float factor = add_sink(lse, params.forward, result.head);
 #pragma unroll
     for (float4& part : o) {
       part = make_float4(factor * part.x, factor * part.y, factor * part.z, factor * part.w);
@@ -178,12 +177,12 @@ __global__ void __launch_bounds__(32 * kWarps)
     const int column = group * 128 + lane * 4;
     if (column >= head_dim) continue;
     *reinterpret_cast<uint2*>(result.out + column) =
-        make_uint2(pack<kDtype>(o[group].x, o[group].y), pack<kDtype>(o[group].z, o[group].w));
+        make_uint2(ptx::pack<kDtype>(o[group].x, o[group].y), ptx::pack<kDtype>(o[group].z, o[group].w));
   }
 }
 
 template <Dtype kDtype>
-auto choose_kernel(int head_dim) {
+auto kernel_of(int head_dim) {
   return head_dim <= 128 ? combine_kernel<kDtype, 1> : combine_kernel<kDtype, 2>;
 }
 
@@ -198,8 +197,8 @@ Status launch_combine(const CacheParams& params, const Device& device, cudaStrea
   const CombineArguments arguments{params, rows, warps_per_row};
   const int rows_per_block = kWarps / warps_per_row;
   const auto kernel = static_cast<Dtype>(forward.dtype) == Dtype::kBf16
-                          ? choose_kernel<Dtype::kBf16>(forward.head_dim_v)
-                          : choose_kernel<Dtype::kFp16>(forward.head_dim_v);
+                          ? kernel_of<Dtype::kBf16>(forward.head_dim_v)
+                          : kernel_of<Dtype::kFp16>(forward.head_dim_v);
   static std::atomic<uint64_t> prepared;
   return launch_kernel(kernel, "combine", device.index, (rows + rows_per_block - 1) / rows_per_block,
                        32 * kWarps, 0, stream, arguments, prepared, /*dependent*/ true);

@@ -1,10 +1,10 @@
-// Merging the partial results of a call with split keys.
+// Merging the partial results of a call whose keys several thread blocks share.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include "abi.h"
-#include "host/device.h"
+#include "host/launch.h"
 
 namespace flash_attn {
 

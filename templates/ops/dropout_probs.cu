@@ -12,7 +12,7 @@
 #include "host/launch.h"
 #include "problem/mask.cuh"
 #include "problem/sequence.cuh"
-#include "ptx/dtype.cuh"
+#include "ptx/arithmetic.cuh"
 #include "warp/dropout.cuh"
 #include "warp/scores.cuh"
 

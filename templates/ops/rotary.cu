@@ -57,7 +57,7 @@ struct RowPosition {
 
 template <Dtype kDtype, class Table>
 __global__ void __launch_bounds__(kThreads) rotary_kernel(const __grid_constant__ RotaryArguments arguments) {
-  using Element = typename ElementOf<kDtype>::Type;
+  using Element = typename ptx::ElementOf<kDtype>::Type;
   const RotaryParams& params = arguments.params;
   const int64_t thread = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   const int64_t row_group = thread / arguments.units;
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kThreads) rotary_kernel(const __grid_constant_
     rotary.load_angles(static_cast<const Table*>(params.cos) + angles,
                        static_cast<const Table*>(params.sin) + angles, params.conjugate != 0 ? -1.0f : 1.0f);
   } else {
-    rotary.stay();
+    rotary.copy_only();
   }
 #pragma unroll
   for (int i = 0; i < kHeads; ++i) {
@@ -108,7 +108,7 @@ Status launch(const RotaryParams& params, cudaStream_t stream) {
 template <Dtype kDtype>
 Status launch_for(const RotaryParams& params, cudaStream_t stream) {
   return params.fp32_tables != 0 ? launch<kDtype, float>(params, stream)
-                                 : launch<kDtype, typename ElementOf<kDtype>::Type>(params, stream);
+                                 : launch<kDtype, typename ptx::ElementOf<kDtype>::Type>(params, stream);
 }
 
 }  // namespace

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "ptx/dtype.cuh"
+#include "ptx/arithmetic.cuh"
 
 namespace flash_attn {
 
@@ -16,15 +16,15 @@ struct Chunk {
     const uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float2 pair = unpack<kDtype>(words[i]);
+      const float2 pair = ptx::unpack<kDtype>(words[i]);
       x[2 * i] = pair.x;
       x[2 * i + 1] = pair.y;
     }
   }
 
   __device__ __forceinline__ uint4 packed() const {
-    return make_uint4(pack<kDtype>(x[0], x[1]), pack<kDtype>(x[2], x[3]), pack<kDtype>(x[4], x[5]),
-                      pack<kDtype>(x[6], x[7]));
+    return make_uint4(ptx::pack<kDtype>(x[0], x[1]), ptx::pack<kDtype>(x[2], x[3]),
+                      ptx::pack<kDtype>(x[4], x[5]), ptx::pack<kDtype>(x[6], x[7]));
   }
 };
 
@@ -63,8 +63,8 @@ class RotaryUnit {
     }
   }
 
-  // Makes it a copy.
-  __device__ __forceinline__ void stay() { rotates_ = false; }
+  // The unit is copied as it is.
+  __device__ __forceinline__ void copy_only() { rotates_ = false; }
 
   struct Values {
     uint4 first;
@@ -122,7 +122,7 @@ class RotaryUnit {
   template <class Element>
   __device__ static __forceinline__ void load_four(float* result, const Element* table, float sign) {
     const uint2 packed = *reinterpret_cast<const uint2*>(table);
-    const float2 low = unpack<kDtype>(packed.x), high = unpack<kDtype>(packed.y);
+    const float2 low = ptx::unpack<kDtype>(packed.x), high = ptx::unpack<kDtype>(packed.y);
     result[0] = sign * low.x, result[1] = sign * low.y, result[2] = sign * high.x, result[3] = sign * high.y;
   }
 

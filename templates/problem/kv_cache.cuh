@@ -1,11 +1,11 @@
 // Where the keys of a sequence lie in a KV cache: a row of it, or pages named by a block table.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "abi.h"
 #include "problem/sequence.cuh"
-#include "ptx/async_copy.cuh"
 
 namespace flash_attn {
 
@@ -31,12 +31,12 @@ inline bool cache_aligned(const CacheParams& params) {
 
 struct CachedSequence : Sequence {
   int batch;
-  int entry;   // row of a cache without pages; -1 if there is no such row
-  int length;  // keys that the cache held before this call appends its own, skipped ones included
+  int cache_row = 0;  // row of a cache without pages; -1 if there is no such row
+  int length = 0;     // keys that the cache held before this call appends its own, skipped ones included
 
   // Lengths and rows on the device cannot be checked before the launch: they are cut down to what is there.
-  __device__ CachedSequence(const CacheParams& params, int batch)
-      : Sequence(params.forward, batch), batch(batch), entry(0), length(0) {
+  constexpr CachedSequence(const CacheParams& params, int batch)
+      : Sequence(params.forward, batch), batch(batch) {
     if (batch == params.forward.batch) return;
     const int capacity = params.forward.seqlen_k;
     length = params.cache_seqlen;
@@ -49,45 +49,35 @@ struct CachedSequence : Sequence {
     if (params.page_size > 0) {
       k_row = 0;
     } else {
-      entry = params.cache_batch_idx != nullptr ? params.cache_batch_idx[batch] : batch;
-      if (entry < 0 || entry >= params.cache_entries) entry = -1;
+      cache_row = params.cache_batch_idx != nullptr ? params.cache_batch_idx[batch] : batch;
+      if (cache_row < 0 || cache_row >= params.cache_entries) cache_row = -1;
     }
-    seqlen_k = max(min(length + params.seqlen_new, capacity) - k_row, 0);
+    seqlen_k = std::max(std::min(length + params.seqlen_new, capacity) - k_row, 0);
   }
 };
 
-// Row `row` of cache row or page `entry`; -1 is outside the cache, where nothing is read or written.
+// Row `row` of a page or of a row of the cache; -1 is outside the cache, where nothing is read or written.
 struct KeyLocation {
-  int entry;
+  int page_or_batch;
   int row;
 };
 
-__device__ __forceinline__ int existing_entry(const CacheParams& params, int entry) {
-  return entry >= 0 && entry < params.cache_entries ? entry : -1;
+constexpr int existing_page(const CacheParams& params, int page) {
+  return page >= 0 && page < params.cache_entries ? page : -1;
 }
 
-// As the block table says: the page may not exist.
-__device__ __forceinline__ KeyLocation look_up_key(const CacheParams& params, const CachedSequence& sequence,
-                                                   int key) {
+// The location as the block table gives it: its page may lie outside the cache, see `existing_page`.
+constexpr KeyLocation look_up_key(const CacheParams& params, const CachedSequence& sequence, int key) {
   if (key >= params.forward.seqlen_k - sequence.k_row) return {-1, 0};
-  if (params.page_size == 0) return {sequence.entry, sequence.k_row + key};
+  if (params.page_size == 0) return {sequence.cache_row, sequence.k_row + key};
   const int page = key / params.page_size;
   return {params.block_table[sequence.batch * params.block_table_stride + page],
           key - page * params.page_size};
 }
 
-__device__ __forceinline__ KeyLocation locate_key(const CacheParams& params, const CachedSequence& sequence,
-                                                  int key) {
-  const KeyLocation at = look_up_key(params, sequence, key);
-  return {existing_entry(params, at.entry), at.row};
-}
-
-// Brings a sequence's row of the block table into L2 while its length is not known yet: 32 pages a thread.
-__device__ __forceinline__ void prefetch_block_table(const CacheParams& params, int batch) {
-  const int64_t pages = params.page_size > 0 ? params.forward.seqlen_k / params.page_size : 0;
-  const int64_t first = int64_t{threadIdx.x} * 32;
-  if (first >= pages || batch >= params.forward.batch) return;
-  ptx::prefetch_l2(params.block_table + batch * params.block_table_stride + first);
+constexpr KeyLocation locate_key(const CacheParams& params, const CachedSequence& sequence, int key) {
+  const KeyLocation location = look_up_key(params, sequence, key);
+  return {existing_page(params, location.page_or_batch), location.row};
 }
 
 }  // namespace flash_attn

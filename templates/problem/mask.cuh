@@ -5,6 +5,7 @@
 // negative window is unlimited.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "abi.h"
@@ -20,38 +21,34 @@ struct AttentionMask {
   int diagonal;
   int window_left;
   int window_right;
-  int group;  // of query heads that are packed: rows are queries times group
 
-  __device__ AttentionMask(const ForwardParams& params, int seqlen_q, int seqlen_k, int group = 1)
+  constexpr AttentionMask(const ForwardParams& params, int seqlen_q, int seqlen_k)
       : seqlen_k(seqlen_k),
         diagonal(seqlen_k - seqlen_q),
         window_left(params.window_left),
-        window_right(kMask == Mask::kCausal ? 0 : params.window_right),
-        group(group) {}
+        window_right(kMask == Mask::kCausal ? 0 : params.window_right) {}
 
-  // Keys visible to `row` are [first_key(row), end_key(row)); the range may be empty.
-  __device__ __forceinline__ int end_key(int row) const {
+  // Keys visible to `query` are [first_key(query), end_key(query)); the range may be empty.
+  constexpr int end_key(int query) const {
     if (!kRight || (kLeft && window_right < 0)) return seqlen_k;
-    return min(seqlen_k, row / group + diagonal + window_right + 1);
+    return std::min(seqlen_k, query + diagonal + window_right + 1);
+  }
+  constexpr int first_key(int query) const {
+    return kLeft && window_left >= 0 ? std::max(0, query + diagonal - window_left) : 0;
   }
 
-  __device__ __forceinline__ int first_key(int row) const {
-    return kLeft && window_left >= 0 ? max(0, row / group + diagonal - window_left) : 0;
-  }
-
-  // Queries that see `key` are [first_query(key), end_query(key, seqlen_q)), without packed heads.
-  __device__ __forceinline__ int first_query(int key) const {
+  // Queries that see `key` are [first_query(key), end_query(key, seqlen_q)).
+  constexpr int first_query(int key) const {
     if (!kRight || (kLeft && window_right < 0)) return 0;
-    return max(0, key - diagonal - window_right);
+    return std::max(0, key - diagonal - window_right);
   }
-
-  __device__ __forceinline__ int end_query(int key, int seqlen_q) const {
+  constexpr int end_query(int key, int seqlen_q) const {
     if (!kLeft || window_left < 0) return seqlen_q;
-    return min(seqlen_q, key - diagonal + window_left + 1);
+    return std::min(seqlen_q, key - diagonal + window_left + 1);
   }
 };
 
-// The blocks of kBlockN keys that the queries [first_row, last_row] see: [begin, end), of which
+// The blocks of kBlockN keys that the queries [first_query, last_query] see: [begin, end), of which
 // [unmasked_begin, unmasked_end) are visible to all of these queries in full.
 template <Mask kMask, int kBlockN>
 struct KeyBlocks {
@@ -60,14 +57,13 @@ struct KeyBlocks {
   int unmasked_begin;
   int unmasked_end;
 
-  __device__ KeyBlocks(const AttentionMask<kMask>& mask, int first_row, int last_row) {
-    begin = mask.first_key(first_row) / kBlockN;
-    end = (max(mask.end_key(last_row), 0) + kBlockN - 1) / kBlockN;
-    unmasked_begin = (mask.first_key(last_row) + kBlockN - 1) / kBlockN;
-    unmasked_end = max(mask.end_key(first_row), 0) / kBlockN;
-  }
+  constexpr KeyBlocks(const AttentionMask<kMask>& mask, int first_query, int last_query)
+      : begin(mask.first_key(first_query) / kBlockN),
+        end((std::max(mask.end_key(last_query), 0) + kBlockN - 1) / kBlockN),
+        unmasked_begin((mask.first_key(last_query) + kBlockN - 1) / kBlockN),
+        unmasked_end(std::max(mask.end_key(first_query), 0) / kBlockN) {}
 
-  __device__ __forceinline__ bool needs_mask(int block) const {
+  constexpr bool needs_mask(int block) const {
     return block >= unmasked_end || (AttentionMask<kMask>::kLeft && block < unmasked_begin);
   }
 };

@@ -23,26 +23,26 @@ struct TileSchedule {
     int m_block;
     int batch;
     int head;
-    int split = 0;  // part of the keys, where they are split
+    int key_part = 0;  // where several thread blocks share the keys
   };
 
   // Every product below is at most num_tiles(), which a launch holds under 2^31.
-  __device__ Tile tile(int index) const {
+  constexpr Tile tile(int index) const {
     const int section_tiles = static_cast<int>(section_heads * tiles_m);
     const int section = index / section_tiles;
     const int in_section = index - section * section_tiles;
     const int first = section * static_cast<int>(section_heads);
-    const int heads = min(static_cast<int>(section_heads), static_cast<int>(batch_heads) - first);
+    const int heads = std::min(static_cast<int>(section_heads), static_cast<int>(batch_heads) - first);
     const int batch_head = first + in_section % heads;
     return {static_cast<int>(tiles_m) - 1 - in_section / heads, batch_head / num_heads,
             batch_head % num_heads};
   }
 
-  __host__ __device__ int64_t num_tiles() const { return tiles_m * batch_heads; }
+  constexpr int64_t num_tiles() const { return tiles_m * batch_heads; }
 };
 
-// Of `tiles_m` tiles for each of `num_heads` heads; with `sections`, of `heads`, at least one, groups of
-// `group` heads.
+// A schedule of `tiles_m` tiles for each of `num_heads` heads. With `sections`, `heads` groups of `group`
+// heads (at least one) form a section.
 inline TileSchedule make_sections(const ForwardParams& params, int64_t tiles_m, int num_heads, bool sections,
                                   int64_t heads, int64_t group) {
   const int64_t batches = int64_t{params.batch} + (params.cu_seqlens_q != nullptr ? 1 : 0);
@@ -54,8 +54,8 @@ inline TileSchedule make_sections(const ForwardParams& params, int64_t tiles_m, 
   return schedule;
 }
 
-// For tiles of `block_m` queries. `section_bytes` of keys and values may form a section: what stays in L2
-// while a section runs. `packed` query heads share a tile, see QueryBlock.
+// The forward's schedule: tiles of `block_m` queries. `section_bytes` of keys and values may form a section:
+// what stays in L2 while a section runs. `packed` query heads share a tile, see QueryBlock.
 inline TileSchedule make_schedule(const ForwardParams& params, int block_m, Mask mask, int64_t section_bytes,
                                   int packed = 1) {
   const int64_t tiles_m = (int64_t{params.seqlen_q} * packed + block_m - 1) / block_m;
@@ -65,8 +65,8 @@ inline TileSchedule make_schedule(const ForwardParams& params, int block_m, Mask
                        section_bytes / std::max<int64_t>(head_bytes, 1), num_heads / params.num_heads_k);
 }
 
-// For tiles of `block_n` keys of the heads of K and V, each in `parts` by heads of Q: Q, dO and dQ in fp32
-// of a section are to stay in L2.
+// The backward's schedule: tiles of `block_n` keys, each computed in `parts`, one per range of query heads. A
+// section is as many heads as keep Q, dO and fp32 dQ in L2.
 inline TileSchedule make_key_schedule(const ForwardParams& params, int block_n, int parts, bool sections,
                                       int64_t section_bytes) {
   const int64_t tiles_n = (int64_t{params.seqlen_k} + block_n - 1) / block_n;

@@ -8,7 +8,7 @@
 
 #include <cstdint>
 
-#include "ptx/dtype.cuh"
+#include "ptx/arithmetic.cuh"
 
 namespace flash_attn::ptx {
 

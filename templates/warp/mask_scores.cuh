@@ -1,7 +1,10 @@
-// A mask as bounds of each row: where query heads are packed, it costs a division for each row, not for each
-// score.
+// The mask as bounds of each row of an accumulator: a lane computes them once for each of its rows, however
+// many columns it holds. Rows are queries and columns keys, or in the backward the other way round. Bounds
+// are made opaque: computed ahead of a loop whose few last blocks need them, they would take registers from
+// all others.
 #pragma once
 
+#include <climits>
 #include <cmath>
 
 #include "problem/mask.cuh"
@@ -9,39 +12,57 @@
 
 namespace flash_attn {
 
-// The keys [first, end) that each of this lane's rows sees.
-template <int kTilesM>
+// The columns [first, end) that each of this lane's rows keeps; of the two bounds only what the mask needs.
+template <int kTilesM, bool kHasFirst, bool kHasEnd>
 struct RowBounds {
   int first[2 * kTilesM];
   int end[2 * kTilesM];
 
-  // Of rows from `first_row` on, `group` of them for each query, which is what the mask counts.
-  template <Mask kMask>
-  __device__ __forceinline__ RowBounds(const AttentionMask<kMask>& mask, int first_row, int group) {
-#pragma unroll
-    for (int i = 0; i < 2 * kTilesM; ++i) {
-      const int query = (first_row + i / 2 * 16 + i % 2 * 8 + static_cast<int>(threadIdx.x % 32) / 4) / group;
-      first[i] = mask.first_key(query);
-      end[i] = mask.end_key(query);
-    }
-  }
-
-  // `key` is that of the block's first column.
+  // `column` is the block's first.
   template <int kTilesN>
-  __device__ __forceinline__ void apply(Accumulator<kTilesM, kTilesN>& scores, int key) const {
-    const int lane = threadIdx.x % 32;
+  __device__ __forceinline__ void apply(Accumulator<kTilesM, kTilesN>& scores, int column) const {
 #pragma unroll
     for (int i = 0; i < 2 * kTilesM; ++i) {
 #pragma unroll
       for (int n = 0; n < kTilesN; ++n) {
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
-          const int column = key + n * 8 + 2 * (lane % 4) + c;
-          if (column < first[i] || column >= end[i]) scores[i / 2][n][2 * (i % 2) + c] = -INFINITY;
+          const int at = column + n * 8 + fragment_column() + c;
+          const bool before = kHasFirst && at < first[i], behind = kHasEnd && at >= end[i];
+          if (before || behind) scores[i / 2][n][2 * (i % 2) + c] = -INFINITY;
         }
       }
     }
   }
 };
+
+// Bounds of rows that are queries. `first_row` counts packed rows: `group` rows belong to one query. The mask
+// counts queries.
+template <int kTilesM, Mask kMask>
+__device__ __forceinline__ auto query_bounds(const AttentionMask<kMask>& mask, int first_row, int group) {
+  RowBounds<kTilesM, AttentionMask<kMask>::kLeft, true> bounds;
+  first_row = ptx::opaque(first_row);
+#pragma unroll
+  for (int i = 0; i < 2 * kTilesM; ++i) {
+    const int query = (first_row + fragment_row(i)) / group;
+    bounds.first[i] = mask.first_key(query);
+    bounds.end[i] = mask.end_key(query);
+  }
+  return bounds;
+}
+
+// Bounds of rows that are keys. A key past the end of the sequence keeps no query.
+template <int kTilesM, Mask kMask>
+__device__ __forceinline__ auto key_bounds(const AttentionMask<kMask>& mask, int first_key, int seqlen_q) {
+  RowBounds<kTilesM, true, AttentionMask<kMask>::kLeft> bounds;
+  first_key = ptx::opaque(first_key);
+#pragma unroll
+  for (int i = 0; i < 2 * kTilesM; ++i) {
+    const int key = first_key + fragment_row(i);
+    bounds.first[i] = key < mask.seqlen_k ? mask.first_query(key) : INT_MAX;
+    bounds.end[i] = mask.end_query(key, seqlen_q);
+  }
+  return bounds;
+}
 
 }  // namespace flash_attn

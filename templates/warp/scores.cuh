@@ -1,11 +1,22 @@
-// Score modifiers: scale, softcap and ALiBi, in log2 units, so that the softmax's own scale is 1 afterwards.
+// What happens to scores between Q K^T and P V besides the softmax itself, as a policy type of the kernel.
+//
+// A policy has
+//   kFolded          true if scores stay as they are and the scale is folded into the exponent
+//   exponent_scale   what a score is multiplied by in the exponent of 2
+//   modify           S = Q K^T becomes what the exponent takes, before the mask
+//   drop             zeroes dropped probabilities; those that are kept are rescaled once, with the output
+//   output_factor    what O is multiplied by besides 1 / sum
+// and in the backward (warp/transposed_scores.cuh) modify_transposed.
 #pragma once
 
 #include <cfloat>
 #include <cstdint>
 
 #include "abi.h"
-#include "ptx/math.cuh"
+#include "problem/sequence.cuh"
+#include "ptx/arithmetic.cuh"
+#include "warp/accumulator.cuh"
+#include "warp/dropout.cuh"
 #include "warp/softmax.cuh"
 
 namespace flash_attn {
@@ -19,6 +30,22 @@ inline bool needs_modifiers(const ForwardParams& params) {
          !(params.softmax_scale > 0.0f && params.softmax_scale <= kMaxPlainScale);
 }
 
+// softmax(scale Q K^T).
+struct PlainScores {
+  static constexpr bool kFolded = true;
+  const ForwardParams& params;
+
+  __device__ __forceinline__ float exponent_scale() const { return params.softmax_scale * kLog2E; }
+  __device__ __forceinline__ float output_factor() const { return 1.0f; }
+
+  template <int kTilesM, int kTilesN>
+  __device__ __forceinline__ void modify(Accumulator<kTilesM, kTilesN>&, const QueryBlock&, int, int,
+                                         int) const {}
+  template <int kTilesM, int kTilesN>
+  __device__ __forceinline__ void drop(Accumulator<kTilesM, kTilesN>&, const QueryBlock&, int, int) const {}
+};
+
+// Scale, softcap and ALiBi of a score, in log2 units, so that the softmax's own scale is 1 afterwards.
 struct ScoreModifiers {
   float scale_log2;     // applied when there is no softcap
   float softcap_log2;   // softcap * log2(e); 0 without softcap
@@ -62,9 +89,71 @@ struct ScoreModifiers {
     return caps() ? cap(score, derivative) : score * scale_log2;
   }
 
-  // What ALiBi subtracts; `distance` is row + diagonal - column.
+  // What ALiBi subtracts; `distance` is query + diagonal - key.
   __device__ __forceinline__ float bias(int distance) const {
     return slope_log2 * fabsf(static_cast<float>(distance));
+  }
+
+  // Scale and softcap. One branch for all of them: with one for each, exponentials would not overlap.
+  template <int kTilesM, int kTilesN>
+  __device__ __forceinline__ void scale_all(Accumulator<kTilesM, kTilesN>& scores) const {
+    if (caps()) {
+      float derivative;
+      for_each_score(scores, [&](float& score) { score = cap(score, derivative); });
+    } else {
+      for_each_score(scores, [&](float& score) { score *= scale_log2; });
+    }
+  }
+};
+
+// Any scale, softcap, ALiBi and dropout.
+struct ModifiedScores {
+  static constexpr bool kFolded = false;
+  const ForwardParams& params;
+
+  __device__ __forceinline__ float exponent_scale() const { return 1.0f; }
+  __device__ __forceinline__ float output_factor() const { return params.dropout_rescale; }
+
+  // `row` is the first one's in the block of queries, `key` the first column's; `diagonal` is seqlen_k -
+  // seqlen_q. The heads of packed rows, and with them their slopes, differ.
+  template <int kTilesM, int kTilesN>
+  __device__ __forceinline__ void modify(Accumulator<kTilesM, kTilesN>& scores, const QueryBlock& queries,
+                                         int diagonal, int row, int key) const {
+    ScoreModifiers(params, queries.batch, queries.head_of(row)).scale_all(scores);
+    row = ptx::opaque(row);  // as in warp/mask_scores.cuh
+#pragma unroll
+    for (int i = 0; i < 2 * kTilesM; ++i) {
+      const int in_block = row + fragment_row(i);
+      const ScoreModifiers modifiers(params, queries.batch, queries.head_of(in_block));
+      const int distance = queries.query_of(in_block) + diagonal - key - fragment_column();
+#pragma unroll
+      for (int n = 0; n < kTilesN; ++n) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          scores[i / 2][n][2 * (i % 2) + c] -= modifiers.bias(distance - n * 8 - c);
+        }
+      }
+    }
+  }
+
+  template <int kTilesM, int kTilesN>
+  __device__ __forceinline__ void drop(Accumulator<kTilesM, kTilesN>& probs, const QueryBlock& queries,
+                                       int row, int key) const {
+    if (!(params.dropout_p > 0.0f)) return;
+    const Dropout dropout(params, queries.batch * params.num_heads + queries.head);
+    const int first_block = (queries.first_row + row) / 16;
+#pragma unroll
+    for (int m = 0; m < kTilesM; ++m) {
+#pragma unroll
+      for (int n = 0; n < kTilesN; n += 2) {
+        const uint4 words = dropout.words(first_block + m, key / 16 + n / 2, lane_index());
+        const uint32_t word[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          if (!dropout.keeps(word[i / 2], i % 2)) probs[m][n + i / 4][i % 4] = 0.0f;
+        }
+      }
+    }
   }
 };
 

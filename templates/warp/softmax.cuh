@@ -5,22 +5,31 @@
 #include <cmath>
 #include <cstdint>
 
-#include "ptx/math.cuh"
+#include "problem/sequence.cuh"
+#include "ptx/arithmetic.cuh"
+#include "warp/accumulator.cuh"
 
 namespace flash_attn {
 
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
-// Counts a score without a value, an attention sink, in a row's LSE; returns by what O must be multiplied. A
-// row that sees no key stays as it is.
-__device__ __forceinline__ float add_sink(float& lse, float sink) {
-  if (isinf(lse)) return 1.0f;
+// Counts the head's attention sink, a score without a value, in a row's LSE if the call has sinks; returns by
+// what O must be multiplied. A row that sees no key stays as it is.
+__device__ __forceinline__ float add_sink(float& lse, const ForwardParams& params, int head) {
+  if (params.sinks == nullptr || isinf(lse)) return 1.0f;
+  const float sink = params.sinks[head];
   const float max = fmaxf(lse, sink);
   const float sum = max + logf(expf(lse - max) + expf(sink - max)), factor = expf(lse - sum);
   lse = sum;
   return factor;
 }
+
+// Sums that no other warp has a part of.
+struct NoCombine {
+  template <class Rows>
+  __device__ __forceinline__ void operator()(Rows&) const {}
+};
 
 // A thread's rows: two for each m16 tile (lane / 4 and 8 below), spread over the four lanes of a quad.
 template <int kTilesM>
@@ -33,7 +42,7 @@ struct OnlineSoftmax {
   static constexpr float kMaxLag = 8.0f;
 
   float max[kRows];  // in units of the raw scores
-  float sum[kRows];  // this thread's part until `finish`
+  float sum[kRows];  // this thread's part until `normalise`
 
   __device__ __forceinline__ OnlineSoftmax() {
 #pragma unroll
@@ -105,8 +114,8 @@ struct OnlineSoftmax {
 
   // Completes the sums over the quad and, with `combine`, over other warps. Returns for each row 1 / sum, or
   // 0 for a row that saw no key.
-  template <class Combine>
-  __device__ __forceinline__ void finish(float (&inverse_sum)[kRows], Combine combine) {
+  template <class Combine = NoCombine>
+  __device__ __forceinline__ void normalise(float (&inverse_sum)[kRows], Combine combine = {}) {
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
       sum[row] += __shfl_xor_sync(0xffffffff, sum[row], 1);
@@ -117,7 +126,8 @@ struct OnlineSoftmax {
     for (int row = 0; row < kRows; ++row) inverse_sum[row] = sum[row] == 0.0f ? 0.0f : 1.0f / sum[row];
   }
 
-  // Natural logarithm of the row's sum of exponentials; +inf for a row that saw no key. Call after `finish`.
+  // Natural logarithm of the row's sum of exponentials; +inf for a row that saw no key. Call after
+  // `normalise`.
   __device__ __forceinline__ float log_sum_exp(int row, float scale) const {
     return sum[row] == 0.0f ? INFINITY : max[row] * scale * kLn2 + logf(sum[row]);
   }
@@ -134,5 +144,22 @@ struct OnlineSoftmax {
     return fmaxf(result, __shfl_xor_sync(0xffffffff, result, 2));
   }
 };
+
+// The end of an attention kernel's rows, from `first_row` of the block of queries on: stores their LSE, sinks
+// counted, and makes `factor`, 1 / sum, what O is to be multiplied by.
+template <class Scores, int kTilesM>
+__device__ __forceinline__ void store_lse(float (&factor)[2 * kTilesM], const OnlineSoftmax<kTilesM>& softmax,
+                                          const Scores& policy, const QueryBlock& queries, int first_row,
+                                          bool stores = true) {
+  const ForwardParams& params = *queries.params;
+  stores = stores && params.softmax_lse != nullptr && lane_index() % 4 == 0;
+#pragma unroll
+  for (int i = 0; i < 2 * kTilesM; ++i) {
+    const int row = first_row + fragment_row(i);
+    float lse = softmax.log_sum_exp(i, policy.exponent_scale());
+    factor[i] *= add_sink(lse, params, queries.head_of(row)) * policy.output_factor();
+    if (stores && row < queries.rows) *queries.lse(row) = lse;
+  }
+}
 
 }  // namespace flash_attn

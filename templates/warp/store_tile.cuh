@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "ptx/dtype.cuh"
+#include "ptx/arithmetic.cuh"
 #include "ptx/shared_memory.cuh"
 #include "warp/accumulator.cuh"
 #include "warp/shared_tile.cuh"
@@ -18,15 +18,15 @@ __device__ __forceinline__ void store_tile(uint32_t shared, const Accumulator<kT
                                            const float (&factor)[2 * kTilesM], int first_row,
                                            int first_column, int rows, int columns, RowPointer row_pointer) {
   using Shared = SharedTile<kHeadDim>;
-  const int lane = threadIdx.x % 32;
+  const int lane = lane_index();
 #pragma unroll
   for (int i = 0; i < 2 * kTilesM; ++i) {
-    const int row = first_row + i / 2 * 16 + i % 2 * 8 + lane / 4;
+    const int row = first_row + fragment_row(i);
 #pragma unroll
     for (int n = 0; n < kTilesN; ++n) {
       const float* o = values[i / 2][n] + 2 * (i % 2);
-      ptx::store_shared(shared + Shared::offset(row, first_column / 8 + n) + lane % 4 * 4,
-                        pack<kDtype>(o[0] * factor[i], o[1] * factor[i]));
+      ptx::store_shared(shared + Shared::offset(row, first_column / 8 + n) + fragment_column() * 2,
+                        ptx::pack<kDtype>(o[0] * factor[i], o[1] * factor[i]));
     }
   }
   __syncwarp();

@@ -2,10 +2,8 @@
 // queries.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 
-#include "problem/mask.cuh"
 #include "warp/accumulator.cuh"
 #include "warp/dropout.cuh"
 #include "warp/scores.cuh"
@@ -26,13 +24,22 @@ __device__ __forceinline__ void for_each_pair(Accumulator<kTilesM, kTilesN>& a,
   }
 }
 
-template <Mask kMask, int kTilesM, int kTilesN>
-__device__ __forceinline__ void apply_transposed_mask(Accumulator<kTilesM, kTilesN>& scores,
-                                                      const AttentionMask<kMask>& mask, int first_key,
-                                                      int first_query) {
-  for_each_score(scores, first_key, first_query, [&](float& score, int key, int query) {
-    if (key >= mask.end_key(query) || key < mask.first_key(query)) score = -INFINITY;
-  });
+// S^T becomes what the exponent takes, before the mask, and `derivative` what dS is multiplied by because of
+// it. `diagonal` is seqlen_k - seqlen_q.
+template <int kTilesM, int kTilesN>
+__device__ __forceinline__ void modify_transposed(Accumulator<kTilesM, kTilesN>& scores,
+                                                  Accumulator<kTilesM, kTilesN>& derivative,
+                                                  const ScoreModifiers& modifiers, int diagonal,
+                                                  int first_key, int first_query) {
+  if (modifiers.caps()) {
+    for_each_pair(scores, derivative,
+                  [&](float& score, float& slope) { score = modifiers.cap(score, slope); });
+  } else {
+    modifiers.scale_all(scores);
+    for_each_score(derivative, [](float& slope) { slope = 1.0f; });
+  }
+  for_each_score(scores, first_key, first_query,
+                 [&](float& score, int key, int query) { score -= modifiers.bias(query + diagonal - key); });
 }
 
 // Marks dropped probabilities by their sign. One call of the generator serves eight scores of a 16x16 block
@@ -42,15 +49,15 @@ template <int kTilesM, int kTilesN>
 __device__ __forceinline__ void mark_transposed_dropout(Accumulator<kTilesM, kTilesN>& probs,
                                                         const Dropout& dropout, int first_key,
                                                         int first_query) {
-  const int lane = threadIdx.x % 32, key = lane / 4;
+  const int lane = lane_index(), key = lane / 4;
   const bool odd_key = key % 2;
   const int generated = (2 * (lane % 4) + odd_key) * 4 + key / 2;
 #pragma unroll
   for (int m = 0; m < kTilesM; ++m) {
 #pragma unroll
     for (int n = 0; n < kTilesN; n += 2) {
-      const uint4 mine = dropout.words(first_query / 16 + n / 2, first_key / 16 + m, generated);
-      const uint32_t words[4] = {mine.x, mine.y, mine.z, mine.w};
+      const uint4 own = dropout.words(first_query / 16 + n / 2, first_key / 16 + m, generated);
+      const uint32_t words[4] = {own.x, own.y, own.z, own.w};
 #pragma unroll
       for (int word = 0; word < 4; ++word) {
         const uint32_t other = __shfl_xor_sync(0xffffffff, words[word], 4);

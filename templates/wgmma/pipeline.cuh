@@ -1,60 +1,14 @@
-// What the producer and the consumers share: buffers, barriers and the positions in them.
+// What the producer and the consumers of a kernel share: the queue of tiles, positions in rings of buffers.
 #pragma once
+
+#include <cuda_runtime.h>
 
 #include <cstdint>
 
 #include "problem/schedule.cuh"
-#include "ptx/mbarrier.cuh"
 #include "ptx/shared_memory.cuh"
-#include "wgmma/forward/config.cuh"
 
 namespace flash_attn::wgmma {
-
-// Addresses in shared memory.
-template <class Config>
-struct SharedLayout {
-  uint32_t base;
-
-  __device__ __forceinline__ explicit SharedLayout(const uint8_t* shared_memory)
-      : base(ptx::shared_address(shared_memory)) {}
-
-  __device__ __forceinline__ uint32_t query(int stage) const { return base + stage * Config::kQueryBytes; }
-  __device__ __forceinline__ uint32_t key(int stage) const {
-    return query(Config::kQueryStages) + stage * Config::kKeyBytes;
-  }
-  __device__ __forceinline__ uint32_t value(int stage) const {
-    return key(Config::kStages) + stage * Config::kValueBytes;
-  }
-  __device__ __forceinline__ uint32_t q_full(int stage) const { return value(Config::kStages) + 32 * stage; }
-  __device__ __forceinline__ uint32_t q_empty(int stage) const { return q_full(stage) + 8; }
-  __device__ __forceinline__ uint32_t tile(int stage) const { return q_full(stage) + 16; }
-  __device__ __forceinline__ uint32_t k_full(int stage) const {
-    return q_full(Config::kQueryStages) + 32 * stage;
-  }
-  __device__ __forceinline__ uint32_t k_empty(int stage) const { return k_full(stage) + 8; }
-  __device__ __forceinline__ uint32_t v_full(int stage) const { return k_full(stage) + 16; }
-  __device__ __forceinline__ uint32_t v_empty(int stage) const { return k_full(stage) + 24; }
-
-  // `tile_readers` wait for a tile's name.
-  __device__ __forceinline__ void init_barriers(int tile_readers) const {
-    for (int stage = 0; stage < Config::kQueryStages; ++stage) {
-      ptx::mbarrier_init(q_full(stage), 1);
-      ptx::mbarrier_init(q_empty(stage), tile_readers);
-    }
-    for (int stage = 0; stage < Config::kStages; ++stage) {
-      ptx::mbarrier_init(k_full(stage), 1);
-      ptx::mbarrier_init(k_empty(stage), Config::kConsumers);
-      ptx::mbarrier_init(v_full(stage), 1);
-      ptx::mbarrier_init(v_empty(stage), Config::kConsumers);
-    }
-    ptx::mbarrier_init_fence();
-  }
-};
-
-__device__ __forceinline__ TileSchedule::Tile read_tile(uint32_t shared) {
-  const uint4 fields = ptx::load_shared_16(shared);
-  return {int(fields.x), int(fields.y), int(fields.z), int(fields.w)};
-}
 
 // Position in a ring of buffers: the stage, and the parity of its full barrier's phase.
 template <int kStages>
@@ -69,5 +23,38 @@ struct RingPosition {
     }
   }
 };
+
+// Hands out tiles to threads, one or a warp: the first one of each thread block is its own index, the next
+// ones come from a counter in global memory, so that blocks with short tiles take more of them. Without a
+// counter a block takes every gridDim.x-th tile.
+template <int kThreads>
+struct TileQueue {
+  int32_t* counter;
+  int num_tiles;
+
+  __device__ __forceinline__ int next(int index) const {
+    if (counter == nullptr) return index + gridDim.x;
+    int taken = 0;
+    if (kThreads == 1 || threadIdx.x == 0) {
+      taken = atomicAdd(counter, 1);
+      if (taken == num_tiles - 1) *counter = 0;  // every tile's successor has been asked for
+    }
+    if (kThreads > 1) taken = __shfl_sync(0xffffffff, taken, 0);
+    return taken + gridDim.x;
+  }
+};
+
+// The tile that the producer names to the consumers when there are no more.
+__device__ __forceinline__ TileSchedule::Tile no_tile() { return {0, -1, 0}; }
+__device__ __forceinline__ bool is_tile(const TileSchedule::Tile& tile) { return tile.batch >= 0; }
+
+__device__ __forceinline__ void write_tile(uint32_t shared, const TileSchedule::Tile& tile) {
+  ptx::store_shared_16(shared, make_uint4(tile.m_block, tile.batch, tile.head, tile.key_part));
+}
+
+__device__ __forceinline__ TileSchedule::Tile read_tile(uint32_t shared) {
+  const uint4 fields = ptx::load_shared_16(shared);
+  return {int(fields.x), int(fields.y), int(fields.z), int(fields.w)};
+}
 
 }  // namespace flash_attn::wgmma

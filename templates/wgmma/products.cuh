@@ -3,7 +3,6 @@
 
 #include <cstdint>
 
-#include "ptx/warpgroup.cuh"
 #include "warp/accumulator.cuh"
 #include "wgmma.cuh"
 #include "wgmma/forward/config.cuh"

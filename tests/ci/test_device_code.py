@@ -3,7 +3,8 @@ import pytest
 from ci import CiError, device_code
 
 ENTRY = (
-    "FUNC  GLOBAL DEFAULT ENTRY  _ZN10flash_attn4sm8014forward_kernelINS_{}ELb0EEEvNS0_16ForwardArgumentsE"
+    "FUNC  GLOBAL DEFAULT ENTRY  "
+    "_ZN10flash_attn3mma14forward_kernelINS_{}ENS_11PlainScoresEEEvNS0_16ForwardArgumentsE"
 )
 DUMP = f"""\
 Fatbin elf code:
@@ -12,13 +13,13 @@ arch = sm_80
 compressed
 symbols:
 FUNC          WEAK    DEFAULT    -       $__internal_0_$__cuda_sm20_rcp_rn_f32_slowpath
-{ENTRY.format("23ForwardSm80Bf16D256Full")}
+{ENTRY.format("23ForwardSm80Bf16D256Full7Default")}
 
 Fatbin elf code:
 ================
 arch = sm_90
 symbols:
-{ENTRY.format("28ForwardSm80Bf16D256FullRoomy")}
+{ENTRY.format("23ForwardSm80Bf16D256Full5Roomy")}
 FUNC  GLOBAL DEFAULT ENTRY  _ZN10flash_attn20dropout_probs_kernelENS_5OtherE
 """
 

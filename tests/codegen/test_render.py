@@ -7,7 +7,7 @@ import pytest
 from codegen import GENERATED, axes, render, tiles, units
 from codegen.compilation import selection
 from codegen.targets import Selection, Target, full_selection
-from codegen.tile_shapes import BackwardTile, ForwardTile, SplitTile
+from codegen.tile_shapes import MmaBackwardTile, MmaCacheTile, MmaForwardTile
 
 GOLDEN = Path(__file__).parent / "golden"
 SMALL = Selection((Target("sm80", 80), Target("sm86", 89, ptx=True)), (64,), ("bf16",), axes.DIRECTIONS)
@@ -16,15 +16,15 @@ SMALL = Selection((Target("sm80", 80), Target("sm86", 89, ptx=True)), (64,), ("b
 @pytest.fixture
 def fixed_tiles(monkeypatch):
     """Tiles that tuning does not change, so that the golden files follow the templates alone."""
-    backward = {"default": BackwardTile(32, 128, 4, 1, 2)}
+    backward = {"default": MmaBackwardTile(32, 128, 4, 1, 2)}
     for family in ("sm80", "sm86"):
-        monkeypatch.setitem(tiles.FORWARD_TILES[family], 64, {"default": ForwardTile(128, 64, 4, 2)})
+        monkeypatch.setitem(tiles.FORWARD_TILES[family], 64, {"default": MmaForwardTile(128, 64, 4, 2)})
         monkeypatch.setitem(tiles.BACKWARD_TILES[family], 64, backward)
-        few, many = SplitTile(16, 64, 1, 4, 2, 2), SplitTile(64, 64, 4, 1, 1, 2)
-        monkeypatch.setitem(tiles.SPLIT_TILES[family], 64, {"few": few, "default": many})
-    roomy = {**backward, "roomy": BackwardTile(64, 128, 4, 2, 2)}
+        few, many = MmaCacheTile(16, 64, 1, 4, 2, 2), MmaCacheTile(64, 64, 4, 1, 1, 2)
+        monkeypatch.setitem(tiles.CACHE_TILES[family], 64, {"rows16": few, "rows64": many})
+    roomy = {**backward, "roomy": MmaBackwardTile(64, 128, 4, 2, 2)}
     monkeypatch.setitem(tiles.BACKWARD_TILES["sm80"], 64, roomy)
-    monkeypatch.setitem(tiles.FORWARD_TILES["sm86"][64], "causal", ForwardTile(64, 32, 4, 1))
+    monkeypatch.setitem(tiles.FORWARD_TILES["sm86"][64], "causal", MmaForwardTile(64, 32, 4, 1))
 
 
 def test_golden_output(fixed_tiles):
@@ -64,17 +64,20 @@ def test_a_name_that_a_template_does_not_get_is_an_error():
 def test_an_empty_selection_still_gives_valid_tables():
     files = render.render_sources(Selection((), axes.HEAD_DIMS, axes.DTYPES, axes.DIRECTIONS))
     assert set(files) == {"abi.h", "dispatch.cu", "manifest.json"}
-    assert "kNumKernels = 0;" in files["dispatch.cu"] and "{nullptr, " in files["dispatch.cu"]
+    assert "kCacheKernels{Direction::kSplit, cache_kernels, 0};" in files["dispatch.cu"]
+    assert files["dispatch.cu"].count("{nullptr, ") == 3
 
 
 def test_a_new_head_dim_is_data(monkeypatch):
     monkeypatch.setattr(axes, "HEAD_DIMS", (*axes.HEAD_DIMS, 160))
     for rows in tiles.FORWARD_TILES.values():
-        monkeypatch.setitem(rows, 160, {"default": ForwardTile(64, 64, 4, 1)})
+        monkeypatch.setitem(rows, 160, {"default": MmaForwardTile(64, 64, 4, 1)})
     for rows in tiles.BACKWARD_TILES.values():
-        monkeypatch.setitem(rows, 160, {"default": BackwardTile(32, 32, 4, 1, 2)})
-    for rows in tiles.SPLIT_TILES.values():
-        monkeypatch.setitem(rows, 160, {"default": SplitTile(64, 64, 4, 1, 1, 1)})
+        monkeypatch.setitem(rows, 160, {"default": MmaBackwardTile(32, 32, 4, 1, 2)})
+    for rows in tiles.CACHE_TILES.values():
+        monkeypatch.setitem(
+            rows, 160, dict.fromkeys(("rows16", "rows64", "wgmma"), MmaCacheTile(64, 64, 4, 1, 1, 1))
+        )
     files = render.render_sources(full_selection())
     assert "/*head_dim*/ 160" in files["sm86/forward_fp16_d160_windowed.cu"]
     assert "forward_sm80_bf16_d160_full" in files["dispatch.cu"]
@@ -88,6 +91,7 @@ def test_a_new_family_is_data(monkeypatch):
     monkeypatch.setitem(axes.FAMILIES, "sm95", family)
     monkeypatch.setitem(axes.ARCHS, 95, axes.Arch(95, "sm95", (13, 0)))
     monkeypatch.setitem(tiles.FORWARD_TILES, "sm95", tiles.FORWARD_TILES["sm80"])
+    monkeypatch.setitem(tiles.MEMBERS, ("tcgen05", "forward"), ("default",))
     chosen = selection.from_environment({"FLASH_ATTN_ARCHS": "95"})
     files = render.render_sources(chosen)
     assert '#include "tcgen05/forward/launch.cuh"' in files["sm95/forward_bf16_d64_full.cu"]
@@ -99,6 +103,6 @@ def test_a_new_family_is_data(monkeypatch):
 
 
 def test_a_tile_that_does_not_fit_stops_the_generator(monkeypatch):
-    monkeypatch.setitem(tiles.FORWARD_TILES["sm86"][256], "default", ForwardTile(128, 128, 8, 1))
+    monkeypatch.setitem(tiles.FORWARD_TILES["sm86"][256], "default", MmaForwardTile(128, 128, 8, 1))
     with pytest.raises(tiles.TileError, match="shared memory per block"):
         render.render_sources(full_selection())

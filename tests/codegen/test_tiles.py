@@ -1,7 +1,7 @@
 import pytest
 
 from codegen import axes, tiles
-from codegen.tile_shapes import BackwardTile, ForwardTile, HopperTile, SplitTile, mma, wgmma
+from codegen.tile_shapes import MmaBackwardTile, MmaCacheTile, MmaForwardTile, WgmmaForwardTile, mma, wgmma
 from codegen.tile_shapes.formula import Sum, Term
 from codegen.tiles import TileError
 
@@ -13,18 +13,21 @@ def test_every_tile_of_the_table_fits():
         for direction in family.directions:
             for head_dim in axes.HEAD_DIMS:
                 for mask in axes.MASKS:
-                    tile = tiles.find_tile(direction, family.name, head_dim, mask)
-                    assert tile.smem_bytes(head_dim) <= family.smem_per_block
+                    found = tiles.find_tiles(direction, family.name, head_dim, mask)
+                    for tile in filter(None, found.values()):
+                        assert tile.smem_bytes(head_dim) <= family.smem_per_block
 
 
 def test_the_table_holds_no_row_that_nothing_reads():
     assert tuple(tiles.TABLES) == axes.DIRECTIONS
-    for table in tiles.TABLES.values():
+    for direction, table in tiles.TABLES.items():
         assert set(table) == {family.name for family in axes.built_families()}
-        for rows in table.values():
+        for name, rows in table.items():
+            members = tiles.MEMBERS[axes.FAMILIES[name].directions[direction], direction]
+            masks = axes.MASKS if "default" in members else ()
             assert set(rows) == set(axes.HEAD_DIMS)
             for row in rows.values():
-                assert set(row) <= {"default", *tiles.VARIANTS, *axes.MASKS}
+                assert set(row) <= {*members, *masks}
 
 
 def test_a_sum_says_where_it_comes_from():
@@ -35,13 +38,13 @@ def test_a_sum_says_where_it_comes_from():
 
 
 def test_arithmetic():
-    tile = ForwardTile(block_m=128, block_n=64, warps=4, min_blocks=2)
+    tile = MmaForwardTile(block_m=128, block_n=64, warps=4, min_blocks=2)
     assert tile.smem_bytes(128) == 2 * (128 * 128 + 2 * 64 * 128) == 65536
     assert tile.registers(128).value == (32 * 128 + 32 * 64) // 32 + mma.REGISTER_OVERHEAD == 232
 
 
 def test_pairs_of_warps_halve_the_columns_and_exchange_through_shared_memory():
-    alone, pairs = ForwardTile(64, 64, 4, 1), ForwardTile(64, 64, 4, 1, warps_per_row=2)
+    alone, pairs = MmaForwardTile(64, 64, 4, 1), MmaForwardTile(64, 64, 4, 1, warps_per_row=2)
     assert pairs.registers(256) == alone.registers(256)
     assert pairs.smem_bytes(256) - alone.smem_bytes(256) == 64 * 64 * 2 + 64 * 2 * 4
 
@@ -53,7 +56,7 @@ def refusal(tile, family, head_dim):
 
 
 def test_too_much_shared_memory_per_block():
-    text = refusal(ForwardTile(128, 128, 8, 1), SM86, 256)
+    text = refusal(MmaForwardTile(128, 128, 8, 1), SM86, 256)
     assert (
         "shared memory per block: bytes 2 * block_m 128 * head_dim 256 [Q]"
         " + bytes 2 * tensors 2 * block_n 128 * head_dim 256 [K, V] = 196608 > 101376 bytes"
@@ -62,7 +65,7 @@ def test_too_much_shared_memory_per_block():
 
 
 def test_too_much_shared_memory_per_sm():
-    text = refusal(ForwardTile(128, 64, 4, 2), SM86, 128)
+    text = refusal(MmaForwardTile(128, 64, 4, 2), SM86, 128)
     assert (
         "min_blocks 2 * smem 65536 [the blocks] + min_blocks 2 * reserved 1024 [the system] = 133120" in text
     )
@@ -71,7 +74,7 @@ def test_too_much_shared_memory_per_sm():
 
 
 def test_too_many_registers():
-    text = refusal(ForwardTile(128, 64, 4, 2), SM80, 192)
+    text = refusal(MmaForwardTile(128, 64, 4, 2), SM80, 192)
     assert (
         "block_m 128 * head_dim 192 / threads 128 [O] + block_m 128 * block_n 64 / threads 128 [S]"
         " + registers 40 [overhead] = 296"
@@ -80,7 +83,7 @@ def test_too_many_registers():
 
 
 def test_register_limit_follows_residency():
-    text = refusal(ForwardTile(128, 128, 8, 2), SM80, 64)
+    text = refusal(MmaForwardTile(128, 128, 8, 2), SM80, 64)
     assert "= 136 > min(255, registers 65536 / min_blocks 2 / threads 256 [a thread's share]) = 128" in text
 
 
@@ -88,20 +91,23 @@ def test_register_limit_follows_residency():
     ("tile", "words"),
     [
         (
-            ForwardTile(96, 64, 4, 1),
+            MmaForwardTile(96, 64, 4, 1),
             "block_m 96 * warps_per_row 1 / warps 4 [rows per warp] = 24, not a multiple of 16",
         ),
         (
-            ForwardTile(64, 40, 4, 1),
+            MmaForwardTile(64, 40, 4, 1),
             "block_n 40 / warps_per_row 1 [keys per warp] = 40, not a multiple of 16",
         ),
-        (ForwardTile(64, 48, 4, 1, 2), "48 / warps_per_row 2 [keys per warp] = 24, not a multiple of 16"),
-        (ForwardTile(64, 64, 4, 1, 3), "warps_per_row = 3"),
+        (MmaForwardTile(64, 48, 4, 1, 2), "48 / warps_per_row 2 [keys per warp] = 24, not a multiple of 16"),
+        (MmaForwardTile(64, 64, 4, 1, 3), "warps_per_row = 3"),
         (
-            ForwardTile(64, 64, 4, 1, 2),
+            MmaForwardTile(64, 64, 4, 1, 2),
             "64 / warps_per_row 2 [columns of O per warp] = 32, not a multiple of 64",
         ),
-        (ForwardTile(128, 16, 8, 1), "block_n = 16, not a multiple of the 32 rows that 8 warps copy at once"),
+        (
+            MmaForwardTile(128, 16, 8, 1),
+            "block_n = 16, not a multiple of the 32 rows that 8 warps copy at once",
+        ),
     ],
 )
 def test_wrong_shapes(tile, words):
@@ -109,67 +115,68 @@ def test_wrong_shapes(tile, words):
 
 
 def test_every_problem_is_listed_at_once():
-    text = refusal(ForwardTile(256, 256, 4, 2), SM86, 256)
+    text = refusal(MmaForwardTile(256, 256, 4, 2), SM86, 256)
     assert text.count("\n") == 3
 
 
 def test_missing_row(monkeypatch):
     monkeypatch.delitem(tiles.FORWARD_TILES["sm80"], 96)
     with pytest.raises(TileError, match="family sm80, head_dim 96, mask full: add it to FORWARD_TILES"):
-        tiles.find_tile("forward", "sm80", 96, "full")
-    assert tiles.find_tile("backward", "sm80", 96, "full")
+        tiles.find_tiles("forward", "sm80", 96, "full")
+    assert tiles.find_tiles("backward", "sm80", 96, "full")
 
 
 def test_mask_override(monkeypatch):
-    special = ForwardTile(64, 64, 4, 1)
+    special = MmaForwardTile(64, 64, 4, 1)
     monkeypatch.setitem(tiles.FORWARD_TILES["sm80"][64], "windowed", special)
-    assert tiles.find_tile("forward", "sm80", 64, "windowed") == special
-    assert tiles.find_tile("forward", "sm80", 64, "full") == tiles.FORWARD_TILES["sm80"][64]["default"]
+    assert tiles.find_tiles("forward", "sm80", 64, "windowed")["default"] == special
+    default = tiles.FORWARD_TILES["sm80"][64]["default"]
+    assert tiles.find_tiles("forward", "sm80", 64, "full")["default"] == default
 
 
 def test_a_roomy_tile_may_need_more_of_a_multiprocessor_than_the_family_has(monkeypatch):
-    roomy = ForwardTile(64, 64, 4, 2, 2)
+    roomy = MmaForwardTile(64, 64, 4, 2, 2)
     assert "per SM" in refusal(roomy, SM80, 256)
     monkeypatch.setitem(tiles.FORWARD_TILES["sm80"][256], "roomy", roomy)
-    assert tiles.tile_variants("forward", "sm80", 256) == {"roomy": roomy}
-    assert tiles.tile_variants("forward", "sm80", 32) == {}
+    assert tiles.find_tiles("forward", "sm80", 256, "full")["roomy"] == roomy
+    assert tiles.find_tiles("forward", "sm80", 32, "full")["roomy"] is None
 
 
 def test_a_roomy_tile_must_fit_a_block(monkeypatch):
-    monkeypatch.setitem(tiles.FORWARD_TILES["sm86"][256], "roomy", ForwardTile(128, 64, 8, 1))
+    monkeypatch.setitem(tiles.FORWARD_TILES["sm86"][256], "roomy", MmaForwardTile(128, 64, 8, 1))
     with pytest.raises(TileError, match="shared memory per block"):
-        tiles.tile_variants("forward", "sm86", 256)
+        tiles.find_tiles("forward", "sm86", 256, "full")
 
 
 def test_backward_arithmetic():
-    tile = BackwardTile(block_m=64, block_n=128, warps=8, min_blocks=1, score_stages=2)
+    tile = MmaBackwardTile(block_m=64, block_n=128, warps=8, min_blocks=1, score_stages=2)
     assert tile.keys_per_warp.value == 32 and tile.queries_at_once == 64
     assert tile.smem_bytes(128) == 2 * (2 * 128 * 128 + 4 * 64 * 128 + 2 * 64 * 128) + 2 * 2 * 64 * 4
     assert tile.registers(128).value == 32 * 128 // 32 + 32 * 64 // 32 + mma.REGISTER_OVERHEAD
-    narrow = BackwardTile(block_m=64, block_n=128, warps=4, min_blocks=1, score_stages=1)
+    narrow = MmaBackwardTile(block_m=64, block_n=128, warps=4, min_blocks=1, score_stages=1)
     assert narrow.keys_per_warp.value == 64 and narrow.queries_at_once == 32
 
 
 @pytest.mark.parametrize(
     ("tile", "words"),
     [
-        (BackwardTile(64, 96, 3, 1, 2), "warps = 3, not pairs"),
-        (BackwardTile(48, 64, 4, 1, 2), "block_m = 48, not 16, 32, 64 or 128"),
-        (BackwardTile(64, 96, 4, 1, 2), "block_n 96 / pairs 2 [keys per warp] = 48, not 16, 32 or 64"),
-        (BackwardTile(64, 32, 8, 1, 2), "32 / pairs 4 [keys per warp] = 8, not 16, 32 or 64"),
-        (BackwardTile(64, 64, 4, 1, 3), "score_stages = 3, not 1 or 2"),
+        (MmaBackwardTile(64, 96, 3, 1, 2), "warps = 3, not pairs"),
+        (MmaBackwardTile(48, 64, 4, 1, 2), "block_m = 48, not 16, 32, 64 or 128"),
+        (MmaBackwardTile(64, 96, 4, 1, 2), "block_n 96 / pairs 2 [keys per warp] = 48, not 16, 32 or 64"),
+        (MmaBackwardTile(64, 32, 8, 1, 2), "32 / pairs 4 [keys per warp] = 8, not 16, 32 or 64"),
+        (MmaBackwardTile(64, 64, 4, 1, 3), "score_stages = 3, not 1 or 2"),
         (
-            BackwardTile(128, 512, 16, 1, 1),
+            MmaBackwardTile(128, 512, 16, 1, 1),
             "pairs 8 * block_m 128 / queries_at_once 32 [each pair's parts of block_m] = 33",
         ),
-        (BackwardTile(16, 64, 8, 1, 2), "block_m = 16, not a multiple of the 32 rows that 8 warps copy"),
-        (BackwardTile(64, 128, 8, 2, 2), "= 331776 > 167936 bytes, with smem = "),
+        (MmaBackwardTile(16, 64, 8, 1, 2), "block_m = 16, not a multiple of the 32 rows that 8 warps copy"),
+        (MmaBackwardTile(64, 128, 8, 2, 2), "= 331776 > 167936 bytes, with smem = "),
         (
-            BackwardTile(64, 128, 8, 2, 2),
+            MmaBackwardTile(64, 128, 8, 2, 2),
             "keys_per_warp 32 * queries_at_once 64 / lanes 32 [scores] + registers 40 [overhead] = 232",
         ),
         (
-            BackwardTile(128, 128, 8, 1, 2),
+            MmaBackwardTile(128, 128, 8, 1, 2),
             "+ bytes 4 * tensors 2 * stages 2 * block_m 128 [LSE, D] = 264192 > 166912 bytes",
         ),
     ],
@@ -179,10 +186,10 @@ def test_wrong_backward_tiles(tile, words):
 
 
 def test_split_arithmetic():
-    tile = SplitTile(block_m=64, block_n=64, warps_m=4, warps_n=1, stages=2, min_blocks=1)
+    tile = MmaCacheTile(block_m=64, block_n=64, warps_m=4, warps_n=1, stages=2, min_blocks=1)
     assert tile.smem_bytes(128) == 2 * 128 * (64 + 2 * 2 * 64)
     assert tile.registers(128).value == 16 * (128 + 64) // 32 + mma.REGISTER_OVERHEAD
-    spread = SplitTile(block_m=64, block_n=64, warps_m=1, warps_n=4, stages=1, min_blocks=1)
+    spread = MmaCacheTile(block_m=64, block_n=64, warps_m=1, warps_n=4, stages=1, min_blocks=1)
     assert spread.smem_bytes(128) == 4 * 64 * (128 + 8 + 2) * 4
     assert spread.registers(128).value == 64 * (128 + 64 // 4) // 32 + mma.REGISTER_OVERHEAD
 
@@ -190,13 +197,19 @@ def test_split_arithmetic():
 @pytest.mark.parametrize(
     ("tile", "words"),
     [
-        (SplitTile(64, 64, 8, 1, 2, 1), "block_m 64 / warps_m 8 [rows per warp] = 8, not a multiple of 16"),
-        (SplitTile(16, 32, 1, 4, 2, 1), "block_n 32 / warps_n 4 [keys per warp] = 8, not a multiple of 16"),
         (
-            SplitTile(64, 64, 4, 1, 5, 1),
+            MmaCacheTile(64, 64, 8, 1, 2, 1),
+            "block_m 64 / warps_m 8 [rows per warp] = 8, not a multiple of 16",
+        ),
+        (
+            MmaCacheTile(16, 32, 1, 4, 2, 1),
+            "block_n 32 / warps_n 4 [keys per warp] = 8, not a multiple of 16",
+        ),
+        (
+            MmaCacheTile(64, 64, 4, 1, 5, 1),
             "stages 5 * block_n 64 * head_dim 128 [K, V] = 180224 > 166912 bytes",
         ),
-        (SplitTile(128, 64, 1, 4, 1, 1), "padded_head_dim 136 [O of each warp]"),
+        (MmaCacheTile(128, 64, 1, 4, 1, 1), "padded_head_dim 136 [O of each warp]"),
     ],
 )
 def test_wrong_split_tiles(tile, words):
@@ -204,27 +217,27 @@ def test_wrong_split_tiles(tile, words):
 
 
 def test_hopper_arithmetic():
-    tile = HopperTile(block_m=128, block_n=80, stages=2, query_stages=1)
+    tile = WgmmaForwardTile(block_m=128, block_n=80, stages=2, query_stages=1)
     assert tile.smem_bytes(256) == 2 * (128 * 256 + 4 * 80 * 256) + tile.BARRIER_BYTES
     assert tile.smem_bytes(96) == tile.smem_bytes(128)
     assert tile.registers(256).value == 128 + 40 + 20 + wgmma.REGISTER_OVERHEAD
-    narrow = HopperTile(block_m=128, block_n=80, stages=2, query_stages=1, head_dim_v=64)
+    narrow = WgmmaForwardTile(block_m=128, block_n=80, stages=2, query_stages=1, head_dim_v=64)
     assert tile.smem_bytes(256) - narrow.smem_bytes(256) == 2 * 80 * 192 * 2
 
 
 @pytest.mark.parametrize(
     ("tile", "words"),
     [
-        (HopperTile(160, 64, 2, 1), "block_m = 160, not 128 or 192"),
-        (HopperTile(256, 64, 2, 1), "block_m = 256, not 128 or 192"),
-        (HopperTile(128, 72, 2, 1), "block_n = 72, not a multiple of 16 up to 256"),
-        (HopperTile(128, 64, 1, 1), "stages = 1: the next V is waited for before this one is released"),
+        (WgmmaForwardTile(160, 64, 2, 1), "block_m = 160, not 128 or 192"),
+        (WgmmaForwardTile(256, 64, 2, 1), "block_m = 256, not 128 or 192"),
+        (WgmmaForwardTile(128, 72, 2, 1), "block_n = 72, not a multiple of 16 up to 256"),
+        (WgmmaForwardTile(128, 64, 1, 1), "stages = 1: the next V is waited for before this one is released"),
         (
-            HopperTile(192, 112, 2, 1),
+            WgmmaForwardTile(192, 112, 2, 1),
             "rows 64 * head_dim_v 128 / threads 128 [O] + rows 64 * block_n 112 / threads 128 [S]",
         ),
-        (HopperTile(192, 112, 2, 1), "/ per_register 2 [P] + registers 24 [overhead] = 172 > 160"),
-        (HopperTile(128, 128, 4, 1), "columns 128 [V] + bytes 256 [barriers] = 295168 > 232448 bytes"),
+        (WgmmaForwardTile(192, 112, 2, 1), "/ per_register 2 [P] + registers 24 [overhead] = 172 > 160"),
+        (WgmmaForwardTile(128, 128, 4, 1), "columns 128 [V] + bytes 256 [barriers] = 295168 > 232448 bytes"),
     ],
 )
 def test_wrong_hopper_tiles(tile, words):

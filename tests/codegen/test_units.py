@@ -35,8 +35,10 @@ def test_one_kernel_with_split_keys_serves_every_mask():
     split = [unit for unit in FULL if unit.direction == "split"]
     assert {unit.mask for unit in split} == {"windowed"}
     for unit in split:
-        more = {"sm80": ["Several"], "sm86": [], "sm90": ["Several", "Long"]}[unit.family]
-        assert list(unit.configs) == [unit.config + name for name in ("Few", *more, "")]
+        rows, more = ["rows16", "rows64", "rows128"], {"sm90": ["wgmma"]}.get(unit.family, [])
+        assert list(unit.tiles) == rows + more
+        assert (unit.tiles["rows128"] is None) == (unit.family == "sm86")
+        assert unit.designs == ["mma", *more]
 
 
 def test_a_trimmed_selection():
@@ -52,9 +54,11 @@ def test_a_trimmed_selection():
     ]
 
 
-def test_a_unit_names_the_tiles_that_its_launcher_prefers():
+def test_a_unit_names_the_tiles_for_which_its_launcher_asks():
     unit = next(u for u in FULL if u.key == "forward_sm90_bf16_d192_full")
-    assert list(unit.configs) == ["ForwardSm90Bf16D192FullNarrow", "ForwardSm90Bf16D192Full"]
+    assert list(unit.tiles) == ["default", "short", "narrow"]
+    assert unit.tiles["short"] is None and unit.tile is unit.tiles["default"]
+    assert unit.designs == ["wgmma"]
 
 
 def test_nothing_selected():

@@ -84,7 +84,7 @@ def test_hoppers_forward_kernel_has_a_tile_counter(install, seqlen_q, num_splits
     install(recorder, multiprocessors=MULTIPROCESSORS, hopper=hopper)
     run(*make(batch=1, seqlen_q=seqlen_q, seqlen_k=640), num_splits=num_splits, seqlens=None)
     ((params, _),) = recorder.cache_calls
-    assert params.long_tiles == counts
+    assert params.design == counts
     assert (params.forward.tile_counter > 0) == counts
 
 
@@ -95,7 +95,7 @@ def test_score_modifiers_keep_hopper_from_packing_heads(install):
     problem = make(batch=8, seqlen_q=48, seqlen_k=64, heads=8, heads_k=2)
     run(*problem, num_splits=1, seqlens=None)
     run(*problem, num_splits=1, seqlens=None, scoring=SCORING._replace(softcap=5.0))
-    plain, modified = (params.long_tiles for params, _ in recorder.cache_calls)
+    plain, modified = (params.design for params, _ in recorder.cache_calls)
     assert plain and not modified
 
 
@@ -144,7 +144,7 @@ def test_an_unaligned_cache_is_used_where_it_lies(install, case):
     assert (strides(forward, "k"), strides(forward, "v")) == (k_cache.stride()[:3], v_cache.stride()[:3])
     assert (params.cache_head_dim, params.cache_head_dim_v) == dims
     assert [forward.head_dim, forward.head_dim_v] == padded
-    assert not params.long_tiles and not forward.tile_counter
+    assert not params.design and not forward.tile_counter
     for at in (forward.q, forward.out, params.k_new, params.v_new, params.q_rotated):
         assert at % 16 == 0
     for name in ("q", "out"):

@@ -9,7 +9,7 @@ import torch
 from oracle import HEAD_DIM_PAIRS, Options, assert_lse, assert_within, attention, rotated
 
 from flash_attn import _cuda_kvcache, _gpu, flash_attn_with_kvcache
-from flash_attn._abi import HEAD_DIMS
+from flash_attn._abi import HEAD_DIMS, Design
 from flash_attn._splits import Plan
 from flash_attn.flash_attn_interface import kvcache_num_splits
 
@@ -247,30 +247,30 @@ def test_num_splits_does_not_matter(num_splits, seqlen_q):
 
 
 @pytest.mark.parametrize(
-    "seqlen_q, long",
-    [(FEW, False), (SEVERAL, False), (MANY, False), (MANY, True)],
-    ids=["few", "several", "many", "long"],
+    "seqlen_q, design",
+    [(FEW, Design.MMA), (SEVERAL, Design.MMA), (MANY, Design.MMA), (MANY, Design.WGMMA)],
+    ids=["rows16", "rows64", "rows128", "wgmma"],
 )
 @pytest.mark.parametrize("num_splits", [1, 3])
 @pytest.mark.parametrize("scoring", ["causal", "window", "modified"])
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_every_tile(seqlen_q, long, num_splits, scoring, head_dim, device, require_split, monkeypatch):
+def test_every_tile(seqlen_q, design, num_splits, scoring, head_dim, device, require_split, monkeypatch):
     """Long tiles are for Hopper; other families take their largest instead."""
     require_split(device, torch.bfloat16, head_dim)
-    check_tile(seqlen_q, long, num_splits, scoring, head_dim, monkeypatch)
+    check_tile(seqlen_q, design, num_splits, scoring, head_dim, monkeypatch)
 
 
 @pytest.mark.parametrize("num_splits", [1, 3])
 @pytest.mark.parametrize("scoring", ["window", "modified"])
 @pytest.mark.parametrize("head_dim", ODD_HEAD_DIMS)
 def test_the_tile_of_unaligned_rows(num_splits, scoring, head_dim, device, require_split, monkeypatch):
-    """It is taken for any number of queries, also where long tiles are asked for."""
+    """It is taken for any number of queries, also where the wgmma design is asked for."""
     require_split(device, torch.bfloat16, head_dim)
-    check_tile(MANY, True, num_splits, scoring, head_dim, monkeypatch)
+    check_tile(MANY, Design.WGMMA, num_splits, scoring, head_dim, monkeypatch)
 
 
-def check_tile(seqlen_q, long, num_splits, scoring, head_dim, monkeypatch):
-    monkeypatch.setattr(_cuda_kvcache, "plan", lambda *call: Plan(num_splits, long))
+def check_tile(seqlen_q, design, num_splits, scoring, head_dim, monkeypatch):
+    monkeypatch.setattr(_cuda_kvcache, "plan", lambda *call: Plan(num_splits, design))
     q, k_cache, v_cache, *_ = make(seqlen_q, head_dims=(head_dim, head_dim))
     modified = Options(causal=True, softcap=5.0, alibi_slopes=torch.rand(BATCH, HEADS))
     options = modified if scoring == "modified" else MASKS[scoring]
@@ -285,12 +285,12 @@ def check_tile(seqlen_q, long, num_splits, scoring, head_dim, monkeypatch):
 )
 @pytest.mark.parametrize("page_size", [None, 16, 96])
 @pytest.mark.parametrize("head_dims", [(128, 128), (64, 40), (256, 256)], ids=str)
-def test_long_tiles_over_many_blocks(
+def test_wgmma_tiles_over_many_blocks(
     num_splits, mask, page_size, head_dims, device, require_split, monkeypatch
 ):  # fmt: skip
     """Parts of several blocks of keys, and more of them than there are multiprocessors."""
     require_split(device, torch.bfloat16, max(head_dims))
-    monkeypatch.setattr(_cuda_kvcache, "plan", lambda *call: Plan(num_splits, True))
+    monkeypatch.setattr(_cuda_kvcache, "plan", lambda *call: Plan(num_splits, Design.WGMMA))
     capacity, lengths = 1440, [5, 700, 1440]
     q, *caches = make(MANY, head_dims=head_dims, capacity=capacity)[:3]
     where, table = (caches, None) if page_size is None else in_pages(caches, page_size)

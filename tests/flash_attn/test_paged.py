@@ -7,6 +7,7 @@ import torch
 from oracle import Options, assert_lse, assert_within, varlen_attention
 
 from flash_attn import _cuda_kvcache, flash_attn_varlen_func
+from flash_attn._abi import Design
 from flash_attn._splits import Plan
 from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
 
@@ -83,7 +84,7 @@ def test_other_head_dims(head_dims):
 @pytest.mark.parametrize("head_dim_v", [64, 40, 27])
 def test_split_keys(head_dim_v, monkeypatch):
     """In the tiles for many queries, the kernel of which on Hopper is another."""
-    monkeypatch.setattr(_cuda_kvcache, "plan", lambda *call: Plan(3, True))
+    monkeypatch.setattr(_cuda_kvcache, "plan", lambda *call: Plan(3, Design.WGMMA))
     lengths_k = [700, 9, 37, 0, 1, 960]
     q, packed, pages, table = make(48, lengths_k, head_dim_v=head_dim_v)
     out, lse, _ = flash_attn_varlen_func(

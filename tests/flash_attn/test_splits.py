@@ -4,44 +4,44 @@ from __future__ import annotations
 
 import pytest
 
-from flash_attn._abi import SPLIT_KEYS, SPLIT_ROWS
+from flash_attn._abi import CACHE_KEYS, CACHE_ROWS, Design
 from flash_attn._splits import (
     MAX_SPLITS,
-    LongTiles,
     Plan,
+    WgmmaTile,
     choose_key_parts,
-    long_tiles,
     plan,
     tile_rows,
+    wgmma_tile,
 )
 
 H200 = 132
-FEW, SEVERAL, MANY = SPLIT_ROWS
+ROWS16, ROWS64, ROWS128 = CACHE_ROWS
 
 
 def splits_of(tiles, rows, key_blocks, multiprocessors=H200):
     """Into how many parts the keys of so many tiles are split, one of each sequence."""
-    return plan(tiles, 1, rows, key_blocks * SPLIT_KEYS, multiprocessors).num_splits
+    return plan(tiles, 1, rows, key_blocks * CACHE_KEYS, multiprocessors).num_splits
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 20, 108, 132])
 @pytest.mark.parametrize("tiles", [0, 1, 7, 132, 5000])
 @pytest.mark.parametrize("key_blocks", [0, 1, 2, 63, 4096])
-@pytest.mark.parametrize("long", [None, LongTiles(3, 192, 80)])
-@pytest.mark.parametrize("rows", SPLIT_ROWS)
-def test_is_between_one_and_what_there_is_to_split(tiles, rows, long, key_blocks, multiprocessors):
-    splits, _ = plan(tiles, 1, rows, key_blocks * SPLIT_KEYS, multiprocessors, long)
+@pytest.mark.parametrize("wgmma", [None, WgmmaTile(3, 192, 80)])
+@pytest.mark.parametrize("rows", CACHE_ROWS)
+def test_is_between_one_and_what_there_is_to_split(tiles, rows, wgmma, key_blocks, multiprocessors):
+    splits, _ = plan(tiles, 1, rows, key_blocks * CACHE_KEYS, multiprocessors, wgmma)
     assert 1 <= splits <= max(1, min(MAX_SPLITS, key_blocks))
 
 
 def test_many_tiles_are_not_split_and_few_fill_the_gpu():
-    assert all(splits_of(10 * H200, rows, 1000) == 1 for rows in SPLIT_ROWS)
-    assert splits_of(H200, FEW, 1000) == 1
+    assert all(splits_of(10 * H200, rows, 1000) == 1 for rows in CACHE_ROWS)
+    assert splits_of(H200, ROWS16, 1000) == 1
     for tiles in (1, 2, 8, 32):
-        assert 0.9 * H200 <= tiles * splits_of(tiles, FEW, 1000) <= H200
+        assert 0.9 * H200 <= tiles * splits_of(tiles, ROWS16, 1000) <= H200
 
 
-@pytest.mark.parametrize("rows", [SEVERAL, MANY])
+@pytest.mark.parametrize("rows", [ROWS64, ROWS128])
 def test_tiles_that_tensor_cores_bound_share_a_multiprocessor(rows):
     assert splits_of(H200, rows, 1000) == 2
     for tiles in (2, 8, 32):
@@ -49,11 +49,11 @@ def test_tiles_that_tensor_cores_bound_share_a_multiprocessor(rows):
 
 
 def test_more_rows_make_splitting_dearer():
-    assert splits_of(8, MANY, 40) < splits_of(8, SEVERAL, 40)
+    assert splits_of(8, ROWS128, 40) < splits_of(8, ROWS64, 40)
 
 
 def test_few_keys_are_not_split():
-    assert all(splits_of(1, rows, 2) == 1 for rows in SPLIT_ROWS)
+    assert all(splits_of(1, rows, 2) == 1 for rows in CACHE_ROWS)
 
 
 @pytest.mark.parametrize(
@@ -66,8 +66,8 @@ def test_few_keys_are_not_split():
     ],
 )  # fmt: skip
 def test_is_near_the_best_that_was_measured_on_an_h200(batch, num_heads_k, rows, keys, best):
-    num_splits, long = plan(batch, num_heads_k, rows, keys, H200)
-    assert not long and num_splits in best
+    num_splits, design = plan(batch, num_heads_k, rows, keys, H200)
+    assert design == Design.MMA and num_splits in best
 
 
 @pytest.mark.parametrize(
@@ -80,52 +80,52 @@ def test_is_near_the_best_that_was_measured_on_an_h200(batch, num_heads_k, rows,
 )  # fmt: skip
 def test_hoppers_forward_kernel_takes_many_queries_as_was_measured_on_an_h200(queries, heads, keys, best):
     num_heads, num_heads_k = heads
-    tiles = long_tiles(queries, num_heads, num_heads_k, 128, packs=True)
-    num_splits, long = plan(1, num_heads_k, queries * num_heads // num_heads_k, keys, H200, tiles)
-    assert long and num_splits in best
+    tiles = wgmma_tile(queries, num_heads, num_heads_k, 128, packs=True)
+    num_splits, design = plan(1, num_heads_k, queries * num_heads // num_heads_k, keys, H200, tiles)
+    assert design == Design.WGMMA and num_splits in best
 
 
 def test_a_prompt_that_fills_the_gpu_is_not_split_however_large_the_block_table_is():
     for batch, queries, num_heads in ((1, 4096, 32), (4, 1024, 64), (8, 200, 128)):
-        tiles, rows = long_tiles(queries, num_heads, 8, 128, packs=True), queries * num_heads // 8
-        assert plan(batch, 8, rows, 1 << 20, H200, tiles) == Plan(1, True)
+        tiles, rows = wgmma_tile(queries, num_heads, 8, 128, packs=True), queries * num_heads // 8
+        assert plan(batch, 8, rows, 1 << 20, H200, tiles) == Plan(1, Design.WGMMA)
 
 
 def test_a_number_of_splits_that_is_given_stays():
-    tiles = long_tiles(512, 32, 8, 128, packs=True)
+    tiles = wgmma_tile(512, 32, 8, 128, packs=True)
     for num_splits in (1, 7, 128):
         assert plan(1, 8, 2048, 4096, H200, tiles, num_splits).num_splits == num_splits
-        assert plan(1, 8, 4, 4096, H200, None, num_splits) == Plan(num_splits, False)
+        assert plan(1, 8, 4, 4096, H200, None, num_splits) == Plan(num_splits, Design.MMA)
 
 
 def test_tiles_that_stay_empty_are_left_to_the_other_kernel():
     """20 queries of 28 heads that do not fill a tile, beside 3 tiles of 64 rows for each head of keys."""
-    tiles = long_tiles(20, 28, 4, 128, packs=True)
-    assert tiles == LongTiles(28, 192, 80) and not plan(50, 4, 140, 4096, H200, tiles).long
+    tiles = wgmma_tile(20, 28, 4, 128, packs=True)
+    assert tiles == WgmmaTile(28, 192, 80) and plan(50, 4, 140, 4096, H200, tiles).design == Design.MMA
 
 
 @pytest.mark.parametrize(
     "seqlen_q, heads, head_dim, packs, expected",
     [
-        (100, (32, 8), 128, True, LongTiles(8 * 3, 192, 80)),  # 400 rows of a KV head, packed
-        (1920, (32, 8), 128, True, LongTiles(32 * 10, 192, 80)),  # packing would fill tiles no better
-        (512, (32, 8), 128, False, LongTiles(32 * 3, 192, 80)),
-        (512, (32, 8), 256, True, LongTiles(32 * 4, 128, 80)),
-        (20, (28, 4), 128, True, LongTiles(28, 192, 80)),  # 7 heads do not divide a tile
-        (48, (32, 8), 128, False, LongTiles(32, 192, 80)),
-        (17, (32, 8), 128, True, LongTiles(8, 192, 80)),
+        (100, (32, 8), 128, True, WgmmaTile(8 * 3, 192, 80)),  # 400 rows of a KV head, packed
+        (1920, (32, 8), 128, True, WgmmaTile(32 * 10, 192, 80)),  # packing would fill tiles no better
+        (512, (32, 8), 128, False, WgmmaTile(32 * 3, 192, 80)),
+        (512, (32, 8), 256, True, WgmmaTile(32 * 4, 128, 80)),
+        (20, (28, 4), 128, True, WgmmaTile(28, 192, 80)),  # 7 heads do not divide a tile
+        (48, (32, 8), 128, False, WgmmaTile(32, 192, 80)),
+        (17, (32, 8), 128, True, WgmmaTile(8, 192, 80)),
         (16, (32, 8), 128, True, None),  # 64 rows: memory is the bound
     ],
 )  # fmt: skip
 def test_tiles_of_the_forward_kernel(seqlen_q, heads, head_dim, packs, expected):
-    assert long_tiles(seqlen_q, *heads, head_dim, packs) == expected
+    assert wgmma_tile(seqlen_q, *heads, head_dim, packs) == expected
 
 
 def test_rows_of_a_tile():
-    assert [tile_rows(rows) for rows in (0, 1, FEW, FEW + 1, SEVERAL, SEVERAL + 1, MANY, 10 * MANY)] == [
-        FEW, FEW, FEW, SEVERAL, SEVERAL, MANY, MANY, MANY,
+    assert [tile_rows(rows) for rows in (0, 1, ROWS16, ROWS16 + 1, ROWS64, ROWS64 + 1, ROWS128, 10 * ROWS128)] == [
+        ROWS16, ROWS16, ROWS16, ROWS64, ROWS64, ROWS128, ROWS128, ROWS128,
     ]  # fmt: skip
-    assert SPLIT_KEYS % 16 == 0
+    assert CACHE_KEYS % 16 == 0
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,7 @@ CHANGES = [
     *(("cache", name, far_away) for name in ("k_new", "v_new", "rotary_cos", "q_rotated", "out_partial")),
     *(("cache", name, 0) for name in ("k_new", "rotary_sin", "q_rotated", "out_partial", "lse_partial")),
     ("cache", "lse_partial", lambda x: x + 64), ("cache", "k_new_row_stride", 3), ("cache", "num_splits", 0),
-    ("cache", "num_splits", 129), ("cache", "num_splits", 4), ("cache", "long_tiles", 2),
+    ("cache", "num_splits", 129), ("cache", "num_splits", 4), ("cache", "design", 2),
     ("cache", "rotary_interleaved", -1), ("cache", "rotary_dim", 8), ("cache", "rotary_dim", 48),
     ("cache", "rotary_cos", lambda x: x + 8), ("cache", "page_size", 8), ("cache", "page_size", 16),
     ("cache", "seqlen_new", -1), ("cache", "seqlen_new", 6), ("cache", "cache_entries", 3),

@@ -4,10 +4,10 @@
 #include <cstdint>
 
 #include "host/tensor_map.h"
-#include "ptx/mbarrier.cuh"
+#include "ptx/barrier.cuh"
 #include "ptx/shared_memory.cuh"
 #include "ptx/tensor_copy.cuh"
-#include "ptx/warpgroup.cuh"
+#include "wgmma.cuh"
 
 namespace flash_attn {
 

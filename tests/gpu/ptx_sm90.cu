@@ -7,17 +7,15 @@
 #include <cstdarg>
 #include <cstdio>
 
-#include "warp/accumulator.cuh"
 #include "host/launch.h"
 #include "host/tensor_map.h"
 #include "ptx/barrier.cuh"
-#include "ptx/mbarrier.cuh"
 #include "ptx/shared_memory.cuh"
 #include "ptx/tensor_copy.cuh"
-#include "ptx/warpgroup.cuh"
 #include "ptx_copies.cuh"
-#include "wgmma/products.cuh"
+#include "warp/accumulator.cuh"
 #include "wgmma.cuh"
+#include "wgmma/products.cuh"
 
 namespace flash_attn {
 

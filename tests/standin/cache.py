@@ -23,7 +23,7 @@ KEY_GROUP = 16
 def _check(s: SimpleNamespace) -> None:
     p = s.forward
     check_forward(p)
-    check_flags(s, "rotary_interleaved", "long_tiles")
+    check_flags(s, "rotary_interleaved", "design")
     need(1 <= s.num_splits <= MAX_SPLITS, f"num_splits is {s.num_splits}")
     for name in ("cache_entries", "page_size", "cache_seqlen", "seqlen_new", "rotary_rows", "rotary_dim"):
         need(getattr(s, name) >= 0, f"{name} is {getattr(s, name)}")

@@ -1,10 +1,9 @@
-// Compile-time description of one backward kernel of the sm80 family. The numbers come from the tile table in
-// codegen.
+// Compile-time description of the backward kernel. The numbers come from the tile table in codegen.
 #pragma once
 
 #include "mma/backward/workspace.cuh"
-#include "ptx/dtype.cuh"
-#include "warp/shared_tile.cuh"
+#include "mma/config.cuh"
+#include "warp/scores.cuh"
 
 namespace flash_attn::mma {
 
@@ -17,6 +16,9 @@ struct BackwardTile {
   static constexpr int kScoreStages = score_stages;  // 2: dQ of a step is computed during the next one
 };
 
+// Scores that a pair of warps has in registers at a time.
+constexpr int kScoresAtOnce = 2048;
+
 // How many of `warps` split the rows of dQ; the others split its columns, in multiples of 16. Most rows per
 // warp, up to 32, mean least traffic in shared memory.
 constexpr int warps_along_queries(int block_m, int head_dim, int warps) {
@@ -25,45 +27,37 @@ constexpr int warps_along_queries(int block_m, int head_dim, int warps) {
   return along_m;
 }
 
-// With `modifiers` (softcap, ALiBi, dropout) the scores of a chunk need twice the registers.
-template <Dtype dtype, int head_dim, Mask mask, class TileType, bool modifiers = false>
-struct BackwardConfig {
-  using Tile = TileType;
-  using Element = typename ElementOf<dtype>::Type;
-  static constexpr Dtype kDtype = dtype;
-  static constexpr int kHeadDim = head_dim;
-  static constexpr Mask kMask = mask;
-  static constexpr bool kModifiers = modifiers;
-  static constexpr int kBlockM = Tile::kBlockM;
-  static constexpr int kBlockN = Tile::kBlockN;
-  static constexpr int kThreads = 32 * Tile::kWarps;
+template <Dtype dtype, int head_dim, Mask mask, class Tile, class ScoresType = PlainScores>
+struct BackwardConfig : MmaConfig<dtype, head_dim, mask, Tile, Tile::kWarps> {
+  using Base = MmaConfig<dtype, head_dim, mask, Tile, Tile::kWarps>;
+  using Base::kBlockM, Base::kBlockN, Base::kQueryBytes, Base::kKeyBytes;
+  using Scores = ScoresType;
   static_assert(kWorkspaceRows % kBlockM == 0 && kWorkspaceRows % kBlockN == 0,
                 "a sequence's rows in the workspace are whole tiles");
   static_assert(Tile::kWarps <= kBlockM, "a tile has as many semaphores as rows, and uses one per warp");
 
-  // A pair of warps shares kWarpKeys keys, for kChunk queries at a time: one warp has dV, the other dK.
+  // A pair of warps shares kWarpKeys keys, for kChunk queries at a time: one warp has dV, the other dK. With
+  // modifiers the scores of a chunk need twice the registers.
   static constexpr int kPairs = Tile::kWarps / 2;
   static constexpr int kWarpKeys = kBlockN / kPairs;
-  static constexpr int kMaxChunk = (modifiers ? 1024 : 2048) / kWarpKeys;
+  static constexpr int kMaxChunk = (Scores::kFolded ? kScoresAtOnce : kScoresAtOnce / 2) / kWarpKeys;
   static constexpr int kChunk = kBlockM < kMaxChunk ? kBlockM : kMaxChunk;
   static constexpr int kChunks = kBlockM / kChunk;
   static constexpr int kTilesKeys = kWarpKeys / 16;
   static constexpr int kTilesQueries = kChunk / 8;
-  static constexpr int kTilesD = kHeadDim / 8;
+  static constexpr int kTilesD = head_dim / 8;
   static_assert(kWarpKeys % 16 == 0 && kChunk % 16 == 0 && kBlockM % kChunk == 0,
                 "mma.sync works on 16x16 blocks");
   static_assert(1 + kPairs * kChunks <= 16, "there are 16 barriers");
 
-  // A warp's part of dQ.
-  static constexpr int kQueryWarps = warps_along_queries(kBlockM, kHeadDim, Tile::kWarps);
+  // A warp's share of dQ.
+  static constexpr int kQueryWarps = warps_along_queries(kBlockM, head_dim, Tile::kWarps);
   static constexpr int kGradientTilesM = kBlockM / kQueryWarps / 16;
-  static constexpr int kGradientTilesD = kHeadDim / 8 / (Tile::kWarps / kQueryWarps);
+  static constexpr int kGradientTilesD = head_dim / 8 / (Tile::kWarps / kQueryWarps);
   static_assert(kGradientTilesM > 0 && kGradientTilesD % 2 == 0, "mma.sync works on 16x16 blocks");
 
   // Shared memory: K (later dK) | V (later dV) | per stage: Q, dO | per score stage: P, then dS | per stage:
   // LSE, D.
-  static constexpr int kKeyBytes = kBlockN * kHeadDim * 2;
-  static constexpr int kQueryBytes = kBlockM * kHeadDim * 2;
   static constexpr int kScoreBytes = kBlockM * kBlockN * 2;
   static constexpr int kRowBytes = kBlockM * 4;
   static constexpr int kQueryAt = 2 * kKeyBytes;
@@ -72,8 +66,9 @@ struct BackwardConfig {
   static constexpr int kSharedBytes = kRowsAt + 4 * kRowBytes;
 };
 
-template <class Config>
-struct ModifiedConfig
-    : BackwardConfig<Config::kDtype, Config::kHeadDim, Config::kMask, typename Config::Tile, true> {};
+// The configuration of a kernel with these scores.
+template <class Config, class Scores>
+struct ScoredConfig
+    : BackwardConfig<Config::kDtype, Config::kHeadDim, Config::kMask, typename Config::Tile, Scores> {};
 
 }  // namespace flash_attn::mma

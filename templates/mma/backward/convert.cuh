@@ -15,14 +15,14 @@ struct ConvertArguments {
   int tiles;  // of queries, for each head
 };
 
-// The part of a tile of dQ that this warp computes in the main kernel, and converts in the last one.
+// A warp's share of a tile of dQ: what it computes in the main kernel, and converts in the last one.
 template <class Config>
-struct QueryGradientPart {
+struct QueryGradientShare {
   static constexpr int kFragments = Config::kGradientTilesM * Config::kGradientTilesD;
   int row;
   int column;
 
-  __device__ __forceinline__ QueryGradientPart() {
+  __device__ __forceinline__ QueryGradientShare() {
     const int warp = threadIdx.x / 32;
     row = warp % Config::kQueryWarps * Config::kGradientTilesM * 16;
     column = warp / Config::kQueryWarps * Config::kGradientTilesD * 8;
@@ -37,15 +37,23 @@ struct QueryGradientPart {
   }
 };
 
+// Rows of dQ from `row` of the sequence on.
+template <class Config>
+__device__ __forceinline__ typename Config::Element* gradient_rows(const BackwardParams& params,
+                                                                   const Sequence& sequence, int head,
+                                                                   int row) {
+  return sequence.query_rows(static_cast<typename Config::Element*>(params.dq), params.dq_batch_stride,
+                             params.dq_row_stride, params.dq_head_stride, head, row);
+}
+
 template <class Config>
 __device__ __forceinline__ void convert_tile(const BackwardParams& params, const Sequence& sequence,
                                              int batch, int head, int first_row, uint32_t shared) {
-  using Element = typename Config::Element;
-  const QueryGradientPart<Config> part;
-  const float* sums = part.sums(params, workspace_row(params, batch, head) + first_row);
+  const QueryGradientShare<Config> share;
+  const float* sums = share.sums(params, workspace_row(params, batch, head) + first_row);
   Accumulator<Config::kGradientTilesM, Config::kGradientTilesD> gradient;
 #pragma unroll
-  for (int i = 0; i < part.kFragments; ++i) {
+  for (int i = 0; i < share.kFragments; ++i) {
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
       gradient[i / Config::kGradientTilesD][i % Config::kGradientTilesD][c] =
@@ -56,26 +64,9 @@ __device__ __forceinline__ void convert_tile(const BackwardParams& params, const
 #pragma unroll
   for (float& factor : scale) factor = params.forward.softmax_scale;
   store_tile<Config::kDtype, Config::kHeadDim>(
-      shared, gradient, scale, part.row, part.column, sequence.seqlen_q - first_row, params.forward.head_dim,
-      [&](int row) {
-        return sequence.query_rows(static_cast<Element*>(params.dq), params.dq_batch_stride,
-                                   params.dq_row_stride, params.dq_head_stride, head, first_row + row);
-      });
-}
-
-// Zeroes the rows of dQ past the last varlen sequence.
-template <class Config>
-__device__ __forceinline__ void zero_rows(const BackwardParams& params, const Sequence& sequence, int head,
-                                          int first_row) {
-  using Element = typename Config::Element;
-  const int chunks = params.forward.head_dim / 8;
-  const int rows = min(sequence.seqlen_q - first_row, Config::kBlockM);
-  for (int i = threadIdx.x; i < rows * chunks; i += Config::kThreads) {
-    Element* row =
-        sequence.query_rows(static_cast<Element*>(params.dq), params.dq_batch_stride, params.dq_row_stride,
-                            params.dq_head_stride, head, first_row + i / chunks);
-    reinterpret_cast<uint4*>(row)[i % chunks] = make_uint4(0, 0, 0, 0);
-  }
+      shared, gradient, scale, share.row, share.column, sequence.seqlen_q - first_row,
+      params.forward.head_dim,
+      [&](int row) { return gradient_rows<Config>(params, sequence, head, first_row + row); });
 }
 
 template <class Config>
@@ -87,10 +78,12 @@ __global__ void __launch_bounds__(Config::kThreads)
   const int batch = batch_head / params.forward.num_heads, head = batch_head % params.forward.num_heads;
   const Sequence sequence(params.forward, batch);
   if (batch == params.forward.batch) {
-    for (int64_t row = int64_t{tile} * Config::kBlockM; row < sequence.seqlen_q;
-         row += int64_t{arguments.tiles} * Config::kBlockM) {
-      zero_rows<Config>(params, sequence, head, static_cast<int>(row));
-    }
+    for_each_tail_tile(int64_t{tile} * Config::kBlockM, int64_t{arguments.tiles} * Config::kBlockM,
+                       sequence.seqlen_q, [&](int row) {
+                         zero_rows(gradient_rows<Config>(params, sequence, head, row), params.dq_row_stride,
+                                   min(sequence.seqlen_q - row, Config::kBlockM), params.forward.head_dim / 8,
+                                   threadIdx.x, Config::kThreads);
+                       });
   } else if (tile * Config::kBlockM < sequence.seqlen_q) {
     convert_tile<Config>(params, sequence, batch, head, tile * Config::kBlockM,
                          ptx::shared_address(shared_memory));

@@ -1,5 +1,6 @@
-// Backward attention for GPUs with mma.sync m16n8k16 and cp.async (Ampere and later); FlashAttention-2,
-// algorithm 2.
+// Backward attention by mma.sync and cp.async; FlashAttention-2, algorithm 2. Read from backward_kernel at
+// the end upwards: kernel, loop over steps; their products are in steps.cuh, the tile and its copies in
+// tile.cuh.
 //
 // One thread block computes kBlockN rows of dK and dV for one head of K and V. It keeps K and V in shared
 // memory and steps through blocks of queries, of all heads that share these keys, or of one part of them.
@@ -23,14 +24,9 @@
 
 #include <cuda_runtime.h>
 
-#include <atomic>
 #include <cstdint>
 
-#include "host/device.h"
-#include "host/launch.h"
 #include "mma/backward/config.cuh"
-#include "mma/backward/convert.cuh"
-#include "mma/backward/prepare.cuh"
 #include "mma/backward/steps.cuh"
 #include "mma/backward/store.cuh"
 #include "mma/backward/tile.cuh"
@@ -44,29 +40,29 @@ namespace flash_attn::mma {
 
 // The steps of a value warp and of a key warp: the same order of barriers.
 template <class Config, bool kValueWarp>
-__device__ __forceinline__ void run_steps(KeyGradient<Config>& gradient, const KeyBlock<Config>& keys,
-                                          const BackwardPart<Config>& part) {
+__device__ __forceinline__ void run_steps(KeyGradient<Config>& gradient, const KeyTile<Config>& keys,
+                                          const PairShare<Config>& share) {
   constexpr bool kDelayed = Config::Tile::kScoreStages == 2;
   const auto add_previous = [&](QueryStep step, int stage) {
     if (!kDelayed || keys.is_first(step)) return;
-    add_query_gradient(keys, keys.previous(step), part.shared, 1 - stage);
+    add_query_gradient(keys, keys.previous(step), share.shared, 1 - stage);
   };
   QueryStep step = keys.first();
   int stage = 0;
   for (int left = keys.steps(); left > 0; --left) {
     ptx::cp_async_wait<0>();
     ptx::barrier_sync(0, Config::kThreads);
-    if (left > 1) load_step(keys, keys.next(step), part.shared, 1 - stage);
+    if (left > 1) load_step(keys, keys.next(step), share.shared, 1 - stage);
     if constexpr (kValueWarp) {
-      add_value_gradient(gradient, keys, part, step, stage, kDelayed ? stage : 0);
+      add_value_gradient(gradient, keys, share, step, stage, kDelayed ? stage : 0);
       add_previous(step, stage);
     } else {
       add_previous(step, stage);
-      add_key_gradient(gradient, keys, part, stage, kDelayed ? stage : 0);
+      add_key_gradient(gradient, keys, share, stage, kDelayed ? stage : 0);
     }
     if constexpr (!kDelayed) {
       ptx::barrier_sync(0, Config::kThreads);
-      add_query_gradient(keys, step, part.shared, 0);
+      add_query_gradient(keys, step, share.shared, 0);
     }
     step = keys.next(step);
     stage = 1 - stage;
@@ -77,24 +73,24 @@ __device__ __forceinline__ void run_steps(KeyGradient<Config>& gradient, const K
 }
 
 template <class Config>
-__device__ __forceinline__ void differentiate(const KeyBlock<Config>& keys, uint8_t* shared_memory) {
-  const BackwardPart<Config> part(shared_memory);
-  load_keys(keys, part.shared);
-  if (keys.steps() > 0) load_step(keys, keys.first(), part.shared, 0);
+__device__ __forceinline__ void differentiate(const KeyTile<Config>& keys, uint8_t* shared_memory) {
+  const PairShare<Config> share(shared_memory);
+  load_keys(keys, share.shared);
+  if (keys.steps() > 0) load_step(keys, keys.first(), share.shared, 0);
   KeyGradient<Config> gradient = {};
   const bool value_warp = threadIdx.x / 32 < Config::kPairs;
   if (value_warp) {
-    run_steps<Config, true>(gradient, keys, part);
+    run_steps<Config, true>(gradient, keys, share);
   } else {
-    run_steps<Config, false>(gradient, keys, part);
+    run_steps<Config, false>(gradient, keys, share);
   }
   if (keys.params.dk == nullptr) return;
   if (keys.params.key_parts > 1) return store_partial_gradient(gradient, keys, value_warp);
   ptx::barrier_sync(0, Config::kThreads);
-  store_key_gradient(gradient, keys, part, value_warp);
+  store_key_gradient(gradient, keys, share, value_warp);
 }
 
-template <class Config>
+template <class Config, class Scores>
 __global__ void __launch_bounds__(Config::kThreads, Config::Tile::kMinBlocks)
     backward_kernel(const __grid_constant__ BackwardArguments arguments) {
   extern __shared__ __align__(128) uint8_t shared_memory[];
@@ -108,10 +104,11 @@ __global__ void __launch_bounds__(Config::kThreads, Config::Tile::kMinBlocks)
     return zero_keys<Config>(params, tile.head / params.key_parts, block, arguments.schedule.tiles_m);
   }
   Sequence sequence(params.forward, tile.batch);
-  // Keys past the longest sequence that the call names have no thread block: nobody must wait for it.
+  // No thread block computes keys past max_seqlen_k, so no turn may be waited for there.
   sequence.seqlen_k = min(sequence.seqlen_k, params.forward.seqlen_k);
   if (block * Config::kBlockN >= sequence.seqlen_k) return;
-  differentiate(KeyBlock<Config>(params, sequence, tile.batch, tile.head, block), shared_memory);
+  differentiate(KeyTile<ScoredConfig<Config, Scores>>(params, sequence, tile.batch, tile.head, block),
+                shared_memory);
 }
 
 }  // namespace flash_attn::mma

@@ -49,7 +49,7 @@ __device__ __forceinline__ void stage_rows(const typename Config::Element* out, 
   using Stage = PrepareStage<Config>;
   constexpr int kChunks = Stage::kColumns / 8, kRowsPerPass = 32 / kChunks;
   constexpr int kPasses = Stage::kRows / kRowsPerPass;
-  const int lane = threadIdx.x % 32, chunk = lane % kChunks, at = column + chunk * 8;
+  const int lane = lane_index(), chunk = lane % kChunks, at = column + chunk * 8;
   uint4 values[2][kPasses] = {};
 #pragma unroll
   for (int pass = 0; pass < kPasses; ++pass) {
@@ -129,19 +129,18 @@ __global__ void __launch_bounds__(kPrepareThreads)
   const int batch = batch_head / params.forward.num_heads, head = batch_head % params.forward.num_heads;
   const Sequence sequence(params.forward, batch);
   const int64_t end_row = padded_rows(params, batch);
-  // Rows past the last sequence may be more than the tiles of the longest one.
-  for (int64_t row = int64_t{tile} * kWorkspaceRows; row < end_row;
-       row += int64_t{arguments.tiles} * kWorkspaceRows) {
+  const int64_t step = int64_t{arguments.tiles} * kWorkspaceRows;
+  for_each_tail_tile(int64_t{tile} * kWorkspaceRows, step, end_row, [&](int row) {
     const int64_t first_row = row + threadIdx.x / 32 * PrepareStage<Config>::kRows;
     prepare_rows<Config>(params, sequence, batch, head, first_row, shared);
-    if (params.dq == nullptr || row >= sequence.seqlen_q) continue;
+    if (params.dq == nullptr || row >= sequence.seqlen_q) return;
     auto* sums = reinterpret_cast<float4*>(params.dq_accumulator +
                                            (workspace_row(params, batch, head) + row) * Config::kHeadDim);
 #pragma unroll 8
     for (int i = threadIdx.x; i < kWorkspaceRows * Config::kHeadDim / 4; i += kPrepareThreads) {
       sums[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     }
-  }
+  });
 }
 
 }  // namespace flash_attn::mma

@@ -15,9 +15,10 @@ struct BackwardArguments {
   TileSchedule schedule;  // of blocks of keys
 };
 
-// This lane's first element of its warp's rows of dV or dK in the workspace, as a part leaves them.
+// This lane's first element of its warp's rows of dV or dK in the workspace, as thread block `part` of those
+// that share the keys leaves them.
 template <class Config>
-__device__ __forceinline__ float4* partial_gradient(const KeyBlock<Config>& keys, int part, bool value_warp) {
+__device__ __forceinline__ float4* partial_gradient(const KeyTile<Config>& keys, int part, bool value_warp) {
   const BackwardParams& params = keys.params;
   const bool varlen = params.forward.cu_seqlens_k != nullptr;
   const int64_t heads = int64_t{params.forward.num_heads_k} * (varlen ? 1 : params.forward.batch);
@@ -30,7 +31,7 @@ __device__ __forceinline__ float4* partial_gradient(const KeyBlock<Config>& keys
 // The epilogue of a warp where several parts share the keys: fp32, in the order of its registers.
 template <class Config>
 __device__ __forceinline__ void store_partial_gradient(const KeyGradient<Config>& gradient,
-                                                       const KeyBlock<Config>& keys, bool value_warp) {
+                                                       const KeyTile<Config>& keys, bool value_warp) {
   float4* partial = partial_gradient(keys, keys.head % keys.params.key_parts, value_warp);
 #pragma unroll
   for (int i = 0; i < Config::kTilesKeys * Config::kTilesD; ++i) {
@@ -42,8 +43,8 @@ __device__ __forceinline__ void store_partial_gradient(const KeyGradient<Config>
 // The epilogue of a warp: its rows of dV or dK, through the shared memory that held V or K.
 template <class Config>
 __device__ __forceinline__ void store_key_gradient(const KeyGradient<Config>& gradient,
-                                                   const KeyBlock<Config>& keys,
-                                                   const BackwardPart<Config>& part, bool value_warp) {
+                                                   const KeyTile<Config>& keys,
+                                                   const PairShare<Config>& share, bool value_warp) {
   using Element = typename Config::Element;
   const BackwardParams& params = keys.params;
   const float scale = value_warp ? params.forward.dropout_rescale / kProbsFactor<Config::kDtype>
@@ -51,7 +52,7 @@ __device__ __forceinline__ void store_key_gradient(const KeyGradient<Config>& gr
   float factor[2 * Config::kTilesKeys];
 #pragma unroll
   for (float& f : factor) f = scale;
-  const uint32_t shared = part.shared + (value_warp ? Config::kKeyBytes : 0);
+  const uint32_t shared = share.shared + (value_warp ? Config::kKeyBytes : 0);
   const int columns = value_warp ? params.forward.head_dim_v : params.forward.head_dim;
   auto* first = static_cast<Element*>(value_warp ? params.dv : params.dk);
   const int64_t batch_stride = value_warp ? params.dv_batch_stride : params.dk_batch_stride;
@@ -59,14 +60,14 @@ __device__ __forceinline__ void store_key_gradient(const KeyGradient<Config>& gr
   const int64_t head_stride = value_warp ? params.dv_head_stride : params.dk_head_stride;
   first =
       keys.sequence.key_rows(first, batch_stride, row_stride, head_stride, keys.key_head(), keys.first_key());
-  store_tile<Config::kDtype, Config::kHeadDim>(shared, gradient, factor, part.key, 0, keys.keys(), columns,
+  store_tile<Config::kDtype, Config::kHeadDim>(shared, gradient, factor, share.key, 0, keys.keys(), columns,
                                                [&](int row) { return first + row * row_stride; });
 }
 
 // Sums of the parts' gradients, always in the same order.
 template <class Config>
 __device__ __forceinline__ void load_partial_gradients(KeyGradient<Config>& gradient,
-                                                       const KeyBlock<Config>& keys, bool value_warp) {
+                                                       const KeyTile<Config>& keys, bool value_warp) {
   for (int part = 0; part < keys.params.key_parts; ++part) {
     const float4* partial = partial_gradient(keys, part, value_warp);
 #pragma unroll
@@ -85,36 +86,30 @@ __device__ __forceinline__ void zero_keys(const BackwardParams& params, int key_
   using Element = typename Config::Element;
   const ForwardParams& forward = params.forward;
   if (params.dk == nullptr) return;
-  const int row_chunks = (forward.head_dim + forward.head_dim_v) / 8;
-  const int64_t first = forward.cu_seqlens_k[forward.batch];
-  const int64_t chunks = (forward.total_k - first) * row_chunks;
-  for (int64_t i = int64_t{block} * Config::kThreads + threadIdx.x; i < chunks;
-       i += blocks * Config::kThreads) {
-    const int64_t row = first + i / row_chunks;
-    const int chunk = static_cast<int>(i % row_chunks);
-    const bool of_dk = chunk < forward.head_dim / 8;
-    Element* target = of_dk ? static_cast<Element*>(params.dk) + row * params.dk_row_stride +
-                                  key_head * params.dk_head_stride
-                            : static_cast<Element*>(params.dv) + row * params.dv_row_stride +
-                                  key_head * params.dv_head_stride;
-    reinterpret_cast<uint4*>(target)[of_dk ? chunk : chunk - forward.head_dim / 8] = make_uint4(0, 0, 0, 0);
-  }
+  const int64_t first = forward.cu_seqlens_k[forward.batch], rows = forward.total_k - first;
+  const int64_t thread = int64_t{block} * Config::kThreads + threadIdx.x, threads = blocks * Config::kThreads;
+  const auto zero = [&](void* gradient, int64_t row_stride, int64_t head_stride, int head_dim) {
+    zero_rows(static_cast<Element*>(gradient) + first * row_stride + key_head * head_stride, row_stride, rows,
+              head_dim / 8, thread, threads);
+  };
+  zero(params.dk, params.dk_row_stride, params.dk_head_stride, forward.head_dim);
+  zero(params.dv, params.dv_row_stride, params.dv_head_stride, forward.head_dim_v);
 }
 
 // Adds up what the parts have left.
 template <class Config>
 __global__ void __launch_bounds__(Config::kThreads)
-    combine_kernel(const __grid_constant__ BackwardArguments arguments) {
+    combine_parts_kernel(const __grid_constant__ BackwardArguments arguments) {
   extern __shared__ __align__(128) uint8_t shared_memory[];
   const BackwardParams& params = arguments.params;
   const TileSchedule::Tile tile = arguments.schedule.tile(blockIdx.x);
   const Sequence sequence(params.forward, tile.batch);
   if (tile.batch == params.forward.batch || tile.m_block * Config::kBlockN >= sequence.seqlen_k) return;
-  const KeyBlock<Config> keys(params, sequence, tile.batch, tile.head * params.key_parts, tile.m_block);
+  const KeyTile<Config> keys(params, sequence, tile.batch, tile.head * params.key_parts, tile.m_block);
   const bool value_warp = threadIdx.x / 32 < Config::kPairs;
   KeyGradient<Config> gradient = {};
   load_partial_gradients(gradient, keys, value_warp);
-  store_key_gradient(gradient, keys, BackwardPart<Config>(shared_memory), value_warp);
+  store_key_gradient(gradient, keys, PairShare<Config>(shared_memory), value_warp);
 }
 
 }  // namespace flash_attn::mma

@@ -24,7 +24,7 @@ struct QueryStep {
 // What a thread block computes: a block of keys of one head, and the queries that see any of them, of one
 // part of the heads that share these keys.
 template <class Config>
-struct KeyBlock {
+struct KeyTile {
   using Element = typename Config::Element;
   const BackwardParams& params;
   Sequence sequence;
@@ -35,8 +35,8 @@ struct KeyBlock {
   int first_step;  // blocks of queries [first_step, end_step) of each head of Q
   int end_step;
 
-  __device__ __forceinline__ KeyBlock(const BackwardParams& params, const Sequence& sequence, int batch,
-                                      int head, int block)
+  __device__ __forceinline__ KeyTile(const BackwardParams& params, const Sequence& sequence, int batch,
+                                     int head, int block)
       : params(params),
         sequence(sequence),
         mask(params.forward, sequence.seqlen_q, sequence.seqlen_k),
@@ -84,7 +84,7 @@ struct KeyBlock {
 };
 
 template <class Config>
-__device__ __forceinline__ void load_keys(const KeyBlock<Config>& keys, uint32_t shared) {
+__device__ __forceinline__ void load_keys(const KeyTile<Config>& keys, uint32_t shared) {
   using Element = typename Config::Element;
   using Copy = TileCopy<Element, Config::kBlockN, Config::kHeadDim, Config::kThreads>;
   const ForwardParams& params = keys.params.forward;
@@ -100,7 +100,7 @@ __device__ __forceinline__ void load_keys(const KeyBlock<Config>& keys, uint32_t
 
 // Starts the copies of a step's Q, dO, LSE and D into `stage`.
 template <class Config>
-__device__ __forceinline__ void load_step(const KeyBlock<Config>& keys, QueryStep step, uint32_t shared,
+__device__ __forceinline__ void load_step(const KeyTile<Config>& keys, QueryStep step, uint32_t shared,
                                           int stage) {
   using Element = typename Config::Element;
   using Copy = TileCopy<Element, Config::kBlockM, Config::kHeadDim, Config::kThreads>;
@@ -127,14 +127,14 @@ __device__ __forceinline__ void load_step(const KeyBlock<Config>& keys, QuerySte
 
 // Where this warp and lane work.
 template <class Config>
-struct BackwardPart {
+struct PairShare {
   int pair;
   int key;     // first key of the pair within the block
   uint32_t a;  // this lane's place in an A operand, or in a transposed B operand, of a shared tile
   uint32_t b;  // the same for a B operand that is not transposed
   uint32_t shared;
 
-  __device__ __forceinline__ explicit BackwardPart(uint8_t* shared_memory) {
+  __device__ __forceinline__ explicit PairShare(uint8_t* shared_memory) {
     using Shared = SharedTile<Config::kHeadDim>;
     pair = threadIdx.x / 32 % Config::kPairs;
     key = pair * Config::kWarpKeys;

@@ -1,7 +1,8 @@
-// Attention over a KV cache for GPUs with mma.sync m16n8k16 and cp.async: few queries, many keys, which bound
-// it by memory (Flash-Decoding; FlashAttention-2, algorithm 1).
+// Attention over a KV cache by mma.sync and cp.async: few queries, many keys, which bound it by memory
+// (Flash-Decoding; FlashAttention-2, algorithm 1). Read from cache_kernel at the end upwards: kernel, loop,
+// ring.
 //
-// One thread block computes kBlockM rows over one split of the keys. The query heads that share a head of
+// One thread block computes kBlockM rows over one part of the keys. The query heads that share a head of
 // keys are packed into the rows. Blocks of K and V arrive in a ring of kStages buffers each:
 //
 //   barrier  what has arrived   what has been read by then, so that its buffer is refilled
@@ -15,22 +16,15 @@
 
 #include <cuda_runtime.h>
 
-#include <algorithm>
-#include <atomic>
 #include <cstdint>
 
-#include "host/device.h"
-#include "host/launch.h"
 #include "mma/cache/config.cuh"
 #include "mma/cache/key_copy.cuh"
 #include "mma/cache/merge_warps.cuh"
 #include "mma/products.cuh"
-#include "ops/append.h"
-#include "ops/combine.h"
-#include "problem/key_part.cuh"
 #include "problem/kv_cache.cuh"
-#include "problem/mask.cuh"
-#include "problem/query_block.cuh"
+#include "problem/sequence.cuh"
+#include "problem/work.cuh"
 #include "ptx/async_copy.cuh"
 #include "ptx/grid_dependency.cuh"
 #include "ptx/shared_memory.cuh"
@@ -42,7 +36,7 @@
 
 namespace flash_attn::mma {
 
-struct SplitArguments {
+struct CacheArguments {
   CacheParams params;
   int heads;  // of keys
   int tiles_m;
@@ -75,139 +69,173 @@ __device__ __forceinline__ void load_queries(const QueryBlock& queries, uint32_t
   }
 }
 
-// Scale, softcap and ALiBi: the heads of packed rows differ.
+// Brings a sequence's row of the block table into L2 while its length is not known yet: 32 pages a thread.
+__device__ __forceinline__ void prefetch_block_table(const CacheParams& params, int batch) {
+  const int64_t pages = params.page_size > 0 ? params.forward.seqlen_k / params.page_size : 0;
+  const int64_t first = int64_t{threadIdx.x} * 32;
+  if (first >= pages || batch >= params.forward.batch) return;
+  ptx::prefetch_l2(params.block_table + batch * params.block_table_stride + first);
+}
+
+// A warp's rows of the tile, and its keys of each block.
 template <class Config>
-__device__ __forceinline__ void apply_packed_modifiers(Accumulator<Config::kTilesM, Config::kTilesN>& scores,
-                                                       const QueryBlock& queries, int diagonal, int row,
-                                                       int key) {
-  const int lane = threadIdx.x % 32;
-  scale_scores(scores, ScoreModifiers(*queries.params, queries.batch, queries.head_of(row)));
-#pragma unroll
-  for (int i = 0; i < 2 * Config::kTilesM; ++i) {
-    const int tile_row = row + i / 2 * 16 + i % 2 * 8 + lane / 4;
-    const ScoreModifiers modifiers(*queries.params, queries.batch, queries.head_of(tile_row));
-    const int distance = (queries.first_row + tile_row) / queries.group + diagonal - key - 2 * (lane % 4);
-#pragma unroll
-    for (int n = 0; n < Config::kTilesN; ++n) {
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        float& score = scores[i / 2][n][2 * (i % 2) + c];
-        score -= modifiers.bias(distance - n * 8 - c);
-      }
+struct WarpShare {
+  int row;
+  int key;
+  int key_warp;
+
+  __device__ __forceinline__ WarpShare() {
+    const int warp = threadIdx.x / 32;
+    key_warp = warp % Config::kWarpsN;
+    row = warp / Config::kWarpsN * Config::kWarpRows;
+    key = key_warp * Config::kWarpKeys;
+  }
+};
+
+// The ring of shared buffers into which blocks of K and V are copied, in ascending order.
+template <class Config, bool kAligned>
+class KeyRing {
+ public:
+  using Element = typename Config::Element;
+  using Blocks = KeyBlocks<Config::kMask, Config::kBlockN>;
+  uint32_t stage = 0;  // of the block that is read, in bytes from the first
+
+  __device__ __forceinline__ KeyRing(const CacheParams& params, const CachedSequence& sequence, int key_head,
+                                     const Blocks& blocks, int warp_key, uint32_t shared)
+      : params_(params),
+        sequence_(sequence),
+        blocks_(blocks),
+        old_blocks_((sequence.length - sequence.k_row) / Config::kBlockN),
+        copy_k_(static_cast<const Element*>(params.forward.k) + key_head * params.forward.k_head_stride,
+                params.forward.k_batch_stride, params.forward.k_row_stride,
+                kAligned ? params.forward.head_dim : params.cache_head_dim, Config::kOwnKeys ? warp_key : 0,
+                shared),
+        copy_v_(static_cast<const Element*>(params.forward.v) + key_head * params.forward.v_head_stride,
+                params.forward.v_batch_stride, params.forward.v_row_stride,
+                kAligned ? params.forward.head_dim_v : params.cache_head_dim_v,
+                Config::kOwnKeys ? warp_key : 0, shared + Config::kKeyBytes) {}
+
+  // Until the next block of K, or of V, has arrived and every warp that shares it has read the one before.
+  __device__ __forceinline__ void wait() const {
+    ptx::cp_async_wait<2 * Config::kStages - 2>();
+    if constexpr (Config::kOwnKeys) {
+      __syncwarp();
+    } else {
+      __syncthreads();
     }
   }
-}
 
-template <class Config>
-__device__ __forceinline__ void barrier() {
-  if constexpr (Config::kOwnKeys) {
-    __syncwarp();
-  } else {
-    __syncthreads();
+  // K of this block, or V of the block before, has been read.
+  __device__ __forceinline__ void refill_keys(int block) { issue(copy_k_, block + Config::kStages, stage); }
+  __device__ __forceinline__ void refill_values(int block) {
+    issue(copy_v_, block + Config::kStages - 1, stage_before_);
   }
-}
 
-// The main loop over this split's blocks of keys, [begin, end). It starts kStages blocks early, to fill the
-// ring: one place where K is copied and one where V is, since code that is not in the cache yet costs time
-// too.
-template <class Config>
-__device__ __forceinline__ void attend(const CacheParams& params, const CachedSequence& sequence,
-                                       const SplitWork& work, const AttentionMask<Config::kMask>& mask,
-                                       const KeyBlocks<Config::kMask, Config::kBlockN>& blocks, int begin,
-                                       int end, uint8_t* shared_memory) {
-  using Element = typename Config::Element;
-  using Shared = SharedTile<Config::kHeadDim>;
-  constexpr uint32_t kStageBytes = 2 * Config::kKeyBytes;
-  const ForwardParams& forward = params.forward;
-  const QueryBlock& queries = work.queries;
-  const int warp = threadIdx.x / 32;
-  const int warp_row = warp / Config::kWarpsN * Config::kWarpRows;
-  const int warp_key = warp % Config::kWarpsN * Config::kWarpKeys;
-  const uint32_t shared = ptx::shared_address(shared_memory), ring = shared + Config::kQueryBytes;
+  __device__ __forceinline__ void advance() {
+    stage_before_ = stage;
+    stage = stage == kLastStage ? 0 : stage + Config::kStageBytes;
+  }
 
-  const int copy_row = Config::kOwnKeys ? warp_key : 0;
-  KeyCopy<Config> copy_k(static_cast<const Element*>(forward.k) + queries.head * forward.k_head_stride,
-                         forward.k_batch_stride, forward.k_row_stride,
-                         Config::kAligned ? forward.head_dim : params.cache_head_dim, copy_row, ring);
-  KeyCopy<Config> copy_v(static_cast<const Element*>(forward.v) + queries.head * forward.v_head_stride,
-                         forward.v_batch_stride, forward.v_row_stride,
-                         Config::kAligned ? forward.head_dim_v : params.cache_head_dim_v, copy_row,
-                         ring + Config::kKeyBytes);
+ private:
+  static constexpr uint32_t kLastStage = (Config::kStages - 1) * Config::kStageBytes;
+
   // The kernel before may write the keys that the call appends, but no others.
-  const int old_blocks = (sequence.length - sequence.k_row) / Config::kBlockN;
-  const auto issue = [&](KeyCopy<Config>& copy, int block, uint32_t ring_offset) {
-    if (block >= begin && block < end) {
-      if (block >= old_blocks) ptx::wait_for_dependency();
-      copy.issue(params, sequence, block, ring_offset);
+  __device__ __forceinline__ void issue(KeyCopy<Config, kAligned>& copy, int block, uint32_t offset) {
+    if (block >= blocks_.begin && block < blocks_.end) {
+      if (block >= old_blocks_) ptx::wait_for_dependency();
+      copy.issue(params_, sequence_, block, offset);
     }
     ptx::cp_async_commit();
-  };
+  }
+
+  const CacheParams& params_;
+  const CachedSequence& sequence_;
+  const Blocks& blocks_;
+  int old_blocks_;
+  KeyCopy<Config, kAligned> copy_k_;
+  KeyCopy<Config, kAligned> copy_v_;
+  uint32_t stage_before_ = kLastStage;
+};
+
+// One step of the online softmax: `scores` become probabilities.
+template <class Config>
+__device__ __forceinline__ void update_softmax(OnlineSoftmax<Config::kTilesM>& softmax,
+                                               Accumulator<Config::kTilesM, Config::kTilesN>& scores,
+                                               Accumulator<Config::kTilesM, Config::kTilesD>& output,
+                                               float scale_log2) {
+  float block_max[2 * Config::kTilesM];
+  softmax.block_max(block_max, scores);
+  if (__any_sync(0xffffffff, softmax.lags(block_max, scale_log2))) {
+    float factor[2 * Config::kTilesM];
+    softmax.advance(factor, block_max, scale_log2);
+    softmax.rescale(output, factor);
+  }
+  softmax.exponentiate(scores, scale_log2);
+}
+
+// The main loop over this part's blocks of keys. It starts kStages blocks early, to fill the ring: one place
+// where K is copied and one where V is, since code that is not in the cache yet costs time too.
+template <class Config, class Scores, bool kAligned>
+__device__ __forceinline__ void attend(const CacheParams& params, const CachedSequence& sequence,
+                                       const Work<Config::kMask, Config::kBlockN>& work, const KeyPart& part,
+                                       uint8_t* shared_memory) {
+  using Shared = SharedTile<Config::kHeadDim>;
+  const QueryBlock& queries = work.queries;
+  const Scores policy{params.forward};
+  const WarpShare<Config> share;
+  const uint32_t shared = ptx::shared_address(shared_memory), keys = shared + Config::kQueryBytes;
+  KeyRing<Config, kAligned> ring(params, sequence, queries.head, work.blocks, share.key, keys);
 
   const FragmentLane a = FragmentLane::of_a(), b = FragmentLane::of_b();
-  const uint32_t query_address = shared + Shared::offset(warp_row + a.row, a.chunk);
-  const uint32_t key_address = ring + Shared::offset(warp_key + b.row, b.chunk);
-  const uint32_t value_address = ring + Config::kKeyBytes + Shared::offset(warp_key + a.row, a.chunk);
-  const RowBounds<Config::kTilesM> bounds(mask, queries.first_row + warp_row, queries.group);
-  const float scale_log2 = Config::kModifiers ? 1.0f : forward.softmax_scale * kLog2E;
+  const uint32_t query_address = shared + Shared::offset(share.row + a.row, a.chunk);
+  const uint32_t key_address = keys + Shared::offset(share.key + b.row, b.chunk);
+  const uint32_t value_address = keys + Config::kKeyBytes + Shared::offset(share.key + a.row, a.chunk);
+  const auto bounds = query_bounds<Config::kTilesM>(work.mask, queries.first_row + share.row, queries.group);
   Accumulator<Config::kTilesM, Config::kTilesD> output = {};
   OnlineSoftmax<Config::kTilesM> softmax;
 
-  uint32_t stage = 0, stage_before = (Config::kStages - 1) * kStageBytes;
 #pragma unroll 1
-  for (int block = begin - Config::kStages; block < end; ++block) {
-    if (block == begin) {
+  for (int block = work.blocks.begin - Config::kStages; block < work.blocks.end; ++block) {
+    if (block == work.blocks.begin) {
       ptx::wait_for_dependency();
       load_queries<Config>(queries, shared);
       __syncthreads();
     }
-    ptx::cp_async_wait<2 * Config::kStages - 2>();
-    barrier<Config>();
-    issue(copy_v, block + Config::kStages - 1, stage_before);
-
+    ring.wait();
+    ring.refill_values(block);
     Accumulator<Config::kTilesM, Config::kTilesN> scores;
-    if (block >= begin) {
-      const int key = block * Config::kBlockN + warp_key;
-      multiply_rows<Config::kDtype, Config::kHeadDim>(scores, query_address, key_address + stage);
-      if constexpr (Config::kModifiers) {
-        apply_packed_modifiers<Config>(scores, queries, mask.diagonal, warp_row, key);
-      }
-      if (blocks.needs_mask(block)) bounds.apply(scores, key);
-
-      float block_max[2 * Config::kTilesM];
-      softmax.block_max(block_max, scores);
-      if (__any_sync(0xffffffff, softmax.lags(block_max, scale_log2))) {
-        float factor[2 * Config::kTilesM];
-        softmax.advance(factor, block_max, scale_log2);
-        softmax.rescale(output, factor);
-      }
-      softmax.exponentiate(scores, scale_log2);
-      ptx::cp_async_wait<2 * Config::kStages - 2>();
-      barrier<Config>();
+    if (block >= work.blocks.begin) {
+      const int key = block * Config::kBlockN + share.key;
+      multiply_rows<Config::kDtype, Config::kHeadDim>(scores, query_address, key_address + ring.stage);
+      policy.modify(scores, queries, work.mask.diagonal, share.row, key);
+      if (work.blocks.needs_mask(block)) bounds.apply(scores, key);
+      update_softmax<Config>(softmax, scores, output, policy.exponent_scale());
+      ring.wait();
     }
-    issue(copy_k, block + Config::kStages, stage);
-    if (block >= begin) {
+    ring.refill_keys(block);
+    if (block >= work.blocks.begin) {
       accumulate_output<Config::kDtype, Config::kHeadDim, Config::kTilesN / 2>(output, scores,
-                                                                               value_address + stage);
+                                                                               value_address + ring.stage);
     }
-    stage_before = stage;
-    stage = stage == (Config::kStages - 1) * kStageBytes ? 0 : stage + kStageBytes;
+    ring.advance();
   }
 
   float inverse_sum[2 * Config::kTilesM];
-  softmax.finish(inverse_sum, [](float (&)[2 * Config::kTilesM]) {});
+  softmax.normalise(inverse_sum);
   ptx::cp_async_wait<0>();
   __syncthreads();
   WarpResults<Config> results(shared_memory);
-  results.write(output, softmax, warp % Config::kWarpsN, warp_row);
+  results.write(output, softmax, share.key_warp, share.row);
   __syncthreads();
-  store_merged(params, work, results, scale_log2);
+  store_merged(params, queries, part, results, policy.exponent_scale());
 }
 
 // Heads run fastest, since their keys lie side by side in memory; then tiles of queries, which share keys.
-template <class Config>
+template <class Config, class Scores, bool kAligned>
 __global__ void __launch_bounds__(Config::kThreads, Config::Tile::kMinBlocks)
-    split_kernel(const __grid_constant__ SplitArguments arguments) {
+    cache_kernel(const __grid_constant__ CacheArguments arguments) {
   extern __shared__ __align__(128) uint8_t shared_memory[];
+  using Element = typename Config::Element;
   ptx::launch_dependents();
   const CacheParams& params = arguments.params;
   // What leads to the length comes first: reading it takes longest.
@@ -216,30 +244,22 @@ __global__ void __launch_bounds__(Config::kThreads, Config::Tile::kMinBlocks)
   const CachedSequence sequence(params, batch);
   const int index = blockIdx.x - batch * arguments.blocks;
   const int head = index % arguments.heads, rest = index / arguments.heads;
-  const int split = rest / arguments.tiles_m, m_block = rest - split * arguments.tiles_m;
-  const int64_t total_rows = int64_t{sequence.seqlen_q} * arguments.group;
-  const int step = sequence.batch == params.forward.batch ? arguments.tiles_m * Config::kBlockM : 0;
-
-  for (int64_t first_row = int64_t{m_block} * Config::kBlockM; first_row < total_rows; first_row += step) {
-    const int rows = static_cast<int>(min(total_rows - first_row, int64_t{Config::kBlockM}));
-    const SplitWork work{
-        {&params.forward, sequence, sequence.batch, head, arguments.group, static_cast<int>(first_row), rows},
-        split,
-        params.num_splits};
-    const AttentionMask<Config::kMask> mask(params.forward, sequence.seqlen_q, sequence.seqlen_k);
-    const int first_query = work.queries.first_row / arguments.group;
-    const int last_query = (work.queries.first_row + rows - 1) / arguments.group;
-    const KeyBlocks<Config::kMask, Config::kBlockN> blocks(mask, first_query, last_query);
-    const int per_split = (max(blocks.end - blocks.begin, 0) + work.num_splits - 1) / work.num_splits;
-    const int begin = blocks.begin + split * per_split, end = min(blocks.end, begin + per_split);
-    if (begin < end) {
-      attend<Config>(params, sequence, work, mask, blocks, begin, end, shared_memory);
+  const KeyPart part{rest / arguments.tiles_m, params.num_splits};
+  const uint32_t first_row = (rest - part.index * arguments.tiles_m) * Config::kBlockM;
+  // A sequence's tile, or several past the last sequence.
+  const uint32_t rows = sequence.seqlen_q * arguments.group;
+  const uint32_t step = batch == params.forward.batch ? arguments.tiles_m * Config::kBlockM : rows;
+  for_each_tail_tile(first_row, step, rows, [&](int row) {
+    Work<Config::kMask, Config::kBlockN> work(
+        QueryBlock(params.forward, sequence, batch, head, arguments.group, row, Config::kBlockM));
+    work.keep(part);
+    if (work.has_keys()) {
+      attend<Config, Scores, kAligned>(params, sequence, work, part, shared_memory);
     } else {
-      ptx::wait_for_dependency();  // what comes after this kernel counts on what came before it
-      store_no_keys<typename Config::Element>(params, work, threadIdx.x, Config::kThreads);
+      ptx::wait_for_dependency();  // the next kernel may rely on kernels before this one having finished
+      store_no_keys<Element>(params, work.queries, part, threadIdx.x, Config::kThreads);
     }
-    if (step == 0) return;
-  }
+  });
 }
 
 }  // namespace flash_attn::mma

@@ -13,17 +13,17 @@
 namespace flash_attn::mma {
 
 // With pages, each lane knows where one group of 16 keys lies: the block table is read once for 32 groups.
-template <class Config>
+template <class Config, bool kAligned>
 class KeyCopy {
  public:
   using Element = typename Config::Element;
 
-  // Key 0 of entry 0 is at `base`; this warp, or all of them together, copy rows from `first_row` on to the
-  // tile at `shared`.
-  __device__ __forceinline__ KeyCopy(const Element* base, int64_t entry_stride, int64_t row_stride,
+  // Key 0 of the cache's first row or page is at `base`; this warp, or all of them together, copy rows from
+  // `first_row` on to the tile at `shared`.
+  __device__ __forceinline__ KeyCopy(const Element* base, int64_t batch_stride, int64_t row_stride,
                                      int head_dim, int first_row, uint32_t shared)
       : source_(base + chunk() * 8),
-        entry_stride_(entry_stride),
+        batch_stride_(batch_stride),
         row_stride_(row_stride),
         head_dim_(head_dim),
         first_row_(first_row),
@@ -33,17 +33,18 @@ class KeyCopy {
   // that no stray NaN meets the tensor cores.
   __device__ __forceinline__ void issue(const CacheParams& params, const CachedSequence& sequence, int block,
                                         uint32_t ring_offset) {
-    if (params.page_size > 0 && block >= known_end_) locate_groups(params, sequence, block);
+    if (params.page_size > 0 && block >= located_end_) locate_groups(params, sequence, block);
     const int valid_rows = sequence.seqlen_k - block * Config::kBlockN - first_row_;
 #pragma unroll
     for (int pass = 0; pass < kPasses; pass += kPassesPerGroup) {
       const KeyLocation at = locate(params, sequence, block, (pass * kRowsPerPass + row()) / kKeyGroup);
-      const Element* source = source_ + at.entry * entry_stride_ + (at.row + row() % kKeyGroup) * row_stride_;
+      const Element* source =
+          source_ + at.page_or_batch * batch_stride_ + (at.row + row() % kKeyGroup) * row_stride_;
 #pragma unroll
       for (int i = 0; i < kPassesPerGroup; ++i) {
         const int tile_row = (pass + i) * kRowsPerPass + row();
-        copy_row(source + i * kRowsPerPass * row_stride_, tile_row, at.entry >= 0 && tile_row < valid_rows,
-                 ring_offset);
+        copy_row(source + i * kRowsPerPass * row_stride_, tile_row,
+                 at.page_or_batch >= 0 && tile_row < valid_rows, ring_offset);
       }
     }
   }
@@ -54,7 +55,7 @@ class KeyCopy {
   static constexpr int kPasses = Config::kCopyRows / kRowsPerPass;
   static constexpr int kPassesPerGroup = kRowsPerPass < kKeyGroup ? kKeyGroup / kRowsPerPass : 1;
   static constexpr int kGroups = Config::kCopyRows / kKeyGroup;
-  static constexpr int kKnownBlocks = 32 / kGroups;
+  static constexpr int kLocatedBlocks = 32 / kGroups;
   static_assert(Config::kCopyRows % kRowsPerPass == 0 && 32 % kGroups == 0);
 
   __device__ static __forceinline__ int copier() { return threadIdx.x % Config::kCopyThreads; }
@@ -65,23 +66,24 @@ class KeyCopy {
   __device__ __forceinline__ KeyLocation locate(const CacheParams& params, const CachedSequence& sequence,
                                                 int block, int group) const {
     if (params.page_size == 0) {
-      return {sequence.entry, sequence.k_row + block * Config::kBlockN + first_row_ + group * kKeyGroup};
+      return {sequence.cache_row, sequence.k_row + block * Config::kBlockN + first_row_ + group * kKeyGroup};
     }
-    const int lane = (block - (known_end_ - kKnownBlocks)) * kGroups + group;
-    return {__shfl_sync(0xffffffff, known_.entry, lane), __shfl_sync(0xffffffff, known_.row, lane)};
+    const int lane = (block - (located_end_ - kLocatedBlocks)) * kGroups + group;
+    return {__shfl_sync(0xffffffff, located_.page_or_batch, lane),
+            __shfl_sync(0xffffffff, located_.row, lane)};
   }
 
   __device__ __forceinline__ void locate_groups(const CacheParams& params, const CachedSequence& sequence,
                                                 int block) {
     const int lane = threadIdx.x % 32;
     const int key = (block + lane / kGroups) * Config::kBlockN + first_row_ + lane % kGroups * kKeyGroup;
-    known_ = key < sequence.seqlen_k ? locate_key(params, sequence, key) : KeyLocation{-1, 0};
-    known_end_ = block + kKnownBlocks;
+    located_ = key < sequence.seqlen_k ? locate_key(params, sequence, key) : KeyLocation{-1, 0};
+    located_end_ = block + kLocatedBlocks;
   }
 
   __device__ __forceinline__ void copy_row(const Element* source, int tile_row, bool row_valid,
                                            uint32_t ring_offset) const {
-    if constexpr (Config::kAligned) {
+    if constexpr (kAligned) {
 #pragma unroll
       for (int slab = 0; slab < Tile::kSlabs; ++slab) {
         const bool valid = row_valid && (slab * Tile::kSlabChunks + chunk()) * 8 < head_dim_;
@@ -114,13 +116,13 @@ class KeyCopy {
   }
 
   const Element* source_;
-  int64_t entry_stride_;
+  int64_t batch_stride_;
   int64_t row_stride_;
   int head_dim_;
   int first_row_;
   uint32_t shared_;
-  KeyLocation known_{-1, 0};
-  int known_end_ = 0;
+  KeyLocation located_{-1, 0};
+  int located_end_ = 0;
 };
 
 }  // namespace flash_attn::mma

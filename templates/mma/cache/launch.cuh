@@ -7,8 +7,8 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <type_traits>
 
-#include "host/device.h"
 #include "host/launch.h"
 #include "mma/cache/kernel.cuh"
 #include "ops/append.h"
@@ -18,8 +18,8 @@
 
 namespace flash_attn::mma {
 
-template <class Config>
-Status launch_tiles(const CacheParams& params, const Device& device, cudaStream_t stream, const char* name) {
+template <class Config, class Scores, bool kAligned>
+Status launch_scores(const CacheParams& params, const Device& device, cudaStream_t stream, const char* name) {
   const ForwardParams& forward = params.forward;
   if (forward.total_q == 0) return Status::kOk;
   const int group = forward.num_heads / forward.num_heads_k;
@@ -28,39 +28,50 @@ Status launch_tiles(const CacheParams& params, const Device& device, cudaStream_
   const int64_t tiles_m = std::max<int64_t>((rows + Config::kBlockM - 1) / Config::kBlockM, 1);
   const int64_t batches = int64_t{forward.batch} + (forward.cu_seqlens_q != nullptr ? 1 : 0);
   const int64_t blocks = forward.num_heads_k * tiles_m * params.num_splits;
-  const SplitArguments arguments{params, forward.num_heads_k, static_cast<int>(tiles_m), group,
+  const CacheArguments arguments{params, forward.num_heads_k, static_cast<int>(tiles_m), group,
                                  static_cast<int>(blocks)};
   // Loads of elements leave sectors in L1, which rows that are not aligned share: none may be read while the
   // kernel before still appends others.
-  const bool dependent = appends(params) && Config::kAligned;
+  const bool dependent = appends(params) && kAligned;
   static std::atomic<uint64_t> prepared;
-  return launch_kernel(split_kernel<Config>, name, device.index, batches * blocks, Config::kThreads,
-                       Config::kSharedBytes, stream, arguments, prepared, dependent);
+  return launch_kernel(cache_kernel<Config, Scores, kAligned>, name, device.index, batches * blocks,
+                       Config::kThreads, Config::kSharedBytes, stream, arguments, prepared, dependent);
 }
 
-// Runs the first configuration, in ascending order of kBlockM, that holds all rows of a sequence; else the
-// last.
-template <class Config, class... Others>
-Status launch_attention(const CacheParams& params, const Device& device, cudaStream_t stream,
-                        const char* name) {
-  const ForwardParams& forward = params.forward;
-  if constexpr (sizeof...(Others) > 0) {
-    const int64_t rows = int64_t{forward.seqlen_q} * (forward.num_heads / forward.num_heads_k);
-    if (rows > Config::kBlockM) return launch_attention<Others...>(params, device, stream, name);
-  }
-  const auto launch = needs_modifiers(forward) ? launch_tiles<ModifiedSplit<Config>> : launch_tiles<Config>;
+template <class Config>
+Status launch_tile(const CacheParams& params, const Device& device, cudaStream_t stream, const char* name) {
+  const auto launch = needs_modifiers(params.forward) ? launch_scores<Config, ModifiedScores, true>
+                                                      : launch_scores<Config, PlainScores, true>;
   return launch(params, device, stream, name);
 }
 
-// For a cache that is not aligned the tiles for several rows serve any number.
-template <class Few, class Several, class... Others>
+// Tiles Rows16, Rows64 and Rows128, if the family has it, are named by the rows that they hold. The smallest
+// one that holds all rows of a sequence computes the call; else the largest. For a cache that is not aligned
+// Rows64 serves any number, with modifiers or not.
+template <class Tiles>
+Status launch_attention(const CacheParams& params, const Device& device, cudaStream_t stream,
+                        const char* name) {
+  const ForwardParams& forward = params.forward;
+  if (!cache_aligned(params)) {
+    return launch_scores<typename Tiles::Rows64, ModifiedScores, false>(params, device, stream, name);
+  }
+  const int64_t rows = int64_t{forward.seqlen_q} * (forward.num_heads / forward.num_heads_k);
+  if (rows <= Tiles::Rows16::kBlockM) {
+    return launch_tile<typename Tiles::Rows16>(params, device, stream, name);
+  }
+  if constexpr (!std::is_void_v<typename Tiles::Rows128>) {
+    if (rows > Tiles::Rows64::kBlockM) {
+      return launch_tile<typename Tiles::Rows128>(params, device, stream, name);
+    }
+  }
+  return launch_tile<typename Tiles::Rows64>(params, device, stream, name);
+}
+
+template <class Tiles>
 Status launch_cache(const CacheParams& params, const Device& device, cudaStream_t stream, const char* name) {
   CacheParams attention;
   Status status = launch_append(params, device, stream, attention);
-  if (status != Status::kOk) return status;
-  const auto launch = cache_aligned(params) ? launch_attention<Few, Several, Others...>
-                                            : launch_tiles<UnalignedSplit<Several>>;
-  status = launch(attention, device, stream, name);
+  if (status == Status::kOk) status = launch_attention<Tiles>(attention, device, stream, name);
   if (status != Status::kOk || params.num_splits == 1) return status;
   return launch_combine(params, device, stream);
 }

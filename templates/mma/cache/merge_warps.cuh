@@ -6,9 +6,8 @@
 #include <cmath>
 #include <cstdint>
 
-#include "problem/key_part.cuh"
-#include "ptx/dtype.cuh"
-#include "ptx/math.cuh"
+#include "problem/work.cuh"
+#include "ptx/arithmetic.cuh"
 #include "warp/accumulator.cuh"
 #include "warp/softmax.cuh"
 
@@ -33,17 +32,16 @@ class WarpResults {
         sum_(max_ + Config::kWarpsN * Config::kBlockM) {}
 
   __device__ __forceinline__ void write(const Accumulator<Config::kTilesM, Config::kTilesD>& output,
-                                        const OnlineSoftmax<Config::kTilesM>& softmax, int warp_n,
+                                        const OnlineSoftmax<Config::kTilesM>& softmax, int key_warp,
                                         int first_row) {
-    const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int i = 0; i < 2 * Config::kTilesM; ++i) {
-      const int row = warp_n * Config::kBlockM + first_row + i / 2 * 16 + i % 2 * 8 + lane / 4;
-      if (lane % 4 == 0) max_[row] = softmax.max[i], sum_[row] = softmax.sum[i];
+      const int row = key_warp * Config::kBlockM + first_row + fragment_row(i);
+      if (lane_index() % 4 == 0) max_[row] = softmax.max[i], sum_[row] = softmax.sum[i];
 #pragma unroll
       for (int n = 0; n < Config::kTilesD; ++n) {
         const float* o = output[i / 2][n] + 2 * (i % 2);
-        *reinterpret_cast<float2*>(output_ + row * Config::kOutputStride + n * 8 + lane % 4 * 2) =
+        *reinterpret_cast<float2*>(output_ + row * Config::kOutputStride + n * 8 + fragment_column()) =
             make_float2(o[0], o[1]);
       }
     }
@@ -81,40 +79,39 @@ class WarpResults {
   float* sum_;
 };
 
-// Writes the merged rows: the result, or this split's part of it. A thread has 16 columns of a row.
+// Writes the merged rows: the result, or this part's share of it. A thread has 16 columns of a row.
 template <class Config>
-__device__ __forceinline__ void store_merged(const CacheParams& params, const SplitWork& work,
-                                             const WarpResults<Config>& results, float scale_log2) {
+__device__ __forceinline__ void store_merged(const CacheParams& params, const QueryBlock& queries,
+                                             const KeyPart& part, const WarpResults<Config>& results,
+                                             float scale_log2) {
   constexpr int kThreadsPerRow = Config::kHeadDim / 16, kStep = WarpResults<Config>::kColumnStep;
-  const QueryBlock& queries = work.queries;
-  const int head_dim_v = params.forward.head_dim_v;
+  const ForwardParams& forward = params.forward;
 #pragma unroll 1
   for (int i = threadIdx.x; i < queries.rows * kThreadsPerRow; i += Config::kThreads) {
     const int row = i / kThreadsPerRow, column = i % kThreadsPerRow * 4;
     float4 o[4];
     float lse = results.merge(o, row, column, scale_log2);
-    if (work.num_splits > 1) {
-      const int64_t at = work.partial(row);
-      float* out = params.out_partial + at * head_dim_v;
+    if (part.count > 1) {
+      const int64_t at = part.partial_row(queries, row);
+      float* out = params.out_partial + at * forward.head_dim_v;
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const int first = column + j * kStep;
-        if (first < head_dim_v) *reinterpret_cast<float4*>(out + first) = o[j];
+        if (first < forward.head_dim_v) *reinterpret_cast<float4*>(out + first) = o[j];
       }
       if (column == 0) params.lse_partial[at] = lse;
     } else {
-      if (params.forward.sinks != nullptr)
-        scale(o, add_sink(lse, params.forward.sinks[queries.head_of(row)]));
+      if (forward.sinks != nullptr) scale(o, add_sink(lse, forward, queries.head_of(row)));
       auto* out = queries.out<typename Config::Element>(row);
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const int first = column + j * kStep;
-        const uint2 packed = {pack<Config::kDtype>(o[j].x, o[j].y), pack<Config::kDtype>(o[j].z, o[j].w)};
-        if (first < head_dim_v) *reinterpret_cast<uint2*>(out + first) = packed;
+        const uint2 packed = {ptx::pack<Config::kDtype>(o[j].x, o[j].y),
+                              ptx::pack<Config::kDtype>(o[j].z, o[j].w)};
+        if (first < forward.head_dim_v) *reinterpret_cast<uint2*>(out + first) = packed;
       }
-      if (column == 0 && params.forward.softmax_lse != nullptr) {
+      if (column == 0 && forward.softmax_lse != nullptr)
         *queries.lse(row) = lse == -INFINITY ? INFINITY : lse;
-      }
     }
   }
 }

@@ -1,9 +1,7 @@
-// Compile-time description of one forward kernel of the sm80 family. The numbers come from the tile table in
-// codegen.
+// Compile-time description of the forward kernel. The numbers come from the tile table in codegen.
 #pragma once
 
-#include "ptx/dtype.cuh"
-#include "warp/shared_tile.cuh"
+#include "mma/config.cuh"
 
 namespace flash_attn::mma {
 
@@ -16,22 +14,16 @@ struct ForwardTile {
   static constexpr int kMinBlocks = min_blocks;  // thread blocks per multiprocessor that registers must allow
 };
 
-template <Dtype dtype, int head_dim, Mask mask, class TileType>
-struct ForwardConfig {
-  using Tile = TileType;
-  using Element = typename ElementOf<dtype>::Type;
-  static constexpr Dtype kDtype = dtype;
-  static constexpr int kHeadDim = head_dim;
-  static constexpr Mask kMask = mask;
-  static constexpr int kBlockM = Tile::kBlockM;
-  static constexpr int kBlockN = Tile::kBlockN;
-  static constexpr int kThreads = 32 * Tile::kWarps;
+template <Dtype dtype, int head_dim, Mask mask, class Tile>
+struct ForwardConfig : MmaConfig<dtype, head_dim, mask, Tile, Tile::kWarps> {
+  using Base = MmaConfig<dtype, head_dim, mask, Tile, Tile::kWarps>;
+  using Base::kBlockM, Base::kBlockN, Base::kQueryBytes, Base::kKeyBytes;
 
   // What a warp computes: kWarpRows rows of S and O, and all of their columns unless warps work in pairs.
   static constexpr bool kPairs = Tile::kWarpsPerRow == 2;
   static constexpr int kWarpRows = kBlockM * Tile::kWarpsPerRow / Tile::kWarps;
   static constexpr int kWarpKeys = kBlockN / Tile::kWarpsPerRow;
-  static constexpr int kWarpDims = kHeadDim / Tile::kWarpsPerRow;
+  static constexpr int kWarpDims = head_dim / Tile::kWarpsPerRow;
   static constexpr int kTilesM = kWarpRows / 16;
   static constexpr int kTilesN = kWarpKeys / 8;
   static constexpr int kTilesD = kWarpDims / 8;
@@ -39,8 +31,6 @@ struct ForwardConfig {
   static_assert(!kPairs || kWarpDims % 64 == 0, "each warp of a pair starts at a whole slab of V");
 
   // Shared memory: Q (later O) | K | V | with pairs of warps: probabilities | a value per row and warp.
-  static constexpr int kQueryBytes = kBlockM * kHeadDim * 2;
-  static constexpr int kKeyBytes = kBlockN * kHeadDim * 2;
   static constexpr int kProbsBytes = kPairs ? kBlockM * kBlockN * 2 : 0;
   static constexpr int kRowBytes = kPairs ? kBlockM * 2 * 4 : 0;
   static constexpr int kSharedBytes = kQueryBytes + 2 * kKeyBytes + kProbsBytes + kRowBytes;

@@ -1,5 +1,5 @@
-// Forward attention for GPUs with mma.sync m16n8k16 and cp.async (Ampere and later); FlashAttention-2,
-// algorithm 1.
+// Forward attention by mma.sync and cp.async; FlashAttention-2, algorithm 1. Read from forward_kernel at the
+// end upwards: kernel, loop, its steps.
 //
 // One thread block computes kBlockM rows of O for one head. Its warps split the rows; all of them read the
 // same K and V.
@@ -14,22 +14,18 @@
 
 #include <cuda_runtime.h>
 
-#include <atomic>
 #include <cstdint>
 
-#include "host/device.h"
-#include "host/launch.h"
 #include "mma/forward/config.cuh"
 #include "mma/forward/warp_pair.cuh"
 #include "mma/products.cuh"
-#include "problem/mask.cuh"
-#include "problem/query_block.cuh"
 #include "problem/schedule.cuh"
 #include "problem/sequence.cuh"
+#include "problem/work.cuh"
 #include "ptx/async_copy.cuh"
 #include "ptx/shared_memory.cuh"
 #include "warp/accumulator.cuh"
-#include "warp/dropout.cuh"
+#include "warp/mask_scores.cuh"
 #include "warp/scores.cuh"
 #include "warp/shared_tile.cuh"
 #include "warp/softmax.cuh"
@@ -42,12 +38,50 @@ struct ForwardArguments {
   TileSchedule schedule;
 };
 
+// The copies of K and V, block by block from the last to the first.
+template <class Config>
+struct KeyCopies {
+  using Copy = TileCopy<typename Config::Element, Config::kBlockN, Config::kHeadDim, Config::kThreads>;
+  const ForwardParams& params;
+  int seqlen_k;
+  Copy k;
+  Copy v;
+
+  __device__ __forceinline__ KeyCopies(const QueryBlock& queries, uint32_t shared, int last_block)
+      : params(*queries.params),
+        seqlen_k(queries.sequence.seqlen_k),
+        k(shared, queries.sequence.k_rows<typename Config::Element>(params, key_head(queries)),
+          params.k_row_stride),
+        v(shared + Config::kKeyBytes,
+          queries.sequence.v_rows<typename Config::Element>(params, key_head(queries)), params.v_row_stride) {
+    k.move(last_block, params.k_row_stride);
+    v.move(last_block, params.v_row_stride);
+  }
+
+  __device__ __forceinline__ void issue_keys(int block) {
+    issue(k, params.k_row_stride, params.head_dim, block);
+  }
+  __device__ __forceinline__ void issue_values(int block) {
+    issue(v, params.v_row_stride, params.head_dim_v, block);
+  }
+
+ private:
+  __device__ static __forceinline__ int key_head(const QueryBlock& queries) {
+    return queries.head / (queries.params->num_heads / queries.params->num_heads_k);
+  }
+  __device__ __forceinline__ void issue(Copy& copy, int64_t row_stride, int head_dim, int block) const {
+    copy.issue(row_stride, seqlen_k - block * Config::kBlockN, head_dim);
+    copy.move(-1, row_stride);
+    ptx::cp_async_commit();
+  }
+};
+
 // O += P V for a block of keys. A pair multiplies each warp's probabilities with its own half of the columns
 // of V, then the other's, which have arrived meanwhile.
 template <class Config>
 __device__ __forceinline__ void accumulate_block(Accumulator<Config::kTilesM, Config::kTilesD>& output,
                                                  const Accumulator<Config::kTilesM, Config::kTilesN>& probs,
-                                                 uint32_t value_address, const WarpPart<Config>& part,
+                                                 uint32_t value_address, const WarpShare<Config>& share,
                                                  const WarpPair<Config>& pair) {
   constexpr int kSteps = Config::kTilesN / 2;
   if constexpr (Config::kPairs) {
@@ -56,37 +90,12 @@ __device__ __forceinline__ void accumulate_block(Accumulator<Config::kTilesM, Co
     pair.send(rounded);
     accumulate_output<Config::kDtype, Config::kHeadDim, kSteps>(output, rounded, value_address);
     pair.receive(rounded);
-    const int rows_to_other = Config::kWarpKeys - 2 * part.key;
+    const int rows_to_other = Config::kWarpKeys - 2 * share.key;
     accumulate_output<Config::kDtype, Config::kHeadDim, kSteps>(
         output, rounded, value_address + rows_to_other * SharedTile<Config::kHeadDim>::kRowBytes);
   } else {
     accumulate_output<Config::kDtype, Config::kHeadDim, kSteps>(output, probs, value_address);
   }
-}
-
-// The epilogue: completes the sums, writes LSE and the normalised O.
-template <class Config, bool kModifiers>
-__device__ __forceinline__ void finish(const QueryBlock& queries, const WarpPart<Config>& part,
-                                       const WarpPair<Config>& pair, OnlineSoftmax<Config::kTilesM>& softmax,
-                                       const Accumulator<Config::kTilesM, Config::kTilesD>& output,
-                                       float scale_log2, uint32_t shared) {
-  float factor[2 * Config::kTilesM];
-  softmax.finish(factor, [&](float (&row_sum)[2 * Config::kTilesM]) {
-    if constexpr (Config::kPairs) pair.combine_rows(row_sum, [](float a, float b) { return a + b; });
-  });
-  const bool stores_lse = queries.params->softmax_lse != nullptr && threadIdx.x % 4 == 0 && part.key == 0;
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int i = 0; i < 2 * Config::kTilesM; ++i) {
-    const int row = part.row + i / 2 * 16 + i % 2 * 8 + lane / 4;
-    float lse = softmax.log_sum_exp(i, scale_log2);
-    if (queries.params->sinks != nullptr) factor[i] *= add_sink(lse, queries.params->sinks[queries.head]);
-    if (stores_lse && row < queries.rows) *queries.lse(row) = lse;
-    if constexpr (kModifiers) factor[i] *= queries.params->dropout_rescale;
-  }
-  store_tile<Config::kDtype, Config::kHeadDim>(
-      shared, output, factor, part.row, part.dim, queries.rows, queries.params->head_dim_v,
-      [&](int row) { return queries.out<typename Config::Element>(row); });
 }
 
 // One step of the online softmax: `scores` become probabilities. The second barrier, with `refill_keys`
@@ -121,92 +130,88 @@ __device__ __forceinline__ void update_softmax(OnlineSoftmax<Config::kTilesM>& s
   softmax.exponentiate(scores, scale_log2);
 }
 
+// The epilogue: completes the sums, writes LSE and the normalised O.
+template <class Config, class Scores>
+__device__ __forceinline__ void store_rows(const QueryBlock& queries, const Scores& policy,
+                                           const WarpShare<Config>& share, const WarpPair<Config>& pair,
+                                           OnlineSoftmax<Config::kTilesM>& softmax,
+                                           const Accumulator<Config::kTilesM, Config::kTilesD>& output,
+                                           uint32_t shared) {
+  float factor[2 * Config::kTilesM];
+  softmax.normalise(factor, [&](float (&row_sum)[2 * Config::kTilesM]) {
+    if constexpr (Config::kPairs) pair.combine_rows(row_sum, [](float a, float b) { return a + b; });
+  });
+  store_lse(factor, softmax, policy, queries, share.row, share.key == 0);
+  store_tile<Config::kDtype, Config::kHeadDim>(
+      shared, output, factor, share.row, share.dim, queries.rows, queries.params->head_dim_v,
+      [&](int row) { return queries.out<typename Config::Element>(row); });
+}
+
 // The main loop: from the last block of keys to the first.
-template <class Config, bool kModifiers>
-__device__ __forceinline__ void attend(const QueryBlock& queries, uint8_t* shared_memory) {
-  using Element = typename Config::Element;
-  using CopyQuery = TileCopy<Element, Config::kBlockM, Config::kHeadDim, Config::kThreads>;
-  using CopyKeys = TileCopy<Element, Config::kBlockN, Config::kHeadDim, Config::kThreads>;
+template <class Config, class Scores>
+__device__ __forceinline__ void attend(const Work<Config::kMask, Config::kBlockN>& work,
+                                       uint8_t* shared_memory) {
+  const QueryBlock& queries = work.queries;
   const ForwardParams& params = *queries.params;
-  const int seqlen_k = queries.sequence.seqlen_k;
-
-  const AttentionMask<Config::kMask> mask(params, queries.sequence.seqlen_q, seqlen_k);
-  const KeyBlocks<Config::kMask, Config::kBlockN> blocks(mask, queries.first_row,
-                                                         queries.first_row + queries.rows - 1);
-  if (blocks.begin >= blocks.end) return store_empty<Element>(queries, threadIdx.x, Config::kThreads);
-
-  const int key_head = queries.head / (params.num_heads / params.num_heads_k);
+  const Scores policy{params};
   const uint32_t shared = ptx::shared_address(shared_memory);
-  const uint32_t shared_k = shared + Config::kQueryBytes;
-  CopyKeys copy_k(shared_k, queries.sequence.k_rows<Element>(params, key_head), params.k_row_stride);
-  CopyKeys copy_v(shared_k + Config::kKeyBytes, queries.sequence.v_rows<Element>(params, key_head),
-                  params.v_row_stride);
-  const auto issue = [&](CopyKeys& copy, int64_t row_stride, int head_dim, int block) {
-    copy.issue(row_stride, seqlen_k - block * Config::kBlockN, head_dim);
-    copy.move(-1, row_stride);
-    ptx::cp_async_commit();
-  };
-
-  int block = blocks.end - 1;
-  copy_k.move(block, params.k_row_stride);
-  copy_v.move(block, params.v_row_stride);
-  CopyQuery(shared, queries.query<Element>(), params.q_row_stride)
+  int block = work.blocks.end - 1;
+  KeyCopies<Config> copies(queries, shared + Config::kQueryBytes, block);
+  TileCopy<typename Config::Element, Config::kBlockM, Config::kHeadDim, Config::kThreads>(
+      shared, queries.query<typename Config::Element>(0), params.q_row_stride)
       .issue(params.q_row_stride, queries.rows, params.head_dim);
-  issue(copy_k, params.k_row_stride, params.head_dim, block);
+  copies.issue_keys(block);
 
-  const WarpPart<Config> part;
-  const FragmentAddresses<Config> addresses(shared, part);
+  const WarpShare<Config> share;
+  const FragmentAddresses<Config> addresses(shared, share);
   const WarpPair<Config> pair(shared_memory + Config::kQueryBytes + 2 * Config::kKeyBytes);
   Accumulator<Config::kTilesM, Config::kTilesD> output = {};
   OnlineSoftmax<Config::kTilesM> softmax;
-  const float scale_log2 = kModifiers ? 1.0f : params.softmax_scale * kLog2E;
 
-  for (; block >= blocks.begin; --block) {
+  for (; block >= work.blocks.begin; --block) {
     ptx::cp_async_wait<0>();
     __syncthreads();
-    issue(copy_v, params.v_row_stride, params.head_dim_v, block);
+    copies.issue_values(block);
 
     Accumulator<Config::kTilesM, Config::kTilesN> scores;
-    const int row = queries.first_row + part.row, key = block * Config::kBlockN + part.key;
+    const int key = block * Config::kBlockN + share.key;
     multiply_rows<Config::kDtype, Config::kHeadDim>(scores, addresses.query, addresses.key);
-    if constexpr (kModifiers) {
-      apply_modifiers(scores, ScoreModifiers(params, queries.batch, queries.head), mask.diagonal, row, key);
+    policy.modify(scores, queries, work.mask.diagonal, share.row, key);
+    if (work.blocks.needs_mask(block)) {
+      query_bounds<Config::kTilesM>(work.mask, queries.first_row + share.row, 1).apply(scores, key);
     }
-    if (blocks.needs_mask(block)) apply_mask(scores, mask, row, key);
-
-    update_softmax<Config>(softmax, scores, output, scale_log2, pair, [&] {
-      if (block > blocks.begin) issue(copy_k, params.k_row_stride, params.head_dim, block - 1);
+    update_softmax<Config>(softmax, scores, output, policy.exponent_scale(), pair, [&] {
+      if (block > work.blocks.begin) copies.issue_keys(block - 1);
     });
-    if constexpr (kModifiers) {
-      if (params.dropout_p > 0.0f) {
-        apply_dropout(scores, Dropout(params, queries.batch * params.num_heads + queries.head), row, key);
-      }
-    }
-    accumulate_block(output, scores, addresses.value, part, pair);
+    policy.drop(scores, queries, share.row, key);
+    accumulate_block(output, scores, addresses.value, share, pair);
   }
-  finish<Config, kModifiers>(queries, part, pair, softmax, output, scale_log2, shared);
+  store_rows(queries, policy, share, pair, softmax, output, shared);
 }
 
-template <class Config, bool kModifiers>
+template <class Config, class Scores>
 __global__ void __launch_bounds__(Config::kThreads, Config::Tile::kMinBlocks)
     forward_kernel(const __grid_constant__ ForwardArguments arguments) {
   extern __shared__ __align__(128) uint8_t shared_memory[];
+  using Element = typename Config::Element;
   const ForwardParams& params = arguments.params;
   const TileSchedule::Tile tile = arguments.schedule.tile(blockIdx.x);
   const Sequence sequence(params, tile.batch);
   const auto queries = [&](int first_row) {
-    const int rows = min(sequence.seqlen_q - first_row, Config::kBlockM);
-    return QueryBlock{&params, sequence, tile.batch, tile.head, 1, first_row, rows};
+    return QueryBlock(params, sequence, tile.batch, tile.head, 1, first_row, Config::kBlockM);
   };
   const int first_row = tile.m_block * Config::kBlockM;
   if (tile.batch == params.batch) {
-    // The rows past the last varlen sequence may be more than the tiles of the longest sequence.
-    const int64_t step = arguments.schedule.tiles_m * Config::kBlockM;
-    for (int64_t row = first_row; row < sequence.seqlen_q; row += step) {
-      store_empty<typename Config::Element>(queries(row), threadIdx.x, Config::kThreads);
-    }
+    for_each_tail_tile(
+        int64_t{first_row}, arguments.schedule.tiles_m * Config::kBlockM, sequence.seqlen_q,
+        [&](int row) { store_empty_rows<Element>(queries(row), threadIdx.x, Config::kThreads); });
   } else if (first_row < sequence.seqlen_q) {
-    attend<Config, kModifiers>(queries(first_row), shared_memory);
+    const Work<Config::kMask, Config::kBlockN> work(queries(first_row));
+    if (work.has_keys()) {
+      attend<Config, Scores>(work, shared_memory);
+    } else {
+      store_empty_rows<Element>(work.queries, threadIdx.x, Config::kThreads);
+    }
   }
 }
 

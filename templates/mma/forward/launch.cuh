@@ -5,8 +5,8 @@
 
 #include <atomic>
 #include <cstdint>
+#include <type_traits>
 
-#include "host/device.h"
 #include "host/launch.h"
 #include "mma/forward/kernel.cuh"
 #include "problem/schedule.cuh"
@@ -14,25 +14,31 @@
 
 namespace flash_attn::mma {
 
-// An A100 has 40 MB of L2 in two halves that each cache what their side reads.
+// K and V of a section: an A100 has 40 MB of L2 in two halves, each of which caches what its side reads.
 constexpr int64_t kSectionBytes = int64_t{16} << 20;
 
-// Runs the first configuration of which a multiprocessor of `device` holds as many thread blocks as it asks
-// for; the last one in any case.
-template <class Config, class... Others>
-Status launch_forward(const ForwardParams& params, const Device& device, cudaStream_t stream,
-                      const char* name) {
-  if constexpr (sizeof...(Others) > 0) {
-    if (!holds_blocks(device, Config::Tile::kMinBlocks, Config::kSharedBytes))
-      return launch_forward<Others...>(params, device, stream, name);
-  }
+template <class Config>
+Status launch_tile(const ForwardParams& params, const Device& device, cudaStream_t stream, const char* name) {
   const ForwardArguments arguments{params,
                                    make_schedule(params, Config::kBlockM, Config::kMask, kSectionBytes)};
-  const bool modifiers = needs_modifiers(params);
+  const bool modified = needs_modifiers(params);
+  const auto kernel = modified ? forward_kernel<Config, ModifiedScores> : forward_kernel<Config, PlainScores>;
   static std::atomic<uint64_t> prepared[2];
-  return launch_kernel(modifiers ? forward_kernel<Config, true> : forward_kernel<Config, false>, name,
-                       device.index, arguments.schedule.num_tiles(), Config::kThreads, Config::kSharedBytes,
-                       stream, arguments, prepared[modifiers]);
+  return launch_kernel(kernel, name, device.index, arguments.schedule.num_tiles(), Config::kThreads,
+                       Config::kSharedBytes, stream, arguments, prepared[modified]);
+}
+
+// Tiles: Default, and Roomy for devices with more shared memory than the family counts on.
+template <class Tiles>
+Status launch_forward(const ForwardParams& params, const Device& device, cudaStream_t stream,
+                      const char* name) {
+  using Roomy = typename Tiles::Roomy;
+  if constexpr (!std::is_void_v<Roomy>) {
+    if (holds_blocks(device, Roomy::Tile::kMinBlocks, Roomy::kSharedBytes)) {
+      return launch_tile<Roomy>(params, device, stream, name);
+    }
+  }
+  return launch_tile<typename Tiles::Default>(params, device, stream, name);
 }
 
 }  // namespace flash_attn::mma

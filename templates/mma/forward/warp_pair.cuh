@@ -1,4 +1,5 @@
-// Two warps that share rows of queries: each computes half of the columns of S and half of the columns of O.
+// What a warp computes of a tile, alone or as one of two that share rows of queries: then each has half of
+// the columns of S and half of the columns of O.
 //
 // For wide heads one warp cannot hold 32 rows of O. With 16 rows per warp every fragment of K and V that
 // ldmatrix reads would feed half as many products, and shared memory would be the bottleneck. A pair keeps 32
@@ -10,8 +11,43 @@
 
 #include "mma/products.cuh"
 #include "ptx/barrier.cuh"
+#include "warp/accumulator.cuh"
+#include "warp/shared_tile.cuh"
 
 namespace flash_attn::mma {
+
+// What a warp has of a tile: rows from `row`, keys from `key` of each block, columns of O
+// from `dim`.
+template <class Config>
+struct WarpShare {
+  int row;
+  int key;
+  int dim;
+
+  __device__ __forceinline__ WarpShare() {
+    const int warp = threadIdx.x / 32, in_row = warp % Config::Tile::kWarpsPerRow;
+    row = warp / Config::Tile::kWarpsPerRow * Config::kWarpRows;
+    key = in_row * Config::kWarpKeys;
+    dim = in_row * Config::kWarpDims;
+  }
+};
+
+// The shared addresses from which this lane reads fragments with ldmatrix.
+template <class Config>
+struct FragmentAddresses {
+  using Shared = SharedTile<Config::kHeadDim>;
+  uint32_t query;
+  uint32_t key;
+  uint32_t value;
+
+  __device__ __forceinline__ FragmentAddresses(uint32_t shared, const WarpShare<Config>& share) {
+    const FragmentLane a = FragmentLane::of_a(), b = FragmentLane::of_b();
+    const uint32_t keys = shared + Config::kQueryBytes;
+    query = shared + Shared::offset(share.row + a.row, a.chunk);
+    key = keys + Shared::offset(share.key + b.row, b.chunk);
+    value = keys + Config::kKeyBytes + Shared::offset(share.key + a.row, share.dim / 8 + a.chunk);
+  }
+};
 
 template <class Config>
 class WarpPair {

@@ -5,24 +5,35 @@
 
 #include <numeric>
 
-#include "mma/cache/launch.cuh"
 #include "ops/append.h"
 #include "ops/combine.h"
+#include "problem/kv_cache.cuh"
 #include "wgmma/cache/cache_keys.cuh"
 #include "wgmma/forward/launch.cuh"
 
+namespace flash_attn::mma {
+
+// In mma/cache/launch.cuh, which a unit includes beside this file.
+template <class Tiles>
+Status launch_cache(const CacheParams& params, const Device& device, cudaStream_t stream, const char* name);
+
+}  // namespace flash_attn::mma
+
 namespace flash_attn::wgmma {
 
-template <class Few, class Several, class Long, class Many>
+// Tiles: those of the mma design, and Wgmma, which takes a call if its plan says so and TMA can read the
+// cache.
+template <class Tiles>
 Status launch_cache(const CacheParams& params, const Device& device, cudaStream_t stream, const char* name) {
-  if (!params.long_tiles || !cache_aligned(params)) {
-    return mma::launch_cache<Few, Several, Many>(params, device, stream, name);
+  using Config = typename Tiles::Wgmma;
+  if (static_cast<Design>(params.design) != Design::kWgmma || !cache_aligned(params)) {
+    return mma::launch_cache<Tiles>(params, device, stream, name);
   }
-  CacheArguments arguments{};
-  arguments.box_rows = params.page_size > 0 ? std::gcd(params.page_size, Long::kBlockN) : Long::kBlockN;
-  arguments.boxes = Long::kBlockN / arguments.box_rows;
-  Status status = launch_append(params, device, stream, arguments.params);
-  if (status == Status::kOk) status = launch_tiles<Long>(arguments, device, stream, name);
+  CacheKeys source{};
+  source.box_rows = params.page_size > 0 ? std::gcd(params.page_size, Config::kBlockN) : Config::kBlockN;
+  source.boxes = Config::kBlockN / source.box_rows;
+  Status status = launch_append(params, device, stream, source.params);
+  if (status == Status::kOk) status = launch_tile<Config>(source, device, stream, name);
   if (status != Status::kOk || params.num_splits == 1) return status;
   return launch_combine(params, device, stream);
 }

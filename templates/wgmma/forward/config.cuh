@@ -1,8 +1,13 @@
-// Compile-time description of one forward kernel of the sm90 family. The numbers come from the tile table in
-// codegen.
+// Compile-time description of Hopper's forward kernel, and its shared memory. The numbers come from the tile
+// table in codegen.
 #pragma once
 
-#include "ptx/dtype.cuh"
+#include <cstdint>
+
+#include "abi.h"
+#include "ptx/arithmetic.cuh"
+#include "ptx/barrier.cuh"
+#include "ptx/shared_memory.cuh"
 
 namespace flash_attn::wgmma {
 
@@ -19,7 +24,7 @@ struct ForwardTile {
 template <Dtype dtype, int head_dim, Mask mask, class TileType>
 struct ForwardConfig {
   using Tile = TileType;
-  using Element = typename ElementOf<dtype>::Type;
+  using Element = typename ptx::ElementOf<dtype>::Type;
   static constexpr Dtype kDtype = dtype;
   static constexpr int kHeadDim = head_dim;
   static constexpr int kHeadDimV = Tile::kHeadDimV == 0 ? head_dim : Tile::kHeadDimV;
@@ -55,6 +60,47 @@ struct ForwardConfig {
   static_assert(kTilesD % 4 == 0, "the epilogue transposes four tiles at a time");
   static constexpr int kSharedBytes =
       kQueryStages * kQueryBytes + kStages * (kKeyBytes + kValueBytes) + kBarrierBytes;
+};
+
+// Addresses in shared memory.
+template <class Config>
+struct SharedLayout {
+  uint32_t base;
+
+  __device__ __forceinline__ explicit SharedLayout(const uint8_t* shared_memory)
+      : base(ptx::shared_address(shared_memory)) {}
+
+  __device__ __forceinline__ uint32_t query(int stage) const { return base + stage * Config::kQueryBytes; }
+  __device__ __forceinline__ uint32_t key(int stage) const {
+    return query(Config::kQueryStages) + stage * Config::kKeyBytes;
+  }
+  __device__ __forceinline__ uint32_t value(int stage) const {
+    return key(Config::kStages) + stage * Config::kValueBytes;
+  }
+  __device__ __forceinline__ uint32_t q_full(int stage) const { return value(Config::kStages) + 32 * stage; }
+  __device__ __forceinline__ uint32_t q_empty(int stage) const { return q_full(stage) + 8; }
+  __device__ __forceinline__ uint32_t tile(int stage) const { return q_full(stage) + 16; }
+  __device__ __forceinline__ uint32_t k_full(int stage) const {
+    return q_full(Config::kQueryStages) + 32 * stage;
+  }
+  __device__ __forceinline__ uint32_t k_empty(int stage) const { return k_full(stage) + 8; }
+  __device__ __forceinline__ uint32_t v_full(int stage) const { return k_full(stage) + 16; }
+  __device__ __forceinline__ uint32_t v_empty(int stage) const { return k_full(stage) + 24; }
+
+  // `tile_readers` are told of each tile.
+  __device__ __forceinline__ void init_barriers(int tile_readers) const {
+    for (int stage = 0; stage < Config::kQueryStages; ++stage) {
+      ptx::mbarrier_init(q_full(stage), 1);
+      ptx::mbarrier_init(q_empty(stage), tile_readers);
+    }
+    for (int stage = 0; stage < Config::kStages; ++stage) {
+      ptx::mbarrier_init(k_full(stage), 1);
+      ptx::mbarrier_init(k_empty(stage), Config::kConsumers);
+      ptx::mbarrier_init(v_full(stage), 1);
+      ptx::mbarrier_init(v_empty(stage), Config::kConsumers);
+    }
+    ptx::mbarrier_init_fence();
+  }
 };
 
 }  // namespace flash_attn::wgmma

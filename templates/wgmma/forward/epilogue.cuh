@@ -1,11 +1,11 @@
-// The epilogue: completes the sums, writes LSE and the normalised O straight from registers.
+// The epilogue of a consumer warpgroup: completes the sums, writes LSE and O straight from registers.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 
-#include "problem/key_part.cuh"
-#include "problem/query_block.cuh"
+#include "problem/sequence.cuh"
+#include "problem/work.cuh"
 #include "warp/accumulator.cuh"
 #include "warp/softmax.cuh"
 #include "wgmma/forward/config.cuh"
@@ -33,10 +33,10 @@ template <class Config>
 __device__ __forceinline__ void store_output(const QueryBlock& queries, int first_row,
                                              const Accumulator<1, Config::kTilesD>& output,
                                              const float (&factor)[2]) {
-  const int lane = threadIdx.x % 32;
+  const int lane = lane_index();
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const int row = first_row + i * 8 + lane / 4;
+    const int row = first_row + fragment_row(i);
     auto* out = queries.out<typename Config::Element>(row);
 #pragma unroll
     for (int n = 0; n < Config::kTilesD; n += 4) {
@@ -44,7 +44,7 @@ __device__ __forceinline__ void store_output(const QueryBlock& queries, int firs
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const float* o = output[0][n + j] + 2 * i;
-        chunk[j] = pack<Config::kDtype>(o[0] * factor[i], o[1] * factor[i]);
+        chunk[j] = ptx::pack<Config::kDtype>(o[0] * factor[i], o[1] * factor[i]);
       }
       transpose_quad(chunk);
       const int column = (n + lane % 4) * 8;
@@ -55,49 +55,42 @@ __device__ __forceinline__ void store_output(const QueryBlock& queries, int firs
   }
 }
 
-template <class Config, bool kModifiers>
-__device__ __forceinline__ void finish(const QueryBlock& queries, OnlineSoftmax<1>& softmax,
-                                       const Accumulator<1, Config::kTilesD>& output, float scale_log2) {
-  const int lane = threadIdx.x % 32, first_row = threadIdx.x % 128 / 32 * 16;
+// The rows of a warpgroup that has all of their keys.
+template <class Config, class Scores>
+__device__ __forceinline__ void store_rows(const QueryBlock& queries, const Scores& policy,
+                                           OnlineSoftmax<1>& softmax,
+                                           const Accumulator<1, Config::kTilesD>& output) {
+  const int first_row = threadIdx.x % 128 / 32 * 16;
   float factor[2];
-  softmax.finish(factor, [](float (&)[2]) {});
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int row = first_row + i * 8 + lane / 4;
-    float lse = softmax.log_sum_exp(i, scale_log2);
-    if (queries.params->sinks != nullptr) {
-      factor[i] *= add_sink(lse, queries.params->sinks[queries.head_of(row)]);
-    }
-    if (queries.params->softmax_lse != nullptr && lane % 4 == 0 && row < queries.rows) {
-      *queries.lse(row) = lse;
-    }
-    if constexpr (kModifiers) factor[i] *= queries.params->dropout_rescale;
-  }
+  softmax.normalise(factor);
+  store_lse(factor, softmax, policy, queries, first_row);
   store_output<Config>(queries, first_row, output, factor);
 }
 
-// This split's part of a result.
-template <class Config>
-__device__ __forceinline__ void finish_part(const CacheParams& params, const SplitWork& work,
-                                            OnlineSoftmax<1>& softmax,
-                                            const Accumulator<1, Config::kTilesD>& output, float scale_log2) {
-  const int lane = threadIdx.x % 32, first_row = threadIdx.x % 128 / 32 * 16;
+// Those of one that has a part of their keys.
+template <class Config, class Scores>
+__device__ __forceinline__ void store_partial_rows(const CacheParams& params, const QueryBlock& queries,
+                                                   const KeyPart& part, const Scores& policy,
+                                                   OnlineSoftmax<1>& softmax,
+                                                   const Accumulator<1, Config::kTilesD>& output) {
+  const int first_row = threadIdx.x % 128 / 32 * 16;
   const int head_dim_v = params.forward.head_dim_v;
   float factor[2];
-  softmax.finish(factor, [](float (&)[2]) {});
+  softmax.normalise(factor);
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const int row = first_row + i * 8 + lane / 4;
-    if (row >= work.queries.rows) continue;
-    const int64_t at = work.partial(row);
-    if (lane % 4 == 0) {
-      params.lse_partial[at] = factor[i] == 0.0f ? -INFINITY : softmax.log_sum_exp(i, scale_log2);
+    const int row = first_row + fragment_row(i);
+    if (row >= queries.rows) continue;
+    const int64_t at = part.partial_row(queries, row);
+    if (lane_index() % 4 == 0) {
+      params.lse_partial[at] =
+          factor[i] == 0.0f ? -INFINITY : softmax.log_sum_exp(i, policy.exponent_scale());
     }
     float* out = params.out_partial + at * head_dim_v;
 #pragma unroll
     for (int n = 0; n < Config::kTilesD; ++n) {
       const float* o = output[0][n] + 2 * i;
-      const int column = n * 8 + lane % 4 * 2;
+      const int column = n * 8 + fragment_column();
       if (column < head_dim_v) {
         *reinterpret_cast<float2*>(out + column) = make_float2(o[0] * factor[i], o[1] * factor[i]);
       }

@@ -1,5 +1,5 @@
 // Forward attention for Hopper: TMA copies, wgmma products, warp specialisation (FlashAttention-3, algorithm
-// 2).
+// 2). Read in this order: forward_kernel at the end, Producer, Consumer::run, Consumer::attend.
 //
 // One thread block per multiprocessor works through tiles of kBlockM queries of one head. A producer (a
 // thread, or two warps) copies Q, K and V into shared memory; each consumer warpgroup computes 64 rows of O.
@@ -15,42 +15,175 @@
 
 #include <cuda_runtime.h>
 
-#include <algorithm>
-#include <atomic>
 #include <cstdint>
-#include <limits>
 
-#include "host/device.h"
-#include "host/launch.h"
-#include "problem/key_part.cuh"
-#include "problem/query_block.cuh"
 #include "problem/schedule.cuh"
 #include "problem/sequence.cuh"
+#include "problem/work.cuh"
 #include "ptx/barrier.cuh"
-#include "ptx/mbarrier.cuh"
 #include "ptx/shared_memory.cuh"
-#include "ptx/warpgroup.cuh"
+#include "ptx/tensor_copy.cuh"
 #include "warp/accumulator.cuh"
-#include "warp/dropout.cuh"
 #include "warp/mask_scores.cuh"
 #include "warp/scores.cuh"
 #include "warp/softmax.cuh"
+#include "wgmma.cuh"
 #include "wgmma/forward/config.cuh"
-#include "wgmma/forward/producer.cuh"
-#include "wgmma/forward/tensor_keys.cuh"
+#include "wgmma/key_source.cuh"
 #include "wgmma/pipeline.cuh"
 #include "wgmma/products.cuh"
-#include "wgmma/tensors.cuh"
-#include "wgmma/work.cuh"
 
 namespace flash_attn::wgmma {
 
+// The rows of a tile, or `max_rows` of them from `row` on, and the blocks of keys that they see.
+template <class Config, bool kPacked, class KeySource, class Sequence>
+__device__ __forceinline__ auto work_of(const KeySource& source, const Sequence& sequence,
+                                        const TileSchedule::Tile& tile, int row, int max_rows) {
+  return Work<Config::kMask, Config::kBlockN>(QueryBlock(source.forward(), sequence, tile.batch, tile.head,
+                                                         kPacked ? source.group : 1,
+                                                         tile.m_block * Config::kBlockM + row, max_rows));
+}
+
+// The same of the whole tile, and of its part of the keys.
+template <class Config, bool kPacked, class KeySource, class Sequence>
+__device__ __forceinline__ auto tile_work(const KeySource& source, const Sequence& sequence,
+                                          const TileSchedule::Tile& tile) {
+  auto work = work_of<Config, kPacked>(source, sequence, tile, 0, Config::kBlockM);
+  if (source.key_parts() > 1) work.keep(KeyPart{tile.key_part, source.key_parts()});
+  return work;
+}
+
+// One thread, or two warps: one names tiles and copies Q and K, the other copies V, every lane its share of
+// each block of keys. Where a block lies is looked up while the one before it is waited for.
+template <class Config, bool kPacked, class KeySource>
+struct Producer {
+  static constexpr bool kWarps = KeySource::kProducers > 1;
+  const KeySource& source;
+  const SharedLayout<Config>& shared;
+  bool leader;
+  RingPosition<Config::kStages> k_ring, v_ring;
+  RingPosition<Config::kQueryStages> q_ring;
+
+  __device__ __forceinline__ Producer(const KeySource& source, const SharedLayout<Config>& shared)
+      : source(source), shared(shared), leader(threadIdx.x % 32 == 0) {}
+
+  __device__ __forceinline__ int key_head(const QueryBlock& queries) const {
+    return queries.head * queries.group / (queries.params->num_heads / queries.params->num_heads_k);
+  }
+
+  // A lane that came late to a barrier would find it a phase too far and wait for ever: a warp meets first.
+  __device__ __forceinline__ void synchronize() const {
+    if (kWarps) __syncwarp();
+  }
+
+  // Hands a tile to the consumers, with Q or nothing to read; no_tile() ends their work.
+  __device__ __forceinline__ void publish(const TileSchedule::Tile& tile, int bytes) const {
+    ptx::mbarrier_wait(shared.q_empty(q_ring.stage), q_ring.parity ^ 1);
+    synchronize();
+    if (!leader) return;
+    write_tile(shared.tile(q_ring.stage), tile);
+    ptx::mbarrier_arrive_expect(shared.q_full(q_ring.stage), bytes);
+  }
+
+  // The buffer has been read: `bytes` will arrive in it.
+  __device__ __forceinline__ void expect(uint32_t empty, uint32_t parity, uint32_t full, int bytes) const {
+    ptx::mbarrier_wait(empty, parity);
+    if (leader) ptx::mbarrier_arrive_expect(full, bytes);
+    synchronize();
+  }
+
+  __device__ __forceinline__ void load_queries(const QueryBlock& queries) const {
+    if (!leader) return;
+    const Sequence& sequence = queries.sequence;
+#pragma unroll
+    for (int slab = 0; slab < Config::kSlabs; ++slab) {
+      ptx::copy_tensor(shared.query(q_ring.stage) + slab * Config::kQuerySlabBytes, source.maps.q,
+                       shared.q_full(q_ring.stage), slab * 64, 0, sequence.q_row + queries.query_of(0),
+                       queries.head, sequence.q_batch);
+    }
+  }
+
+  template <class Location>
+  __device__ __forceinline__ void load_key(const Location& keys, int key_head) {
+    const uint32_t full = shared.k_full(k_ring.stage);
+    expect(shared.k_empty(k_ring.stage), k_ring.parity ^ 1, full, Config::kKeyBytes);
+    source.template copy<Config, Config::kSlabs>(source.maps.k, shared.key(k_ring.stage), full, keys,
+                                                 key_head);
+    k_ring.advance();
+  }
+
+  template <class Location>
+  __device__ __forceinline__ void load_value(const Location& keys, int key_head) {
+    const uint32_t full = shared.v_full(v_ring.stage);
+    expect(shared.v_empty(v_ring.stage), v_ring.parity ^ 1, full, Config::kValueBytes);
+    source.template copy<Config, Config::kSlabsV>(source.maps.v, shared.value(v_ring.stage), full, keys,
+                                                  key_head);
+    v_ring.advance();
+  }
+
+  __device__ __forceinline__ void run() {
+    const TileQueue<kWarps ? 32 : 1> queue{source.forward().tile_counter,
+                                           static_cast<int>(source.num_tiles())};
+    for (int index = blockIdx.x; index < queue.num_tiles; index = queue.next(index)) {
+      const TileSchedule::Tile tile = source.tile(index);
+      const auto sequence = source.sequence(tile.batch);
+      const auto work = tile_work<Config, kPacked>(source, sequence, tile);
+      if (work.queries.rows <= 0) continue;
+      if (!work.has_keys()) {
+        publish(tile, 0);
+        q_ring.advance();
+        continue;
+      }
+      const int head = key_head(work.queries), begin = work.blocks.begin;
+      int block = work.blocks.end - 1;
+      auto keys = source.template locate<Config>(sequence, block);
+      auto next = source.template locate<Config>(sequence, max(block - 1, begin));
+      load_key(keys, head);
+      publish(tile, Config::kQueryBytes);
+      load_queries(work.queries);
+      q_ring.advance();
+      for (; block > begin; --block) {
+        const auto ahead = source.template locate<Config>(sequence, max(block - 2, begin));
+        load_key(next, head);
+        if (!kWarps) load_value(keys, head);
+        keys = next;
+        next = ahead;
+      }
+      if (!kWarps) load_value(keys, head);
+    }
+    publish(no_tile(), 0);
+  }
+
+  // The warp that copies V. It learns of tiles as the consumers do.
+  __device__ __forceinline__ void run_values() {
+    while (true) {
+      ptx::mbarrier_wait(shared.q_full(q_ring.stage), q_ring.parity);
+      const TileSchedule::Tile tile = read_tile(shared.tile(q_ring.stage));
+      synchronize();
+      if (leader) ptx::mbarrier_arrive(shared.q_empty(q_ring.stage));
+      q_ring.advance();
+      if (!is_tile(tile)) return;
+      const auto sequence = source.sequence(tile.batch);
+      const auto work = tile_work<Config, kPacked>(source, sequence, tile);
+      if (!work.has_keys()) continue;
+      const int head = key_head(work.queries), begin = work.blocks.begin;
+      int block = work.blocks.end - 1;
+      auto keys = source.template locate<Config>(sequence, block);
+      for (; block >= begin; --block) {
+        const auto next = source.template locate<Config>(sequence, max(block - 1, begin));
+        load_value(keys, head);
+        keys = next;
+      }
+    }
+  }
+};
+
 // One consumer warpgroup.
-template <class Config, Variant kVariant, class Arguments>
+template <class Config, class Scores, bool kPacked, class KeySource>
 struct Consumer {
-  static constexpr bool kModifiers = kVariant == Variant::kModified;
-  const Arguments& arguments;
-  const ForwardParams& params;
+  using OwnWork = Work<Config::kMask, Config::kBlockN>;
+  const KeySource& source;
+  const Scores policy;
   const SharedLayout<Config>& shared;
   int warpgroup;
   bool leader;
@@ -58,14 +191,14 @@ struct Consumer {
   RingPosition<Config::kStages> k_ring, v_ring;
   RingPosition<Config::kQueryStages> q_ring;
 
-  __device__ __forceinline__ Consumer(const Arguments& arguments, const SharedLayout<Config>& shared,
+  __device__ __forceinline__ Consumer(const KeySource& source, const SharedLayout<Config>& shared,
                                       int warpgroup)
-      : arguments(arguments),
-        params(arguments.forward()),
+      : source(source),
+        policy{source.forward()},
         shared(shared),
         warpgroup(warpgroup),
         leader(threadIdx.x % 128 == 0),
-        scale_log2(kModifiers ? 1.0f : params.softmax_scale * kLog2E) {}
+        scale_log2(policy.exponent_scale()) {}
 
   __device__ __forceinline__ void release(uint32_t barrier) const {
     if (leader) ptx::mbarrier_arrive(barrier);
@@ -76,40 +209,34 @@ struct Consumer {
     while (true) {
       ptx::mbarrier_wait(shared.q_full(q_ring.stage), q_ring.parity);
       const TileSchedule::Tile tile = read_tile(shared.tile(q_ring.stage));
-      if (tile.batch < 0) return;
-      const Sequence sequence = arguments.sequence(tile.batch);
-      const int first_row = tile.m_block * Config::kBlockM;
-      const int group = packed_group<kVariant>(arguments);
-      Work<Config> all(params, sequence, tile, group, first_row, Config::kBlockM);
-      Work<Config> mine(params, sequence, tile, group, first_row + warpgroup * 64, 64);
-      if (arguments.num_splits() > 1) {
-        all.keep_part(tile.split, arguments.num_splits());
-        mine.keep(all.blocks.begin, all.blocks.end);
-      }
-      if (mine.has_keys()) {
-        skip_blocks(all.blocks.end - mine.blocks.end);
-        attend(mine, tile.split);
-        skip_blocks(mine.blocks.begin - all.blocks.begin);
+      if (!is_tile(tile)) return;
+      const Sequence sequence = source.sequence(tile.batch);
+      const auto all = tile_work<Config, kPacked>(source, sequence, tile);
+      auto own = work_of<Config, kPacked>(source, sequence, tile, warpgroup * 64, 64);
+      if (source.key_parts() > 1) own.keep(all.blocks.begin, all.blocks.end);
+      if (own.has_keys()) {
+        skip_blocks(all.blocks.end - own.blocks.end);
+        attend(own, tile.key_part);
+        skip_blocks(own.blocks.begin - all.blocks.begin);
       } else {
         synchronize();
         release(shared.q_empty(q_ring.stage));
         skip_blocks(all.blocks.end - all.blocks.begin);
-        store_empty_rows({mine.queries, tile.split, arguments.num_splits()});
+        store_no_keys(own.queries, tile.key_part);
       }
       q_ring.advance();
     }
   }
 
-  // Rows that see no key. Those past the last varlen sequence may be more than the tiles of the longest one.
-  __device__ __forceinline__ void store_empty_rows(SplitWork work) const {
-    QueryBlock& queries = work.queries;
-    const int64_t step = arguments.schedule.tiles_m * Config::kBlockM;
+  // Rows that see no key, and, if they lie past the last varlen sequence, every one a schedule further.
+  __device__ __forceinline__ void store_no_keys(QueryBlock queries, int key_part) const {
     const int64_t rows = int64_t{queries.sequence.seqlen_q} * queries.group;
-    for (int64_t row = queries.first_row; row < rows; row += step) {
-      queries.first_row = static_cast<int>(row);
-      queries.rows = static_cast<int>(min(rows - row, int64_t{64}));
-      arguments.template store_no_keys<typename Config::Element>(work, threadIdx.x % 128);
-    }
+    for_each_tail_tile(
+        int64_t{queries.first_row}, source.schedule.tiles_m * Config::kBlockM, rows, [&](int row) {
+          queries.first_row = row;
+          queries.rows = static_cast<int>(min(rows - row, int64_t{64}));
+          source.template store_no_keys<typename Config::Element>(queries, key_part, threadIdx.x % 128, 128);
+        });
   }
 
   // Blocks of keys that other warpgroups' queries see and this one's do not. Its warps meet before they are
@@ -128,38 +255,24 @@ struct Consumer {
   }
 
   // Scores of a block become probabilities; true if O must be multiplied by `factor`.
-  __device__ __forceinline__ bool update_softmax(const Work<Config>& work, OnlineSoftmax<1>& softmax,
+  __device__ __forceinline__ bool update_softmax(const OwnWork& work, OnlineSoftmax<1>& softmax,
                                                  Accumulator<1, Config::kTilesN>& scores, float (&factor)[2],
                                                  int block) const {
-    const int row = work.queries.first_row + threadIdx.x % 128 / 32 * 16, key = block * Config::kBlockN;
-    if constexpr (kModifiers) {
-      apply_modifiers(scores, ScoreModifiers(params, work.queries.batch, work.queries.head),
-                      work.mask.diagonal, row, key);
-    }
+    const int row = threadIdx.x % 128 / 32 * 16, key = block * Config::kBlockN;
+    policy.modify(scores, work.queries, work.mask.diagonal, row, key);
     if (work.blocks.needs_mask(block)) {
-      if constexpr (kVariant == Variant::kPacked) {
-        AttentionMask<Config::kMask> by_query = work.mask;
-        by_query.group = 1;
-        RowBounds<1>(by_query, row, work.mask.group).apply(scores, key);
-      } else {
-        apply_mask(scores, work.mask, row, key);
-      }
+      query_bounds<1>(work.mask, work.queries.first_row + row, work.queries.group).apply(scores, key);
     }
     float block_max[2];
     softmax.block_max(block_max, scores);
     const bool lags = __any_sync(0xffffffff, softmax.lags(block_max, scale_log2));
     if (lags) softmax.advance(factor, block_max, scale_log2);
     softmax.exponentiate(scores, scale_log2);
-    if constexpr (kModifiers) {
-      if (params.dropout_p > 0.0f) {
-        apply_dropout(scores, Dropout(params, work.queries.batch * params.num_heads + work.queries.head), row,
-                      key);
-      }
-    }
+    policy.drop(scores, work.queries, row, key);
     return lags;
   }
 
-  __device__ __forceinline__ void attend(const Work<Config>& work, int split) {
+  __device__ __forceinline__ void attend(const OwnWork& work, int key_part) {
     Accumulator<1, Config::kTilesN> scores;
     Accumulator<1, Config::kTilesD> output = {};
     RoundedProbs<1, Config::kTilesN> probs;
@@ -171,7 +284,7 @@ struct Consumer {
     ptx::mbarrier_wait(shared.k_full(k_ring.stage), k_ring.parity);
     issue_scores<Config>(scores, query, shared.key(k_ring.stage));
     ptx::wgmma_wait<0>();
-    finish_scores(scores, block == work.blocks.begin);
+    release_keys(scores, block == work.blocks.begin);
     update_softmax(work, softmax, scores, factor, block);
     ptx::mbarrier_wait(shared.v_full(v_ring.stage), v_ring.parity);
     if (needs_zeros(work, block)) zero_values(work, block);
@@ -183,7 +296,7 @@ struct Consumer {
       issue_scores<Config>(scores, query, shared.key(k_ring.stage));
       issue_output<Config>(output, probs, shared.value(v_ring.stage));
       ptx::wgmma_wait<1>();
-      finish_scores(scores, block == work.blocks.begin);
+      release_keys(scores, block == work.blocks.begin);
       const bool lags = update_softmax(work, softmax, scores, factor, block);
       // The next V is waited for here, before the product with this one: ptxas moves no exponential across
       // the loop in this wait, but it would move them all behind the wait for the product.
@@ -203,12 +316,11 @@ struct Consumer {
     ptx::settle(output);
     release(shared.v_empty(v_ring.stage));
     v_ring.advance();
-    arguments.template finish<Config, kModifiers>({work.queries, split, arguments.num_splits()}, softmax,
-                                                  output, scale_log2);
+    source.template store<Config>(work.queries, key_part, policy, softmax, output);
   }
 
   // The scores have been waited for: releases K, and Q after the `last` of them.
-  __device__ __forceinline__ void finish_scores(Accumulator<1, Config::kTilesN>& scores, bool last) {
+  __device__ __forceinline__ void release_keys(Accumulator<1, Config::kTilesN>& scores, bool last) {
     ptx::settle(scores);
     release(shared.k_empty(k_ring.stage));
     k_ring.advance();
@@ -217,13 +329,13 @@ struct Consumer {
 
   // Whether the block has rows of V past the end of a sequence; their probabilities are 0, but 0 * NaN is
   // not. Rows past the end of the tensor arrive as zeros.
-  __device__ __forceinline__ bool needs_zeros(const Work<Config>& work, int block) const {
-    return arguments.has_rows_behind() && (block + 1) * Config::kBlockN > work.queries.sequence.seqlen_k;
+  __device__ __forceinline__ bool needs_zeros(const OwnWork& work, int block) const {
+    return source.has_rows_behind() && (block + 1) * Config::kBlockN > work.queries.sequence.seqlen_k;
   }
 
   // Each warpgroup for itself. Another one's product may be reading these rows already, but it has zeroed
   // them before, so that they only change from zero to zero.
-  __device__ __forceinline__ void zero_values(const Work<Config>& work, int block) const {
+  __device__ __forceinline__ void zero_values(const OwnWork& work, int block) const {
     const int first = work.queries.sequence.seqlen_k - block * Config::kBlockN;
     const uint32_t chunk = shared.value(v_ring.stage) + threadIdx.x % 8 * 16;
     for (int row = first + threadIdx.x % 128 / 8; row < Config::kBlockN; row += 16) {
@@ -237,27 +349,27 @@ struct Consumer {
   }
 };
 
-template <class Config, Variant kVariant, class Arguments>
+template <class Config, class Scores, bool kPacked, class KeySource>
 __global__ void __launch_bounds__(Config::kThreads, 1)
-    forward_kernel(const __grid_constant__ Arguments arguments) {
+    forward_kernel(const __grid_constant__ KeySource source) {
   extern __shared__ __align__(1024) uint8_t shared_memory[];
   const SharedLayout<Config> shared(shared_memory);
-  if (threadIdx.x == 0) shared.init_barriers(Config::kConsumers + (Arguments::kProducers > 32));
+  if (threadIdx.x == 0) shared.init_barriers(Config::kConsumers + (KeySource::kProducers > 32));
   __syncthreads();
-  // The warpgroup's number as the compiler can tell that it is the same for a whole warp.
+  // The shuffle tells the compiler that this is uniform in a warp.
   const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);
   if (warpgroup == 0) {
     ptx::give_registers<Config::kProducerRegisters>();
-    if (threadIdx.x >= Arguments::kProducers) return;
-    Producer<Config, kVariant, Arguments> producer(arguments, shared);
-    if (Arguments::kProducers == 1 || threadIdx.x < 32) {
+    if (threadIdx.x >= KeySource::kProducers) return;
+    Producer<Config, kPacked, KeySource> producer(source, shared);
+    if (KeySource::kProducers == 1 || threadIdx.x < 32) {
       producer.run();
     } else {
       producer.run_values();
     }
   } else {
     ptx::take_registers<Config::kConsumerRegisters>();
-    Consumer<Config, kVariant, Arguments>(arguments, shared, warpgroup - 1).run();
+    Consumer<Config, Scores, kPacked, KeySource>(source, shared, warpgroup - 1).run();
   }
 }
 

@@ -6,20 +6,82 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
-#include <limits>
+#include <type_traits>
 
-#include "host/device.h"
 #include "host/launch.h"
+#include "host/tensor_map.h"
 #include "problem/schedule.cuh"
 #include "warp/scores.cuh"
 #include "wgmma/forward/kernel.cuh"
 #include "wgmma/forward/tensor_keys.cuh"
-#include "wgmma/tensors.cuh"
+#include "wgmma/key_source.cuh"
 
 namespace flash_attn::wgmma {
 
-// An H200 has 60 MB of L2.
+// K and V of a section: half of an H200's L2 of 60 MB, so that they stay there beside Q and O.
 constexpr int64_t kSectionBytes = int64_t{32} << 20;
+
+template <class Config>
+Status make_tensor_maps(TensorMaps& maps, const ForwardParams& params, const KeyTensor& keys, int group,
+                        const char* name) {
+  const bool varlen = params.cu_seqlens_q != nullptr;
+  const int64_t batch = varlen ? 1 : params.batch, d = params.head_dim;
+  const int64_t rows_q = varlen ? params.total_q : params.seqlen_q;
+  // Without a single key nothing is read of K and V, but a tensor map wants an address and a size.
+  const bool no_keys = keys.rows == 0 || keys.batch == 0;
+  const int64_t rows_k = no_keys ? 1 : keys.rows, batch_k = no_keys ? 1 : keys.batch;
+  const TensorBox q{
+      params.q,
+      5,
+      {d, group, rows_q, params.num_heads / group, batch},
+      {params.q_head_stride, params.q_row_stride, group * params.q_head_stride, params.q_batch_stride},
+      {64, group, Config::kBlockM / group, 1, 1}};
+  const TensorBox k{no_keys ? params.q : params.k,
+                    4,
+                    {d, rows_k, params.num_heads_k, batch_k},
+                    {params.k_row_stride, params.k_head_stride, params.k_batch_stride},
+                    {64, keys.box_rows, 1, 1}};
+  const TensorBox v{no_keys ? params.q : params.v,
+                    4,
+                    {params.head_dim_v, rows_k, params.num_heads_k, batch_k},
+                    {params.v_row_stride, params.v_head_stride, params.v_batch_stride},
+                    {64, keys.box_rows, 1, 1}};
+  Status status = make_tensor_map(maps.q, q, Config::kDtype, name);
+  if (status == Status::kOk) status = make_tensor_map(maps.k, k, Config::kDtype, name);
+  if (status == Status::kOk) status = make_tensor_map(maps.v, v, Config::kDtype, name);
+  return status;
+}
+
+// How many query heads to pack into the rows of a tile: the whole group that shares keys, or 1. It pays where
+// a tile has more rows than there are queries: if tiles are then filled by 10 % more (FlashAttention-3's
+// rule).
+inline int group_to_pack(const ForwardParams& params, int block_m) {
+  const int group = params.num_heads / params.num_heads_k;
+  if (block_m % group != 0 || needs_modifiers(params)) return 1;
+  const auto tiles = [&](int64_t rows) { return (rows + block_m - 1) / block_m; };
+  return 10 * tiles(int64_t{params.seqlen_q} * group) < 9 * group * tiles(params.seqlen_q) ? group : 1;
+}
+
+// Completes a key source that holds the parameters, and launches the kernel that suits them.
+template <class Config, class KeySource>
+Status launch_tile(KeySource& source, const Device& device, cudaStream_t stream, const char* name) {
+  const ForwardParams& params = source.forward();
+  source.group = group_to_pack(params, Config::kBlockM);
+  source.schedule = make_schedule(params, Config::kBlockM, Config::kMask, kSectionBytes, source.group);
+  if (source.num_tiles() == 0 || params.total_q == 0) return Status::kOk;
+  Status status = check_tiles(name, source.num_tiles(), device);
+  if (status != Status::kOk) return status;
+  status = make_tensor_maps<Config>(source.maps, params, source.tensor(Config::kBlockN), source.group, name);
+  if (status != Status::kOk) return status;
+  const int64_t blocks = std::min<int64_t>(source.num_tiles(), device.multiprocessors);
+  constexpr void (*kKernels[])(KeySource) = {forward_kernel<Config, PlainScores, false, KeySource>,
+                                             forward_kernel<Config, PlainScores, true, KeySource>,
+                                             forward_kernel<Config, ModifiedScores, false, KeySource>};
+  const int kernel = needs_modifiers(params) ? 2 : source.group > 1 ? 1 : 0;
+  static std::atomic<uint64_t> prepared[3];
+  return launch_kernel(kKernels[kernel], name, device.index, blocks, Config::kThreads, Config::kSharedBytes,
+                       stream, source, prepared[kernel]);
+}
 
 // Whether the tile was made for calls such as this one, by an estimate of the keys that a query sees.
 template <class Config>
@@ -30,51 +92,23 @@ bool suits(const ForwardParams& params) {
          (Config::Tile::kMaxKeys == 0 || mean_keys <= Config::Tile::kMaxKeys);
 }
 
-// How many query heads to pack into the rows of a tile: the whole group that shares keys, or 1. It pays where
-// a tile has more rows than there are queries.
-inline int group_to_pack(const ForwardParams& params, int block_m) {
-  const int group = params.num_heads / params.num_heads_k;
-  if (block_m % group != 0 || needs_modifiers(params)) return 1;
-  const auto filled = [&](int64_t rows) {
-    return static_cast<double>(rows) / static_cast<double>((rows + block_m - 1) / block_m * block_m);
-  };
-  return filled(params.seqlen_q) < 0.9 * filled(int64_t{params.seqlen_q} * group) ? group : 1;
-}
-
-// Completes the arguments, which hold the parameters, and launches the kernel that suits them.
-template <class Config, class Arguments>
-Status launch_tiles(Arguments& arguments, const Device& device, cudaStream_t stream, const char* name) {
-  const ForwardParams& params = arguments.forward();
-  arguments.group = group_to_pack(params, Config::kBlockM);
-  arguments.schedule = make_schedule(params, Config::kBlockM, Config::kMask, kSectionBytes, arguments.group);
-  if (arguments.num_tiles() == 0 || params.total_q == 0) return Status::kOk;
-  if (arguments.num_tiles() > std::numeric_limits<int32_t>::max() - device.multiprocessors) {
-    return fail(Status::kInvalidArgument, "%s would need %lld tiles; the limit is 2^31 - 1 less one per SM",
-                name, static_cast<long long>(arguments.num_tiles()));
-  }
-  const Status status = make_tensor_maps<Config>(arguments.maps, params, arguments.keys(Config::kBlockN),
-                                                 arguments.group, name);
-  if (status != Status::kOk) return status;
-  const int64_t blocks = std::min<int64_t>(arguments.num_tiles(), device.multiprocessors);
-  constexpr void (*kKernels[])(Arguments) = {forward_kernel<Config, Variant::kPlain, Arguments>,
-                                             forward_kernel<Config, Variant::kModified, Arguments>,
-                                             forward_kernel<Config, Variant::kPacked, Arguments>};
-  const int variant = needs_modifiers(params) ? 1 : arguments.group > 1 ? 2 : 0;
-  static std::atomic<uint64_t> prepared[3];
-  return launch_kernel(kKernels[variant], name, device.index, blocks, Config::kThreads, Config::kSharedBytes,
-                       stream, arguments, prepared[variant]);
-}
-
-// Runs the first configuration that suits the call; the last one in any case.
-template <class Config, class... Others>
+// Tiles: Default; Short for queries that see few keys, and Narrow for a small head dim of V, where there are.
+template <class Tiles>
 Status launch_forward(const ForwardParams& params, const Device& device, cudaStream_t stream,
                       const char* name) {
-  if constexpr (sizeof...(Others) > 0) {
-    if (!suits<Config>(params)) return launch_forward<Others...>(params, device, stream, name);
+  TensorKeys source{};
+  source.params = params;
+  if constexpr (!std::is_void_v<typename Tiles::Short>) {
+    if (suits<typename Tiles::Short>(params)) {
+      return launch_tile<typename Tiles::Short>(source, device, stream, name);
+    }
   }
-  ForwardArguments arguments{};
-  arguments.params = params;
-  return launch_tiles<Config>(arguments, device, stream, name);
+  if constexpr (!std::is_void_v<typename Tiles::Narrow>) {
+    if (suits<typename Tiles::Narrow>(params)) {
+      return launch_tile<typename Tiles::Narrow>(source, device, stream, name);
+    }
+  }
+  return launch_tile<typename Tiles::Default>(source, device, stream, name);
 }
 
 }  // namespace flash_attn::wgmma

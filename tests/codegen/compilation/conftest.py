@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from codegen import TEMPLATES, axes
+from codegen import TEMPLATES
 from codegen.compilation import toolchain
 
 HERE = Path(__file__).parent
@@ -18,25 +18,27 @@ KERNEL = """\
 namespace flash_attn::mma {
 template <FIELDS> struct PassTile {
   static constexpr int bytes(int d) { return BYTES; }
+  static constexpr int kChunk = CHUNK;
 };
 template <Dtype, int head_dim, Mask, class Tile> struct PassConfig {
-  static constexpr int kDim = head_dim, kSharedBytes = Tile::bytes(head_dim);
+  static constexpr int kDim = head_dim, kSharedBytes = Tile::bytes(head_dim), kChunk = Tile::kChunk;
 };
 template <class Config> __global__ void kernel(float* out) { *out = kScale * Config::kDim; }
-template <class Config, class...>
+template <class Tiles>
 Status launch_pass(const PassParams& params, const Device&, cudaStream_t stream, const char*) {
-  kernel<Config><<<1, 1, 0, stream>>>(static_cast<float*>(params.RESULT));
+  kernel<typename Tiles::MEMBER><<<1, 1, 0, stream>>>(static_cast<float*>(params.RESULT));
   return Status::kOk;
 }
 }
 """
 
 FIELDS = "int block_m, int block_n, int, int, int last"
-SPLIT_FIELDS = "int block_m, int block_n, int, int warps_n, int stages, int"
 FORWARD_BYTES = "2 * d * (block_m + 2 * block_n)"
+BACKWARD_FIELDS = "int block_m, int block_n, int warps, int, int last"
 BACKWARD_BYTES = "2 * (d * (2 * block_n + 4 * block_m) + last * block_m * block_n) + 16 * block_m"
-
-SPLIT_BYTES = (
+BACKWARD_CHUNK = "block_m < 1024 * warps / block_n ? block_m : 1024 * warps / block_n"
+CACHE_FIELDS = "int block_m, int block_n, int, int warps_n, int stages, int"
+CACHE_BYTES = (
     "2 * d * (block_m + 2 * stages * block_n) > warps_n * block_m * (d + 10) * 4"
     " ? 2 * d * (block_m + 2 * stages * block_n) : warps_n * block_m * (d + 10) * 4"
 )
@@ -44,19 +46,27 @@ SPLIT_BYTES = (
 LIBRARY = """\
 #include "host/dispatch.h"
 int secret() { return 1; }
-extern "C" int32_t flash_attn_kernel_count() { return flash_attn::kNumKernels; }
-extern "C" const char* flash_attn_kernel_key(int32_t i) { return flash_attn::kKernels[i].key; }
+using namespace flash_attn;
+extern "C" int32_t flash_attn_kernel_count() {
+  return kForwardKernels.count + kBackwardKernels.count + kCacheKernels.count;
+}
+extern "C" const char* flash_attn_kernel_key(int32_t i) {
+  if (i < kForwardKernels.count) return kForwardKernels.kernels[i].key;
+  i -= kForwardKernels.count;
+  if (i < kBackwardKernels.count) return kBackwardKernels.kernels[i].key;
+  return kCacheKernels.kernels[i - kBackwardKernels.count].key;
+}
 extern "C" uint64_t flash_attn_layout_hash() { return flash_attn::kLayoutHash; }
 """
 
 
-def kernel(direction, shared_bytes, result, fields=FIELDS):
-    """A kernel that stands in for those of a direction and writes to a member of its parameters."""
-    kernel_pass = axes.PASSES[direction]
-    text = KERNEL.replace("launch_pass", f"launch_{kernel_pass}")
-    text = text.replace("PassParams", f"{kernel_pass.capitalize()}Params")
-    text = text.replace("Pass", direction.capitalize())
-    return text.replace("BYTES", shared_bytes).replace("RESULT", result).replace("FIELDS", fields)
+def kernel(name, member, result, **words):
+    """A kernel that stands in for those of a pass, with one of its tiles, and writes to a parameter."""
+    text = KERNEL.replace("launch_pass", f"launch_{name}").replace("Pass", name.capitalize())
+    words = {"FIELDS": FIELDS, "CHUNK": "0"} | words | {"MEMBER": member, "RESULT": result}
+    for word, replacement in words.items():
+        text = text.replace(word, replacement)
+    return text
 
 
 @pytest.fixture
@@ -77,12 +87,16 @@ def small_templates(tmp_path):
     """A tree of CUDA sources that compiles in a second per file and needs no kernel of the project."""
     folder = tmp_path / "templates"
     files = {
-        "host/launch.h": (TEMPLATES / "host/device.h").read_text(),
+        "host/launch.h": (TEMPLATES / "host/launch.h").read_text(),
         "host/dispatch.h": (TEMPLATES / "host/dispatch.h").read_text(),
         "host/library.cu": LIBRARY,
-        "mma/forward/launch.cuh": kernel("forward", FORWARD_BYTES, "out"),
-        "mma/backward/launch.cuh": kernel("backward", BACKWARD_BYTES, "dq"),
-        "mma/cache/launch.cuh": kernel("split", SPLIT_BYTES, "q_rotated", SPLIT_FIELDS),
+        "mma/forward/launch.cuh": kernel("forward", "Default", "out", BYTES=FORWARD_BYTES),
+        "mma/backward/launch.cuh": kernel(
+            "backward", "Default", "dq", FIELDS=BACKWARD_FIELDS, BYTES=BACKWARD_BYTES, CHUNK=BACKWARD_CHUNK
+        ),
+        "mma/cache/launch.cuh": kernel(
+            "cache", "Rows64", "q_rotated", FIELDS=CACHE_FIELDS, BYTES=CACHE_BYTES
+        ),
         "problem/scale.cuh": "#pragma once\nconstexpr float kScale = 2.0f;\n",
         "problem/alone.cuh": "#pragma once\n",
         "ops/alone.cu": '#include "problem/alone.cuh"\n',

@@ -19,25 +19,37 @@ Status backward_sm86_bf16_d64_causal(const BackwardParams&, const Device&, cudaS
 Status backward_sm86_bf16_d64_windowed(const BackwardParams&, const Device&, cudaStream_t);
 Status split_sm86_bf16_d64_windowed(const CacheParams&, const Device&, cudaStream_t);
 
-// key, family, direction, dtype, head_dim, mask, dynamic shared memory in bytes, forward, backward or split launcher
-const KernelEntry kKernels[] = {
-    {"forward_sm80_bf16_d64_full", Family::kSm80, Direction::kForward, Dtype::kBf16, 64, Mask::kFull, 32768, forward_sm80_bf16_d64_full, nullptr, nullptr},
-    {"forward_sm80_bf16_d64_causal", Family::kSm80, Direction::kForward, Dtype::kBf16, 64, Mask::kCausal, 32768, forward_sm80_bf16_d64_causal, nullptr, nullptr},
-    {"forward_sm80_bf16_d64_windowed", Family::kSm80, Direction::kForward, Dtype::kBf16, 64, Mask::kWindowed, 32768, forward_sm80_bf16_d64_windowed, nullptr, nullptr},
-    {"backward_sm80_bf16_d64_full", Family::kSm80, Direction::kBackward, Dtype::kBf16, 64, Mask::kFull, 66048, nullptr, backward_sm80_bf16_d64_full, nullptr},
-    {"backward_sm80_bf16_d64_causal", Family::kSm80, Direction::kBackward, Dtype::kBf16, 64, Mask::kCausal, 66048, nullptr, backward_sm80_bf16_d64_causal, nullptr},
-    {"backward_sm80_bf16_d64_windowed", Family::kSm80, Direction::kBackward, Dtype::kBf16, 64, Mask::kWindowed, 66048, nullptr, backward_sm80_bf16_d64_windowed, nullptr},
-    {"split_sm80_bf16_d64_windowed", Family::kSm80, Direction::kSplit, Dtype::kBf16, 64, Mask::kWindowed, 24576, nullptr, nullptr, split_sm80_bf16_d64_windowed},
-    {"forward_sm86_bf16_d64_full", Family::kSm86, Direction::kForward, Dtype::kBf16, 64, Mask::kFull, 32768, forward_sm86_bf16_d64_full, nullptr, nullptr},
-    {"forward_sm86_bf16_d64_causal", Family::kSm86, Direction::kForward, Dtype::kBf16, 64, Mask::kCausal, 16384, forward_sm86_bf16_d64_causal, nullptr, nullptr},
-    {"forward_sm86_bf16_d64_windowed", Family::kSm86, Direction::kForward, Dtype::kBf16, 64, Mask::kWindowed, 32768, forward_sm86_bf16_d64_windowed, nullptr, nullptr},
-    {"backward_sm86_bf16_d64_full", Family::kSm86, Direction::kBackward, Dtype::kBf16, 64, Mask::kFull, 66048, nullptr, backward_sm86_bf16_d64_full, nullptr},
-    {"backward_sm86_bf16_d64_causal", Family::kSm86, Direction::kBackward, Dtype::kBf16, 64, Mask::kCausal, 66048, nullptr, backward_sm86_bf16_d64_causal, nullptr},
-    {"backward_sm86_bf16_d64_windowed", Family::kSm86, Direction::kBackward, Dtype::kBf16, 64, Mask::kWindowed, 66048, nullptr, backward_sm86_bf16_d64_windowed, nullptr},
-    {"split_sm86_bf16_d64_windowed", Family::kSm86, Direction::kSplit, Dtype::kBf16, 64, Mask::kWindowed, 24576, nullptr, nullptr, split_sm86_bf16_d64_windowed},
-    {nullptr, Family::kAuto, Direction::kForward, Dtype::kFp16, 0, Mask::kFull, 0, nullptr, nullptr, nullptr},
+// key, family, dtype, head_dim, mask, dynamic shared memory in bytes, launcher
+static const Kernel<ForwardParams> forward_kernels[] = {
+    {"forward_sm80_bf16_d64_full", Family::kSm80, Dtype::kBf16, 64, Mask::kFull, 32768, forward_sm80_bf16_d64_full},
+    {"forward_sm80_bf16_d64_causal", Family::kSm80, Dtype::kBf16, 64, Mask::kCausal, 32768, forward_sm80_bf16_d64_causal},
+    {"forward_sm80_bf16_d64_windowed", Family::kSm80, Dtype::kBf16, 64, Mask::kWindowed, 32768, forward_sm80_bf16_d64_windowed},
+    {"forward_sm86_bf16_d64_full", Family::kSm86, Dtype::kBf16, 64, Mask::kFull, 32768, forward_sm86_bf16_d64_full},
+    {"forward_sm86_bf16_d64_causal", Family::kSm86, Dtype::kBf16, 64, Mask::kCausal, 16384, forward_sm86_bf16_d64_causal},
+    {"forward_sm86_bf16_d64_windowed", Family::kSm86, Dtype::kBf16, 64, Mask::kWindowed, 32768, forward_sm86_bf16_d64_windowed},
+    {nullptr, Family::kAuto, Dtype::kFp16, 0, Mask::kFull, 0, nullptr},
 };
-const int kNumKernels = 14;
+const KernelTable<ForwardParams> kForwardKernels{Direction::kForward, forward_kernels, 6};
+
+// key, family, dtype, head_dim, mask, dynamic shared memory in bytes, launcher
+static const Kernel<BackwardParams> backward_kernels[] = {
+    {"backward_sm80_bf16_d64_full", Family::kSm80, Dtype::kBf16, 64, Mask::kFull, 66048, backward_sm80_bf16_d64_full},
+    {"backward_sm80_bf16_d64_causal", Family::kSm80, Dtype::kBf16, 64, Mask::kCausal, 66048, backward_sm80_bf16_d64_causal},
+    {"backward_sm80_bf16_d64_windowed", Family::kSm80, Dtype::kBf16, 64, Mask::kWindowed, 66048, backward_sm80_bf16_d64_windowed},
+    {"backward_sm86_bf16_d64_full", Family::kSm86, Dtype::kBf16, 64, Mask::kFull, 66048, backward_sm86_bf16_d64_full},
+    {"backward_sm86_bf16_d64_causal", Family::kSm86, Dtype::kBf16, 64, Mask::kCausal, 66048, backward_sm86_bf16_d64_causal},
+    {"backward_sm86_bf16_d64_windowed", Family::kSm86, Dtype::kBf16, 64, Mask::kWindowed, 66048, backward_sm86_bf16_d64_windowed},
+    {nullptr, Family::kAuto, Dtype::kFp16, 0, Mask::kFull, 0, nullptr},
+};
+const KernelTable<BackwardParams> kBackwardKernels{Direction::kBackward, backward_kernels, 6};
+
+// key, family, dtype, head_dim, mask, dynamic shared memory in bytes, launcher
+static const Kernel<CacheParams> cache_kernels[] = {
+    {"split_sm80_bf16_d64_windowed", Family::kSm80, Dtype::kBf16, 64, Mask::kWindowed, 24576, split_sm80_bf16_d64_windowed},
+    {"split_sm86_bf16_d64_windowed", Family::kSm86, Dtype::kBf16, 64, Mask::kWindowed, 24576, split_sm86_bf16_d64_windowed},
+    {nullptr, Family::kAuto, Dtype::kFp16, 0, Mask::kFull, 0, nullptr},
+};
+const KernelTable<CacheParams> kCacheKernels{Direction::kSplit, cache_kernels, 2};
 
 // family, compute capability, with PTX
 const FamilyTarget kTargets[] = {
@@ -55,6 +67,8 @@ const FamilyInfo kFamilies[] = {
     {Family::kAuto, "auto", 0},
 };
 const int kNumFamilies = 3;
+
+static_assert(kReservedSharedBytes == 1024, "codegen/axes.py counts shared memory otherwise");
 
 // Every head dim that a kernel can have, in this library or not.
 const int kHeadDims[] = {32, 64, 96, 128, 192, 256};

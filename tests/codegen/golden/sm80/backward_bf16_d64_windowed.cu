@@ -3,19 +3,23 @@
 
 namespace flash_attn {
 
-// Types of this unit alone, so that families with equal tiles never share a kernel's symbol.
-struct BackwardSm80Bf16D64WindowedRoomy
-    : mma::BackwardConfig<Dtype::kBf16, /*head_dim*/ 64, Mask::kWindowed,
-                          mma::BackwardTile</*block_m*/ 64, /*block_n*/ 128, /*warps*/ 4, /*min_blocks*/ 2, /*score_stages*/ 2>> {};
-static_assert(BackwardSm80Bf16D64WindowedRoomy::kSharedBytes == 99328, "the tile table counts shared memory otherwise");
-
-struct BackwardSm80Bf16D64Windowed
-    : mma::BackwardConfig<Dtype::kBf16, /*head_dim*/ 64, Mask::kWindowed,
-                          mma::BackwardTile</*block_m*/ 32, /*block_n*/ 128, /*warps*/ 4, /*min_blocks*/ 1, /*score_stages*/ 2>> {};
-static_assert(BackwardSm80Bf16D64Windowed::kSharedBytes == 66048, "the tile table counts shared memory otherwise");
+// The tiles from which the launcher chooses. Own types for this unit: two families with equal tiles would otherwise
+// define the same kernel symbol.
+struct BackwardSm80Bf16D64Windowed {
+  struct Default
+      : mma::BackwardConfig<Dtype::kBf16, /*head_dim*/ 64, Mask::kWindowed,
+          mma::BackwardTile</*block_m*/ 32, /*block_n*/ 128, /*warps*/ 4, /*min_blocks*/ 1, /*score_stages*/ 2>> {};
+  struct Roomy
+      : mma::BackwardConfig<Dtype::kBf16, /*head_dim*/ 64, Mask::kWindowed,
+          mma::BackwardTile</*block_m*/ 64, /*block_n*/ 128, /*warps*/ 4, /*min_blocks*/ 2, /*score_stages*/ 2>> {};
+};
+static_assert(BackwardSm80Bf16D64Windowed::Default::kSharedBytes == 66048, "codegen/tile_shapes counts otherwise");
+static_assert(BackwardSm80Bf16D64Windowed::Default::kChunk == 32, "codegen/tile_shapes counts otherwise");
+static_assert(BackwardSm80Bf16D64Windowed::Roomy::kSharedBytes == 99328, "codegen/tile_shapes counts otherwise");
+static_assert(BackwardSm80Bf16D64Windowed::Roomy::kChunk == 32, "codegen/tile_shapes counts otherwise");
 
 Status backward_sm80_bf16_d64_windowed(const BackwardParams& params, const Device& device, cudaStream_t stream) {
-  return mma::launch_backward<BackwardSm80Bf16D64WindowedRoomy, BackwardSm80Bf16D64Windowed>(params, device, stream, "backward_sm80_bf16_d64_windowed");
+  return mma::launch_backward<BackwardSm80Bf16D64Windowed>(params, device, stream, "backward_sm80_bf16_d64_windowed");
 }
 
 }  // namespace flash_attn

@@ -3,19 +3,22 @@
 
 namespace flash_attn {
 
-// Types of this unit alone, so that families with equal tiles never share a kernel's symbol.
-struct SplitSm80Bf16D64WindowedFew
-    : mma::SplitConfig<Dtype::kBf16, /*head_dim*/ 64, Mask::kWindowed,
-                          mma::SplitTile</*block_m*/ 16, /*block_n*/ 64, /*warps_m*/ 1, /*warps_n*/ 4, /*stages*/ 2, /*min_blocks*/ 2>> {};
-static_assert(SplitSm80Bf16D64WindowedFew::kSharedBytes == 34816, "the tile table counts shared memory otherwise");
-
-struct SplitSm80Bf16D64Windowed
-    : mma::SplitConfig<Dtype::kBf16, /*head_dim*/ 64, Mask::kWindowed,
-                          mma::SplitTile</*block_m*/ 64, /*block_n*/ 64, /*warps_m*/ 4, /*warps_n*/ 1, /*stages*/ 1, /*min_blocks*/ 2>> {};
-static_assert(SplitSm80Bf16D64Windowed::kSharedBytes == 24576, "the tile table counts shared memory otherwise");
+// The tiles from which the launcher chooses. Own types for this unit: two families with equal tiles would otherwise
+// define the same kernel symbol.
+struct SplitSm80Bf16D64Windowed {
+  struct Rows16
+      : mma::CacheConfig<Dtype::kBf16, /*head_dim*/ 64, Mask::kWindowed,
+          mma::CacheTile</*block_m*/ 16, /*block_n*/ 64, /*warps_m*/ 1, /*warps_n*/ 4, /*stages*/ 2, /*min_blocks*/ 2>> {};
+  struct Rows64
+      : mma::CacheConfig<Dtype::kBf16, /*head_dim*/ 64, Mask::kWindowed,
+          mma::CacheTile</*block_m*/ 64, /*block_n*/ 64, /*warps_m*/ 4, /*warps_n*/ 1, /*stages*/ 1, /*min_blocks*/ 2>> {};
+  using Rows128 = void;
+};
+static_assert(SplitSm80Bf16D64Windowed::Rows16::kSharedBytes == 34816, "codegen/tile_shapes counts otherwise");
+static_assert(SplitSm80Bf16D64Windowed::Rows64::kSharedBytes == 24576, "codegen/tile_shapes counts otherwise");
 
 Status split_sm80_bf16_d64_windowed(const CacheParams& params, const Device& device, cudaStream_t stream) {
-  return mma::launch_cache<SplitSm80Bf16D64WindowedFew, SplitSm80Bf16D64Windowed>(params, device, stream, "split_sm80_bf16_d64_windowed");
+  return mma::launch_cache<SplitSm80Bf16D64Windowed>(params, device, stream, "split_sm80_bf16_d64_windowed");
 }
 
 }  // namespace flash_attn

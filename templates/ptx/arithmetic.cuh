@@ -1,4 +1,4 @@
-// The 16-bit element types and their conversions.
+// The 16-bit element types and their conversions, and the special-function instructions.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -8,7 +8,7 @@
 
 #include "abi.h"
 
-namespace flash_attn {
+namespace flash_attn::ptx {
 
 template <Dtype kDtype>
 struct ElementOf;
@@ -44,4 +44,24 @@ __device__ __forceinline__ float2 unpack(uint32_t packed) {
   }
 }
 
-}  // namespace flash_attn
+// The same value, which the compiler does not know to be the same: what is computed from it stays in its
+// place instead of waiting in registers from before a loop.
+__device__ __forceinline__ int opaque(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
+// 2^x; ex2(-inf) = 0.
+__device__ __forceinline__ float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float reciprocal_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+}  // namespace flash_attn::ptx
