@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(32 * kWarps)
   }
   const ResultRow<Element> result(params.forward, row);
   if (params.forward.sinks != nullptr) {
-    const float factor = add_sink(lse, params.forward, result.head);
+    const float factor = add_sink(lse, params.forward.sinks[result.head]);
 #pragma unroll
     for (float4& part : o) {
       part = make_float4(factor * part.x, factor * part.y, factor * part.z, factor * part.w);

@@ -44,8 +44,8 @@ __device__ __forceinline__ float2 unpack(uint32_t packed) {
   }
 }
 
-// The same value, which the compiler does not know to be the same: what is computed from it stays in its
-// place instead of waiting in registers from before a loop.
+// The same value, which the compiler does not know to be the same. What is computed from it in a branch of a
+// loop is computed there: ahead of the loop it would take registers from every round.
 __device__ __forceinline__ int opaque(int value) {
   asm volatile("" : "+r"(value));
   return value;

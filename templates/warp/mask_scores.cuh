@@ -1,7 +1,5 @@
 // The mask as bounds of each row of an accumulator: a lane computes them once for each of its rows, however
-// many columns it holds. Rows are queries and columns keys, or in the backward the other way round. Bounds
-// are made opaque: computed ahead of a loop whose few last blocks need them, they would take registers from
-// all others.
+// many columns it holds. Rows are queries and columns keys, or in the backward the other way round.
 #pragma once
 
 #include <climits>
@@ -41,7 +39,6 @@ struct RowBounds {
 template <int kTilesM, Mask kMask>
 __device__ __forceinline__ auto query_bounds(const AttentionMask<kMask>& mask, int first_row, int group) {
   RowBounds<kTilesM, AttentionMask<kMask>::kLeft, true> bounds;
-  first_row = ptx::opaque(first_row);
 #pragma unroll
   for (int i = 0; i < 2 * kTilesM; ++i) {
     const int query = (first_row + fragment_row(i)) / group;
@@ -55,7 +52,6 @@ __device__ __forceinline__ auto query_bounds(const AttentionMask<kMask>& mask, i
 template <int kTilesM, Mask kMask>
 __device__ __forceinline__ auto key_bounds(const AttentionMask<kMask>& mask, int first_key, int seqlen_q) {
   RowBounds<kTilesM, true, AttentionMask<kMask>::kLeft> bounds;
-  first_key = ptx::opaque(first_key);
 #pragma unroll
   for (int i = 0; i < 2 * kTilesM; ++i) {
     const int key = first_key + fragment_row(i);

@@ -120,7 +120,6 @@ struct ModifiedScores {
   __device__ __forceinline__ void modify(Accumulator<kTilesM, kTilesN>& scores, const QueryBlock& queries,
                                          int diagonal, int row, int key) const {
     ScoreModifiers(params, queries.batch, queries.head_of(row)).scale_all(scores);
-    row = ptx::opaque(row);  // as in warp/mask_scores.cuh
 #pragma unroll
     for (int i = 0; i < 2 * kTilesM; ++i) {
       const int in_block = row + fragment_row(i);

@@ -14,11 +14,10 @@ namespace flash_attn {
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
-// Counts the head's attention sink, a score without a value, in a row's LSE if the call has sinks; returns by
-// what O must be multiplied. A row that sees no key stays as it is.
-__device__ __forceinline__ float add_sink(float& lse, const ForwardParams& params, int head) {
-  if (params.sinks == nullptr || isinf(lse)) return 1.0f;
-  const float sink = params.sinks[head];
+// Counts a score without a value, an attention sink, in a row's LSE; returns by what O must be multiplied. A
+// row that sees no key stays as it is.
+__device__ __forceinline__ float add_sink(float& lse, float sink) {
+  if (isinf(lse)) return 1.0f;
   const float max = fmaxf(lse, sink);
   const float sum = max + logf(expf(lse - max) + expf(sink - max)), factor = expf(lse - sum);
   lse = sum;
@@ -157,7 +156,8 @@ __device__ __forceinline__ void store_lse(float (&factor)[2 * kTilesM], const On
   for (int i = 0; i < 2 * kTilesM; ++i) {
     const int row = first_row + fragment_row(i);
     float lse = softmax.log_sum_exp(i, policy.exponent_scale());
-    factor[i] *= add_sink(lse, params, queries.head_of(row)) * policy.output_factor();
+    if (params.sinks != nullptr) factor[i] *= add_sink(lse, params.sinks[queries.head_of(row)]);
+    factor[i] *= policy.output_factor();
     if (stores && row < queries.rows) *queries.lse(row) = lse;
   }
 }

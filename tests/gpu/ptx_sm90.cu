@@ -7,6 +7,7 @@
 #include <cstdarg>
 #include <cstdio>
 
+#include "host/check_cuda.h"
 #include "host/launch.h"
 #include "host/tensor_map.h"
 #include "ptx/barrier.cuh"

@@ -50,7 +50,8 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     except ToolchainError as error:
         pytest.skip(str(error))
     path = tmp_path_factory.mktemp("ptx") / "libptx.so"
-    sources = [Path(__file__).with_name("ptx_sm90.cu"), TEMPLATES / "host" / "tensor_map.cu"]
+    host = (TEMPLATES / "host" / name for name in ("launch.cu", "tensor_map.cu"))
+    sources = [Path(__file__).with_name("ptx_sm90.cu"), *host]
     folders = [f"-I{TEMPLATES}", f"-I{GENERATED}", f"-L{toolchain.library_dir or path.parent}"]
     command = [str(toolchain.nvcc), *FLAGS.split(), *folders, "-o", str(path), *map(str, sources)]
     result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -52,7 +52,8 @@ __device__ __forceinline__ void exponentiate(TransposedScores<Config>& scores, c
   const int first_key = keys.first_key() + share.key;
   const int first_query = step.block * Config::kBlockM + chunk * Config::kChunk;
   if (keys.visible(step).needs_mask(keys.block)) {
-    key_bounds<Config::kTilesKeys>(keys.mask, first_key, keys.sequence.seqlen_q).apply(scores, first_query);
+    key_bounds<Config::kTilesKeys>(keys.mask, ptx::opaque(first_key), keys.sequence.seqlen_q)
+        .apply(scores, first_query);
   }
   const float scale_log2 = typename Config::Scores{keys.params.forward}.exponent_scale();
 #pragma unroll

@@ -101,7 +101,7 @@ __device__ __forceinline__ void store_merged(const CacheParams& params, const Qu
       }
       if (column == 0) params.lse_partial[at] = lse;
     } else {
-      if (forward.sinks != nullptr) scale(o, add_sink(lse, forward, queries.head_of(row)));
+      if (forward.sinks != nullptr) scale(o, add_sink(lse, forward.sinks[queries.head_of(row)]));
       auto* out = queries.out<typename Config::Element>(row);
 #pragma unroll
       for (int j = 0; j < 4; ++j) {

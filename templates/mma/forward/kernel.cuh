@@ -178,7 +178,8 @@ __device__ __forceinline__ void attend(const Work<Config::kMask, Config::kBlockN
     multiply_rows<Config::kDtype, Config::kHeadDim>(scores, addresses.query, addresses.key);
     policy.modify(scores, queries, work.mask.diagonal, share.row, key);
     if (work.blocks.needs_mask(block)) {
-      query_bounds<Config::kTilesM>(work.mask, queries.first_row + share.row, 1).apply(scores, key);
+      const int first_row = ptx::opaque(queries.first_row + share.row);
+      query_bounds<Config::kTilesM>(work.mask, first_row, queries.group).apply(scores, key);
     }
     update_softmax<Config>(softmax, scores, output, policy.exponent_scale(), pair, [&] {
       if (block > work.blocks.begin) copies.issue_keys(block - 1);

@@ -261,7 +261,8 @@ struct Consumer {
     const int row = threadIdx.x % 128 / 32 * 16, key = block * Config::kBlockN;
     policy.modify(scores, work.queries, work.mask.diagonal, row, key);
     if (work.blocks.needs_mask(block)) {
-      query_bounds<1>(work.mask, work.queries.first_row + row, work.queries.group).apply(scores, key);
+      const int first_row = ptx::opaque(work.queries.first_row + row);
+      query_bounds<1>(work.mask, first_row, work.queries.group).apply(scores, key);
     }
     float block_max[2];
     softmax.block_max(block_max, scores);
