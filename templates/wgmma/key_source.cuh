@@ -2,6 +2,7 @@
 // over a KV cache. A KeySource is the argument of the forward kernel (`TensorKeys`, `CacheKeys`):
 //
 //   kProducers               threads that copy: 1, or 64 (a warp for Q and K, one for V)
+//   kDropout                 whether a call may have dropout
 //   maps, schedule, group    tensor maps; tiles of queries; query heads that share keys where they are packed
 //   forward()                the call's parameters
 //   num_tiles(), tile(i)     the tiles of the schedule, once for each part of the keys

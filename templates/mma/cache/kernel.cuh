@@ -190,7 +190,8 @@ __device__ __forceinline__ void attend(const CacheParams& params, const CachedSe
   const uint32_t query_address = shared + Shared::offset(share.row + a.row, a.chunk);
   const uint32_t key_address = keys + Shared::offset(share.key + b.row, b.chunk);
   const uint32_t value_address = keys + Config::kKeyBytes + Shared::offset(share.key + a.row, a.chunk);
-  const auto bounds = query_bounds<Config::kTilesM>(work.mask, queries.first_row + share.row, queries.group);
+  const QueryRows<Config::kTilesM, Config::kMask> rows(work.mask, queries.first_row + share.row,
+                                                       queries.group);
   Accumulator<Config::kTilesM, Config::kTilesD> output = {};
   OnlineSoftmax<Config::kTilesM> softmax;
 
@@ -208,7 +209,7 @@ __device__ __forceinline__ void attend(const CacheParams& params, const CachedSe
       const int key = block * Config::kBlockN + share.key;
       multiply_rows<Config::kDtype, Config::kHeadDim>(scores, query_address, key_address + ring.stage);
       policy.modify(scores, queries, work.mask.diagonal, share.row, key);
-      if (work.blocks.needs_mask(block)) bounds.apply(scores, key);
+      if (work.blocks.needs_mask(block)) rows.mask(scores, key);
       update_softmax<Config>(softmax, scores, output, policy.exponent_scale());
       ring.wait();
     }

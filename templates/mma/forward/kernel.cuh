@@ -179,7 +179,7 @@ __device__ __forceinline__ void attend(const Work<Config::kMask, Config::kBlockN
     policy.modify(scores, queries, work.mask.diagonal, share.row, key);
     if (work.blocks.needs_mask(block)) {
       const int first_row = ptx::opaque(queries.first_row + share.row);
-      query_bounds<Config::kTilesM>(work.mask, first_row, queries.group).apply(scores, key);
+      QueryRows<Config::kTilesM, Config::kMask>(work.mask, first_row, queries.group).mask(scores, key);
     }
     update_softmax<Config>(softmax, scores, output, policy.exponent_scale(), pair, [&] {
       if (block > work.blocks.begin) copies.issue_keys(block - 1);

@@ -22,6 +22,7 @@ namespace flash_attn::wgmma {
 // places in the block table are read at the same time.
 struct CacheKeys {
   static constexpr int kProducers = 64;
+  static constexpr bool kDropout = false;
   TensorMaps maps;
   CacheParams params;
   TileSchedule schedule;

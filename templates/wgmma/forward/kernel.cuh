@@ -262,14 +262,14 @@ struct Consumer {
     policy.modify(scores, work.queries, work.mask.diagonal, row, key);
     if (work.blocks.needs_mask(block)) {
       const int first_row = ptx::opaque(work.queries.first_row + row);
-      query_bounds<1>(work.mask, first_row, work.queries.group).apply(scores, key);
+      QueryRows<1, Config::kMask>(work.mask, first_row, work.queries.group).mask(scores, key);
     }
     float block_max[2];
     softmax.block_max(block_max, scores);
     const bool lags = __any_sync(0xffffffff, softmax.lags(block_max, scale_log2));
     if (lags) softmax.advance(factor, block_max, scale_log2);
     softmax.exponentiate(scores, scale_log2);
-    policy.drop(scores, work.queries, row, key);
+    if constexpr (KeySource::kDropout) policy.drop(scores, work.queries, row, key);
     return lags;
   }
 

@@ -19,6 +19,7 @@ namespace flash_attn::wgmma {
 
 struct TensorKeys {
   static constexpr int kProducers = 1;
+  static constexpr bool kDropout = true;
   TensorMaps maps;
   ForwardParams params;
   TileSchedule schedule;
