@@ -16,7 +16,7 @@ PASSES = {"forward": "forward", "backward": "backward", "split": "cache"}
 
 @dataclass(frozen=True)
 class Family:
-    """One kernel design and the limits of the GPUs that it is tuned for.
+    """GPUs that share kernels and tiles, and their limits.
 
     ``directions`` maps each direction that has been written for the family to the kernel design that serves
     it: a folder under ``templates/`` and C++ namespace. A family without any is known but cannot be built.

@@ -152,7 +152,7 @@ for _head_dim, _row in CACHE_TILES["sm90"].items():
     _row["wgmma"] = FORWARD_TILES["sm90"][_head_dim]["default"]
 
 WGMMA_COST = 0.5
-"""Time of a row in that kernel over that in the largest tile for split keys, measured on an H200."""
+"""Time of a row in that kernel over that in the largest tile of the mma design, measured on an H200."""
 
 TABLES = {"forward": FORWARD_TILES, "backward": BACKWARD_TILES, "split": CACHE_TILES}
 

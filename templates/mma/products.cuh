@@ -28,7 +28,7 @@ struct FragmentLane {
 };
 
 // Element (i, j) becomes the product of row i of A and row j of B, both rows of kHeadDim elements in shared
-// memory: S = Q K^T for a warp's part. The scores are zeroed here and not where they are declared: that
+// memory: S = Q K^T for a warp's share. The scores are zeroed here and not where they are declared: that
 // allocates registers worse, 2 % of the time at head dim 64 under a causal mask.
 template <Dtype kDtype, int kHeadDim, int kTilesM, int kTilesN>
 __device__ __forceinline__ void multiply_rows(Accumulator<kTilesM, kTilesN>& scores, uint32_t a_address,
