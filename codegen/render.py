@@ -24,7 +24,7 @@ def _environment() -> jinja2.Environment:
         keep_trailing_newline=True,
         autoescape=False,
     )
-    environment.filters["enumerator"] = abi.cpp_enumerator
+    environment.filters["constant"] = abi.cpp_constant
     environment.filters["cpp"] = lambda value: str(value).lower()
     environment.filters["fields"] = dataclasses.asdict
     environment.filters["members"] = lambda tiles: {
@@ -66,7 +66,7 @@ def render_sources(selection: Selection, units: Sequence[Unit] | None = None) ->
 
 
 def render_abi_module() -> str:
-    """Text of ``flash_attn/_abi.py``: axes, enums, ctypes mirror, packers, function signatures."""
+    """Text of ``flash_attn/_abi.py``: axes, limits, enums, ctypes mirror, packers, function signatures."""
     capabilities = tuple(sorted(target.capability for target in all_targets()))
     cache_rows, cache_keys = tiles.cache_shape()
     return _render(
@@ -90,6 +90,7 @@ def render_modules() -> dict[str, str]:
 
 def _abi_variables() -> dict[str, object]:
     return {
+        "limits": abi.LIMITS,
         "structs": abi.STRUCTS,
         "enums": abi.enums(),
         "functions": abi.FUNCTIONS,

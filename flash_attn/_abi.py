@@ -4,7 +4,7 @@ import ctypes
 import struct
 from enum import IntEnum
 
-LAYOUT_HASH = 0x356A8E4E5FC18F5A
+LAYOUT_HASH = 0xB54CD6BEFD5249BE
 """Must equal flash_attn_layout_hash() of the library."""
 
 HEAD_DIMS = (32, 64, 96, 128, 192, 256)
@@ -24,6 +24,36 @@ WGMMA_SHAPES = {32: (192, 128), 64: (192, 128), 96: (192, 96), 128: (192, 80), 1
 
 WGMMA_COST = 0.5
 """Time of a row in that design over that in the largest of the other's tiles."""
+
+MAX_HEAD_DIM = 256
+"""Elements per head, at most."""
+
+HEAD_DIM_MULTIPLE = 8
+"""Divides head dims of kernels: rows are whole 16 bytes."""
+
+ROTARY_MULTIPLE = 16
+"""Divides rotary_dim; or its half does, if interleaved without cache."""
+
+KEY_GROUP = 16
+"""Keys that lie side by side in a cache: pages hold whole groups."""
+
+MAX_SPLITS = 128
+"""Parts that the keys of a call over a KV cache are split into, at most."""
+
+MERGED_AT_ONCE = 8
+"""Parts of a row of the result that a warp reads at once."""
+
+MERGING_WARPS = 8
+"""Warps that share a row of a call with few rows to merge."""
+
+WORKSPACE_ROWS = 128
+"""Rows of a block of a backward's workspace; a sequence has whole ones."""
+
+PROBS_BLOCK = 128
+"""Divides both lengths of what flash_attn_dropout_probs writes."""
+
+MAX_SEQLEN = 2147483520
+"""Rows of a sequence, at most: int32 also when rounded up to blocks."""
 
 
 class Dtype(IntEnum):

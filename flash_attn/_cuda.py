@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flash_attn import _abi, _gpu, _library
 from flash_attn._arguments import address, check_memory
-from flash_attn._layout import empty_out, probs_shape, round_multiple, write
+from flash_attn._layout import empty_out, padded_head_dim, probs_shape, write
 from flash_attn._philox import new_rng_state
 from flash_attn._validation import Scoring, Shapes
 
@@ -62,8 +62,8 @@ def readable(x: Tensor) -> bool:
 
 
 def writable(x: Tensor) -> Tensor:
-    """Allocate what kernels can write in place of x (.., h, d): contiguous, rows a multiple of 8 elements."""
-    shape = (*x.shape[:-1], round_multiple(x.shape[-1], 8))
+    """Allocate what kernels can write in place of x (.., h, d): contiguous, rows as long as kernels need."""
+    shape = (*x.shape[:-1], padded_head_dim(x.shape[-1]))
     return torch.empty(shape, dtype=x.dtype, device=x.device)
 
 
@@ -209,7 +209,7 @@ def _attend_copies(
     """`_attend` with copies of those tensors that the kernels cannot read, or write, where they are."""
     check_memory(out, "out")
     target = out if readable(out) else writable(out)
-    padded = round_multiple(head_dims[0], 8), round_multiple(head_dims[1], 8)
+    padded = padded_head_dim(head_dims[0]), padded_head_dim(head_dims[1])
     q, k, v = aligned(q, "q"), aligned(k, "k"), aligned(v, "v")
     result = _attend(q, k, v, target, lse, scoring, sizes, padded, *arguments)
     if target is not out:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from flash_attn import _abi, _cuda, _gpu, _library
+from flash_attn._abi import WORKSPACE_ROWS
 from flash_attn._arguments import check_memory
-from flash_attn._layout import PROBS_BLOCK, empty_softmax_d, padded_rows, round_multiple, write
+from flash_attn._layout import empty_softmax_d, padded_head_dim, padded_rows, round_multiple, write
 from flash_attn._splits import choose_key_parts
 from flash_attn._validation import GRADIENTS, Gradients, Scoring
 
@@ -38,7 +39,7 @@ def _workspace(q: Tensor, rows: int, dq_columns: int, ordered: bool, partials: i
 
     No sums of rows in bf16, where they are softmax_d. No dq if `dq_columns` is 0, no semaphores, which put
     the additions to it in order, unless `ordered`; `partials` is the size of the partial gradients of k and
-    v. As `rows` is a multiple of 128, each part is aligned.
+    v. As `rows` is a multiple of WORKSPACE_ROWS, each part is aligned.
     """
     dq_size = rows * dq_columns
     semaphores = rows if dq_size and ordered else 0
@@ -59,7 +60,7 @@ def _launch(
 ) -> None:  # fmt: skip
     """Run the kernels on q, k, v, out, dout and dq, dk, dv as they can read and write them.
 
-    The rest is as in `_cuda._attend`; `softmax_d` has whole blocks of 128 rows.
+    The rest is as in `_cuda._attend`; `softmax_d` has whole blocks of rows.
     """
     q, k = inputs[:2]
     batch_stride = _cuda.PACKED if sequences[0] else _cuda.NOT_PACKED
@@ -72,7 +73,7 @@ def _launch(
     batch, _, seqlen_k, _, num_heads, num_heads_k = sizes
     batches = 1 if sequences[0] else batch
     rows = softmax_d.stride(-2)
-    key_rows = padded_rows(k.shape[0], batch) if sequences[0] else round_multiple(seqlen_k, PROBS_BLOCK)
+    key_rows = padded_rows(k.shape[0], batch) if sequences[0] else round_multiple(seqlen_k, WORKSPACE_ROWS)
     parts = 1
     if gradients[1] is not None and num_heads > num_heads_k:
         masked = scoring.window_left >= 0 or scoring.window_right >= 0
@@ -123,7 +124,7 @@ def _differentiate(
         [_cuda.aligned(x, name) for x, name in named],
         lse if lse.stride(-1) == 1 and not lse.is_neg() else _cuda.contiguous(lse, "softmax_lse"),
         targets, softmax_d, scoring, sizes,
-        (round_multiple(q.shape[-1], 8), round_multiple(v.shape[-1], 8)), sequences, deterministic,
+        (padded_head_dim(q.shape[-1]), padded_head_dim(v.shape[-1])), sequences, deterministic,
         None if rng_state is None else _cuda.contiguous(rng_state, "rng_state"),
     )  # fmt: skip
     for x, target in zip(gradients, targets, strict=True):

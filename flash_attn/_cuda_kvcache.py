@@ -12,7 +12,7 @@ from flash_attn import _abi, _cuda, _gpu
 from flash_attn import _validation as check
 from flash_attn._arguments import check_memory, fail
 from flash_attn._cpu_kvcache import Cache, Rotary
-from flash_attn._layout import empty_out, write
+from flash_attn._layout import empty_out, padded_head_dim, write
 from flash_attn._splits import WGMMA_FROM, plan, wgmma_tile
 from flash_attn._validation import Scoring, Shapes
 
@@ -66,7 +66,7 @@ def _attend(
 
     `sizes` is (batch, seqlen_q, total_q): how the rows of q (b, sq, h, d), or (total_q, h, d) with
     `cu_seqlens` (of q, of k), fall into sequences. `names` are those of the cache's tensors. With `copied`,
-    all but those are as kernels read them best, head dims padded to multiples of 8.
+    all but those are as kernels read them best, head dims padded to HEAD_DIM_MULTIPLE.
 
     Whatever a kernel reads stays referenced by a local variable until it is enqueued.
     """
@@ -113,7 +113,7 @@ def _attend(
             q, cache, k, v, rotary, scoring, out, lse, lse_strides, shapes, sizes, num_splits, names,
             cu_seqlens,
         )  # fmt: skip
-    head_dim, head_dim_v = (cache_head_dim + 7) & -8, (cache_head_dim_v + 7) & -8
+    head_dim, head_dim_v = padded_head_dim(cache_head_dim), padded_head_dim(cache_head_dim_v)
     device = q.get_device()
     stream = _gpu.raw_stream(device)
     library, hopper = _gpu.prepared(device)

@@ -7,9 +7,10 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from flash_attn import _abi, _cuda, _gpu
+from flash_attn._abi import ROTARY_MULTIPLE
+from flash_attn._validation import INT32_MAX
 
 _pack = _abi.ROTARY_PARAMS.pack
-INT32_MAX = 2**31 - 1
 
 
 def can_rotate(
@@ -22,7 +23,7 @@ def can_rotate(
         and x.dtype in _cuda.DTYPES
         and cos.dtype == sin.dtype
         and cos.dtype in (x.dtype, torch.float32)
-        and rotary_dim % (8 if interleaved else 16) == 0
+        and rotary_dim % (ROTARY_MULTIPLE // 2 if interleaved else ROTARY_MULTIPLE) == 0
         and x.numel() > 0 < rotary_dim
         and (cu_seqlens is None or cu_seqlens.shape[0] > 1)
         and _cuda.readable(x)

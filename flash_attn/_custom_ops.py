@@ -122,9 +122,10 @@ def _flash_attn_backward(
     window_size_left: int, window_size_right: int, softcap: float, alibi_slopes: Tensor | None,
     deterministic: bool, rng_state: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Write dq, dk, dv, those that are not None; return softmax_d (b, h, sq rounded up to 128) fp32.
+    """Write dq, dk, dv, those that are not None; return softmax_d, fp32.
 
-    softmax_d is rowsum(dO * O) of each query, zero past sq. `deterministic` adds dq up in a fixed order.
+    softmax_d (b, h, sq rounded up to WORKSPACE_ROWS) is rowsum(dO * O) of each query, zero past sq.
+    `deterministic` adds dq up in a fixed order.
     """
     return _operations.backward(
         dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal, window_size_left,
@@ -142,7 +143,7 @@ def _flash_attn_varlen_backward(
 ) -> Tensor:  # fmt: skip
     """Write dq, dk, dv, those that are not None, zero past the sequences; return softmax_d.
 
-    softmax_d (h, total_q + 128 b) is fp32, its layout the backend's own.
+    softmax_d (h, total_q + WORKSPACE_ROWS * b) is fp32, its layout the backend's own.
     """
     return _operations.varlen_backward(
         dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,

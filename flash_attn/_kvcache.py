@@ -9,12 +9,11 @@ from torch import Tensor
 
 from flash_attn import _cuda_kvcache, _gpu
 from flash_attn import _validation as check
+from flash_attn._abi import MAX_SEQLEN, ROTARY_MULTIPLE
 from flash_attn._arguments import as_flag, as_int, check_memory, check_tensor, fail
 from flash_attn._cpu_kvcache import Cache, Rotary
 from flash_attn._cpu_kvcache import forward_kvcache as forward_on_cpu
 from flash_attn._dispatch import is_tracing
-
-ROTARY_MULTIPLE = 16
 
 
 def _check_cache(q: Tensor, cache: Cache, batch: int, entries: int) -> None:
@@ -156,8 +155,8 @@ def forward_kvcache(
     if type(num_splits) is not int or num_splits:
         num_splits = check.check_num_splits(num_splits)
     capacity = k_shape[1] if block_table is None else cache.capacity
-    if capacity > check.MAX_SEQLEN:
-        fail(ValueError, "k_cache", f"of room for at most {check.MAX_SEQLEN} keys a sequence", capacity)
+    if capacity > MAX_SEQLEN:
+        fail(ValueError, "k_cache", f"of room for at most {MAX_SEQLEN} keys a sequence", capacity)
     scoring = check.check_scoring(
         q, head_dim, batch, seqlen_q, capacity, 0.0, softmax_scale, causal, window_left, window_right,
         softcap, alibi_slopes, s_aux, rotary_cos is not None,

@@ -8,12 +8,17 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-PROBS_BLOCK = 128
+from flash_attn._abi import HEAD_DIM_MULTIPLE, PROBS_BLOCK, WORKSPACE_ROWS
 
 
 def round_multiple(x: int, m: int) -> int:
     """Return the smallest multiple of `m` that is not below `x`."""
     return (x + m - 1) // m * m
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """Return the head dim that kernels are given: short rows get zeros appended."""
+    return -(-head_dim // HEAD_DIM_MULTIPLE) * HEAD_DIM_MULTIPLE
 
 
 def maybe_contiguous(x: Tensor | None) -> Tensor | None:
@@ -39,7 +44,7 @@ def lse_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def probs_shape(batch: int, num_heads: int, seqlen_q: int, seqlen_k: int) -> tuple[int, int, int, int]:
-    """Return the shape of S_dmask: both sequence lengths rounded up to 128."""
+    """Return the shape of S_dmask: both sequence lengths rounded up to PROBS_BLOCK."""
     return batch, num_heads, round_multiple(seqlen_q, PROBS_BLOCK), round_multiple(seqlen_k, PROBS_BLOCK)
 
 
@@ -115,20 +120,20 @@ def _reaches(distance: int, steps: list[tuple[int, int, int]]) -> bool:
 
 
 def padded_rows(total: int, batch: int) -> int:
-    """Return room for `total` rows of `batch` packed sequences, each padded to whole blocks of 128 rows."""
-    return round_multiple(total + PROBS_BLOCK * batch, PROBS_BLOCK)
+    """Return room for `total` rows of `batch` packed sequences, each padded to whole blocks of rows."""
+    return round_multiple(total + WORKSPACE_ROWS * batch, WORKSPACE_ROWS)
 
 
 def empty_softmax_d(q: Tensor, batch: int | None = None) -> Tensor:
     """Allocate softmax_d for q (b, s, h, d), or for q (total, h, d) of `batch` packed sequences.
 
-    It is (b, h, s rounded up to 128), or (h, total + 128 * batch): room for every sequence to be padded to
-    128. Either way memory for whole blocks of 128 rows lies behind each head.
+    It is (b, h, s rounded up to WORKSPACE_ROWS), or (h, total + WORKSPACE_ROWS * batch): room for every
+    sequence to be padded. Either way memory for whole blocks of rows lies behind each head.
     """
     dtype = lse_dtype(q.dtype)
     if batch is None:
         batch, seqlen_q, num_heads, _ = q.shape
-        return q.new_empty((batch, num_heads, round_multiple(seqlen_q, PROBS_BLOCK)), dtype=dtype)
+        return q.new_empty((batch, num_heads, round_multiple(seqlen_q, WORKSPACE_ROWS)), dtype=dtype)
     total_q, num_heads, _ = q.shape
-    rows = total_q + PROBS_BLOCK * batch
+    rows = total_q + WORKSPACE_ROWS * batch
     return q.new_empty((num_heads, padded_rows(total_q, batch)), dtype=dtype)[:, :rows]

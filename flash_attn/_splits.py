@@ -10,9 +10,17 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import NamedTuple
 
-from flash_attn._abi import CACHE_KEYS, CACHE_ROWS, WGMMA_COST, WGMMA_SHAPES, Design
+from flash_attn._abi import (
+    CACHE_KEYS,
+    CACHE_ROWS,
+    MAX_SPLITS,
+    MERGED_AT_ONCE,
+    MERGING_WARPS,
+    WGMMA_COST,
+    WGMMA_SHAPES,
+    Design,
+)
 from flash_attn._library import kernel_head_dim
-from flash_attn._validation import MAX_SPLITS
 
 START_COST = 0.5
 """What a thread block costs besides its blocks of keys, in blocks of keys."""
@@ -24,11 +32,6 @@ thread block are free, except in Hopper's forward kernel.
 
 MERGE_COST = 2.0
 """What merging costs besides, in blocks of keys of one multiprocessor, each time that parts are read."""
-
-MERGED_AT_ONCE, MERGING_WARPS = 8, 8
-"""Parts of a row that a warp reads at once, and the warps that share a row of a call with few rows: kBatch
-and kWarps of ops/combine.cu.
-"""
 
 ALONE = 0.6
 """How fast one thread block runs alone on a multiprocessor, relative to two that share it (tiles of more than

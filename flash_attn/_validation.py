@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from flash_attn import _gpu
+from flash_attn._abi import KEY_GROUP, MAX_HEAD_DIM, MAX_SEQLEN, MAX_SPLITS
 from flash_attn._arguments import (
     FP32_MAX,
     as_flag,
@@ -26,10 +27,6 @@ from flash_attn._arguments import (
 from flash_attn._layout import lse_dtype, overlap, overlaps_itself, storage_address
 
 INT32_MAX = 2**31 - 1
-MAX_HEAD_DIM = 256
-MAX_SEQLEN = 2**31 - 128  # int32, also when rounded up to 128
-PAGE_MULTIPLE = 16
-MAX_SPLITS = 128
 NO_PAIRS = (str, bytes, bytearray, Set, Mapping)
 FP32_TINY = 2.0**-126
 MAX_SCALE = 2.0**100  # scores up to 2^27 before scaling stay finite in fp32
@@ -308,9 +305,9 @@ def check_range(x: Tensor, name: str, low: int, high: int) -> None:
 
 
 def check_page_size(k: Tensor, name: str) -> None:
-    """Check that the pages of k (num_blocks, page_size, hk, d) hold a positive multiple of 16 keys."""
-    if k.shape[1] == 0 or k.shape[1] % PAGE_MULTIPLE:
-        allowed = f"of a page size (dimension 1) that is a positive multiple of {PAGE_MULTIPLE}"
+    """Check that the pages of k (num_blocks, page_size, hk, d) hold whole groups of keys, at least one."""
+    if k.shape[1] == 0 or k.shape[1] % KEY_GROUP:
+        allowed = f"of a page size (dimension 1) that is a positive multiple of {KEY_GROUP}"
         fail(ValueError, name, allowed, k.shape[1])
 
 

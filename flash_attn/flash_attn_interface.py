@@ -17,6 +17,7 @@ from torch import Tensor
 import flash_attn_2_cuda as flash_attn_gpu
 from flash_attn import _kvcache
 from flash_attn import _validation as check
+from flash_attn._abi import PROBS_BLOCK
 from flash_attn._arguments import as_flag
 from flash_attn._calls import Result, Window, attend, attend_varlen, record_cache, window
 from flash_attn._cuda_kvcache import kvcache_num_splits
@@ -30,7 +31,7 @@ from flash_attn._custom_ops import (
     _wrapped_flash_attn_varlen_backward,
     _wrapped_flash_attn_varlen_forward,
 )
-from flash_attn._layout import PROBS_BLOCK, maybe_contiguous, round_multiple
+from flash_attn._layout import maybe_contiguous, round_multiple
 
 __all__ = [
     "_flash_attn_backward",

@@ -5,7 +5,8 @@ import hashlib
 from codegen import axes
 from codegen.abi import backward, cache, dropout_probs, forward, library, rotary
 from codegen.abi.description import Enum
-from codegen.abi.description import cpp_enumerator as cpp_enumerator
+from codegen.abi.description import cpp_constant as cpp_constant
+from codegen.abi.limits import LIMITS as LIMITS
 
 STRUCTS = (forward.PARAMS, backward.PARAMS, cache.PARAMS, rotary.PARAMS)
 
@@ -42,7 +43,7 @@ def _numbered(names: tuple[str, ...]) -> tuple[tuple[str, int], ...]:
 
 def layout_text() -> str:
     """Canonical text of everything that both sides of the ABI must agree on."""
-    lines = []
+    lines = [f"limit {limit.name}={limit.value}" for limit in LIMITS]
     for struct in STRUCTS:
         lines.append(f"struct {struct.name} {struct.size}")
         for field, offset in zip(struct.fields, struct.offsets(), strict=True):

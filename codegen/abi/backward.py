@@ -2,14 +2,15 @@
 
 from codegen.abi import forward
 from codegen.abi.description import Field, Struct
+from codegen.abi.limits import WORKSPACE_ROWS
 from codegen.abi.parts import kernel_query, launcher, strides
 
 PARAMS = Struct(
     "BackwardParams",
     "Arguments of one attention backward call. The workspaces need not be initialised. Per head (and batch"
-    " entry), they have seqlen_q rows, or if varlen total_q + 128 * batch, rounded up to a multiple of 128."
-    " Then sequence b starts at row cu_seqlens_q[b] + 128 * b, rounded down to a multiple of 128."
-    " key_rows is the same for k.",
+    f" entry), they have seqlen_q rows, or if varlen total_q + {WORKSPACE_ROWS} * batch, rounded up to a"
+    f" multiple of {WORKSPACE_ROWS}. Then sequence b starts at row cu_seqlens_q[b] + {WORKSPACE_ROWS} * b,"
+    f" rounded down to a multiple of {WORKSPACE_ROWS}. key_rows is the same for k.",
     (
         Field("forward", forward.PARAMS, "the forward call's, which wrote out and softmax_lse"),
         Field("dout", "const void*", "as out"),

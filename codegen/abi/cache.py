@@ -2,6 +2,7 @@
 
 from codegen.abi import forward
 from codegen.abi.description import Field, Struct
+from codegen.abi.limits import KEY_GROUP, ROTARY_MULTIPLE
 from codegen.abi.parts import kernel_query, launcher, strides
 
 PARAMS = Struct(
@@ -26,11 +27,13 @@ PARAMS = Struct(
         *strides("v_new", "batch", "row", "head"),
         Field("block_table_stride", "int64", "from one sequence to the next"),
         Field("cache_entries", "int32", "entries of the cache, or pages"),
-        Field("page_size", "int32", "keys in a page, a multiple of 16; 0 = no pages"),
+        Field("page_size", "int32", f"keys in a page, a multiple of {KEY_GROUP}; 0 = no pages"),
         Field("cache_seqlen", "int32", "keys in the cache before, where nothing else tells"),
         Field("seqlen_new", "int32", "keys that the call appends to each sequence"),
         Field("rotary_rows", "int32", "positions in the tables; later ones are not rotated"),
-        Field("rotary_dim", "int32", "elements of each head that are rotated, a multiple of 16"),
+        Field(
+            "rotary_dim", "int32", f"elements of each head that are rotated, a multiple of {ROTARY_MULTIPLE}"
+        ),
         Field("rotary_interleaved", "int32", "pairs are (0, 1), (2, 3), ..; else the two halves"),
         Field("num_splits", "int32", "parts of the keys; the workspaces are used where more than 1"),
         Field("design", "int32", "Design that is to compute the call, where the kernel has both (sm90)"),

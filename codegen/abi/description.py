@@ -1,4 +1,4 @@
-"""What an ABI is described with: structs, enums and functions, as C and as ctypes see them."""
+"""What an ABI is described with: structs, enums, limits and functions, as C and as ctypes see them."""
 
 from dataclasses import dataclass
 
@@ -98,6 +98,21 @@ class Enum:
 
 
 @dataclass(frozen=True)
+class Limit:
+    """A number that both sides count with: ``constexpr int kName`` and NAME; the name is in snake_case here.
+
+    As text it is its value, for documentation.
+    """
+
+    name: str
+    value: int
+    doc: str
+
+    def __str__(self) -> str:
+        return str(self.value)
+
+
+@dataclass(frozen=True)
 class Function:
     """An exported ``extern "C"`` function; ``result`` is a key of SCALARS."""
 
@@ -117,9 +132,9 @@ class Function:
         return f"({types},)" if len(self.arguments) == 1 else f"({types})"
 
 
-def cpp_enumerator(member: str) -> str:
+def cpp_constant(name: str) -> str:
     """``not_built`` -> ``kNotBuilt``."""
-    return "k" + "".join(word.capitalize() for word in member.split("_"))
+    return "k" + "".join(word.capitalize() for word in name.split("_"))
 
 
 def _round_up(value: int, multiple: int) -> int:

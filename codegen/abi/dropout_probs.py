@@ -1,6 +1,7 @@
 """What dropout did to P, as a matrix."""
 
 from codegen.abi import forward
+from codegen.abi.limits import PROBS_BLOCK
 from codegen.abi.parts import launcher
 
 LAUNCHER = launcher(
@@ -8,5 +9,5 @@ LAUNCHER = launcher(
     forward.PARAMS,
     "Writes probs (sign bit = dropped) from q, k, softmax_lse, rng_state",
     "probs is contiguous, (batch, num_heads, seqlen_q, seqlen_k), both lengths rounded up to a multiple"
-    " of 128.",
+    f" of {PROBS_BLOCK}.",
 )

@@ -1,6 +1,7 @@
 """Attention, forward."""
 
 from codegen.abi.description import Field, Struct
+from codegen.abi.limits import HEAD_DIM_MULTIPLE
 from codegen.abi.parts import kernel_query, launcher, strides
 
 PARAMS = Struct(
@@ -37,7 +38,7 @@ PARAMS = Struct(
         Field("num_heads_k", "int32", "heads of k and v"),
         Field("seqlen_q", "int32", "rows per sequence of q, the longest if varlen"),
         Field("seqlen_k", "int32", "rows per sequence of k, the longest if varlen"),
-        Field("head_dim", "int32", "elements per head of q and k, a multiple of 8"),
+        Field("head_dim", "int32", f"elements per head of q and k, a multiple of {HEAD_DIM_MULTIPLE}"),
         Field("head_dim_v", "int32", "the same of v and out; the kernel is the next larger for both"),
         Field("window_left", "int32", "keys visible left of the diagonal, -1 = unlimited"),
         Field("window_right", "int32", "keys visible right of the diagonal, -1 = unlimited; 0 = causal"),

@@ -1,6 +1,7 @@
 """Rotation of heads by their position."""
 
 from codegen.abi.description import Field, Struct
+from codegen.abi.limits import HEAD_DIM_MULTIPLE, ROTARY_MULTIPLE
 from codegen.abi.parts import launcher, strides
 
 PARAMS = Struct(
@@ -21,8 +22,13 @@ PARAMS = Struct(
         Field("batch", "int32", "number of sequences"),
         Field("seqlen", "int32", "rows of each sequence, unless packed"),
         Field("num_heads", "int32", "heads of x"),
-        Field("head_dim", "int32", "elements per head, a multiple of 8"),
-        Field("rotary_dim", "int32", "how many of them are rotated: a multiple of 16, of 8 if interleaved"),
+        Field("head_dim", "int32", f"elements per head, a multiple of {HEAD_DIM_MULTIPLE}"),
+        Field(
+            "rotary_dim",
+            "int32",
+            f"how many of them are rotated: a multiple of {ROTARY_MULTIPLE},"
+            f" of {ROTARY_MULTIPLE.value // 2} if interleaved",
+        ),
         Field("table_rows", "int32", "positions in the tables; rows at others stay as they are"),
         Field("offset", "int32", "position of each first token, where offsets is null"),
         Field("interleaved", "int32", "pairs are (0, 1), (2, 3), ..; else the two halves"),

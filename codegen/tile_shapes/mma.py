@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from codegen import axes
+from codegen.abi.limits import WORKSPACE_ROWS
 from codegen.tile_shapes.formula import Sum, Term
 from codegen.tile_shapes.tile import Tile
 
@@ -97,12 +98,23 @@ class MmaBackwardTile(Tile):
     def queries_at_once(self) -> int:
         return min(self.block_m, self.SCORES_AT_ONCE // self.keys_per_warp.value)
 
+    @property
+    def modified_queries_at_once(self) -> int:
+        """The same of the kernel with score modifiers, whose scores need twice the registers."""
+        return min(self.block_m, self.SCORES_AT_ONCE // 2 // self.keys_per_warp.value)
+
     def constants(self, head_dim: int) -> dict[str, int]:
-        return {**super().constants(head_dim), "kChunk": self.queries_at_once}
+        return {
+            **super().constants(head_dim),
+            "kPlainChunk": self.queries_at_once,
+            "kModifiedChunk": self.modified_queries_at_once,
+        }
 
     @property
     def barriers(self) -> Sum:
-        parts = {"pairs": self.pairs, "block_m": self.block_m}, {"queries_at_once": self.queries_at_once}
+        """Barriers of a block of the kernel with score modifiers, which needs most."""
+        at_once = {"modified_queries_at_once": self.modified_queries_at_once}
+        parts = {"pairs": self.pairs, "block_m": self.block_m}, at_once
         return Sum((Term("all warps", {"barriers": 1}), Term("each pair's parts of block_m", *parts)))
 
     def smem(self, head_dim: int) -> Sum:
@@ -137,10 +149,9 @@ class MmaBackwardTile(Tile):
         if self.warps % 2 or self.warps < 2:
             return [f"warps = {self.warps}, not pairs"]
         problems = []
-        if self.block_m not in (16, 32, 64, 128):
-            problems.append(
-                f"block_m = {self.block_m}, not 16, 32, 64 or 128: a divisor of the workspace's rows"
-            )
+        for name, rows in (("block_m", self.block_m), ("block_n", self.block_n)):
+            if rows % 16 or WORKSPACE_ROWS.value % rows:
+                problems.append(f"{name} = {rows}, not a multiple of 16 that divides {WORKSPACE_ROWS}")
         if self.keys_per_warp.quotient not in (16, 32, 64):
             problems.append(f"{self.keys_per_warp} = {self.keys_per_warp.quotient:g}, not 16, 32 or 64")
         if self.score_stages not in (1, 2):

@@ -12,7 +12,8 @@ struct BackwardSm80Bf16D256Windowed {
   using Roomy = void;
 };
 static_assert(BackwardSm80Bf16D256Windowed::Default::kSharedBytes == 139776, "codegen/tile_shapes counts otherwise");
-static_assert(BackwardSm80Bf16D256Windowed::Default::kChunk == 32, "codegen/tile_shapes counts otherwise");
+static_assert(BackwardSm80Bf16D256Windowed::Default::kPlainChunk == 32, "codegen/tile_shapes counts otherwise");
+static_assert(BackwardSm80Bf16D256Windowed::Default::kModifiedChunk == 32, "codegen/tile_shapes counts otherwise");
 
 Status backward_sm80_bf16_d256_windowed(const BackwardParams& params, const Device& device, cudaStream_t stream) {
   return mma::launch_backward<BackwardSm80Bf16D256Windowed>(params, device, stream, "backward_sm80_bf16_d256_windowed");

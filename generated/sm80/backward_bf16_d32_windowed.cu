@@ -12,7 +12,8 @@ struct BackwardSm80Bf16D32Windowed {
   using Roomy = void;
 };
 static_assert(BackwardSm80Bf16D32Windowed::Default::kSharedBytes == 66560, "codegen/tile_shapes counts otherwise");
-static_assert(BackwardSm80Bf16D32Windowed::Default::kChunk == 32, "codegen/tile_shapes counts otherwise");
+static_assert(BackwardSm80Bf16D32Windowed::Default::kPlainChunk == 32, "codegen/tile_shapes counts otherwise");
+static_assert(BackwardSm80Bf16D32Windowed::Default::kModifiedChunk == 16, "codegen/tile_shapes counts otherwise");
 
 Status backward_sm80_bf16_d32_windowed(const BackwardParams& params, const Device& device, cudaStream_t stream) {
   return mma::launch_backward<BackwardSm80Bf16D32Windowed>(params, device, stream, "backward_sm80_bf16_d32_windowed");

@@ -14,9 +14,11 @@ struct BackwardSm80Bf16D64Causal {
           mma::BackwardTile</*block_m*/ 64, /*block_n*/ 128, /*warps*/ 4, /*min_blocks*/ 2, /*score_stages*/ 2>> {};
 };
 static_assert(BackwardSm80Bf16D64Causal::Default::kSharedBytes == 66048, "codegen/tile_shapes counts otherwise");
-static_assert(BackwardSm80Bf16D64Causal::Default::kChunk == 32, "codegen/tile_shapes counts otherwise");
+static_assert(BackwardSm80Bf16D64Causal::Default::kPlainChunk == 32, "codegen/tile_shapes counts otherwise");
+static_assert(BackwardSm80Bf16D64Causal::Default::kModifiedChunk == 16, "codegen/tile_shapes counts otherwise");
 static_assert(BackwardSm80Bf16D64Causal::Roomy::kSharedBytes == 99328, "codegen/tile_shapes counts otherwise");
-static_assert(BackwardSm80Bf16D64Causal::Roomy::kChunk == 32, "codegen/tile_shapes counts otherwise");
+static_assert(BackwardSm80Bf16D64Causal::Roomy::kPlainChunk == 32, "codegen/tile_shapes counts otherwise");
+static_assert(BackwardSm80Bf16D64Causal::Roomy::kModifiedChunk == 16, "codegen/tile_shapes counts otherwise");
 
 Status backward_sm80_bf16_d64_causal(const BackwardParams& params, const Device& device, cudaStream_t stream) {
   return mma::launch_backward<BackwardSm80Bf16D64Causal>(params, device, stream, "backward_sm80_bf16_d64_causal");

@@ -12,7 +12,8 @@ struct BackwardSm80Fp16D128Windowed {
   using Roomy = void;
 };
 static_assert(BackwardSm80Fp16D128Windowed::Default::kSharedBytes == 164864, "codegen/tile_shapes counts otherwise");
-static_assert(BackwardSm80Fp16D128Windowed::Default::kChunk == 64, "codegen/tile_shapes counts otherwise");
+static_assert(BackwardSm80Fp16D128Windowed::Default::kPlainChunk == 64, "codegen/tile_shapes counts otherwise");
+static_assert(BackwardSm80Fp16D128Windowed::Default::kModifiedChunk == 32, "codegen/tile_shapes counts otherwise");
 
 Status backward_sm80_fp16_d128_windowed(const BackwardParams& params, const Device& device, cudaStream_t stream) {
   return mma::launch_backward<BackwardSm80Fp16D128Windowed>(params, device, stream, "backward_sm80_fp16_d128_windowed");

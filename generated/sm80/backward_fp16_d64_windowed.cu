@@ -14,9 +14,11 @@ struct BackwardSm80Fp16D64Windowed {
           mma::BackwardTile</*block_m*/ 64, /*block_n*/ 128, /*warps*/ 4, /*min_blocks*/ 2, /*score_stages*/ 2>> {};
 };
 static_assert(BackwardSm80Fp16D64Windowed::Default::kSharedBytes == 66048, "codegen/tile_shapes counts otherwise");
-static_assert(BackwardSm80Fp16D64Windowed::Default::kChunk == 32, "codegen/tile_shapes counts otherwise");
+static_assert(BackwardSm80Fp16D64Windowed::Default::kPlainChunk == 32, "codegen/tile_shapes counts otherwise");
+static_assert(BackwardSm80Fp16D64Windowed::Default::kModifiedChunk == 16, "codegen/tile_shapes counts otherwise");
 static_assert(BackwardSm80Fp16D64Windowed::Roomy::kSharedBytes == 99328, "codegen/tile_shapes counts otherwise");
-static_assert(BackwardSm80Fp16D64Windowed::Roomy::kChunk == 32, "codegen/tile_shapes counts otherwise");
+static_assert(BackwardSm80Fp16D64Windowed::Roomy::kPlainChunk == 32, "codegen/tile_shapes counts otherwise");
+static_assert(BackwardSm80Fp16D64Windowed::Roomy::kModifiedChunk == 16, "codegen/tile_shapes counts otherwise");
 
 Status backward_sm80_fp16_d64_windowed(const BackwardParams& params, const Device& device, cudaStream_t stream) {
   return mma::launch_backward<BackwardSm80Fp16D64Windowed>(params, device, stream, "backward_sm80_fp16_d64_windowed");

@@ -12,7 +12,8 @@ struct BackwardSm86Bf16D256Causal {
   using Roomy = void;
 };
 static_assert(BackwardSm86Bf16D256Causal::Default::kSharedBytes == 100864, "codegen/tile_shapes counts otherwise");
-static_assert(BackwardSm86Bf16D256Causal::Default::kChunk == 32, "codegen/tile_shapes counts otherwise");
+static_assert(BackwardSm86Bf16D256Causal::Default::kPlainChunk == 32, "codegen/tile_shapes counts otherwise");
+static_assert(BackwardSm86Bf16D256Causal::Default::kModifiedChunk == 32, "codegen/tile_shapes counts otherwise");
 
 Status backward_sm86_bf16_d256_causal(const BackwardParams& params, const Device& device, cudaStream_t stream) {
   return mma::launch_backward<BackwardSm86Bf16D256Causal>(params, device, stream, "backward_sm86_bf16_d256_causal");

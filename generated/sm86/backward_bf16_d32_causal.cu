@@ -12,7 +12,8 @@ struct BackwardSm86Bf16D32Causal {
   using Roomy = void;
 };
 static_assert(BackwardSm86Bf16D32Causal::Default::kSharedBytes == 66560, "codegen/tile_shapes counts otherwise");
-static_assert(BackwardSm86Bf16D32Causal::Default::kChunk == 32, "codegen/tile_shapes counts otherwise");
+static_assert(BackwardSm86Bf16D32Causal::Default::kPlainChunk == 32, "codegen/tile_shapes counts otherwise");
+static_assert(BackwardSm86Bf16D32Causal::Default::kModifiedChunk == 16, "codegen/tile_shapes counts otherwise");
 
 Status backward_sm86_bf16_d32_causal(const BackwardParams& params, const Device& device, cudaStream_t stream) {
   return mma::launch_backward<BackwardSm86Bf16D32Causal>(params, device, stream, "backward_sm86_bf16_d32_causal");

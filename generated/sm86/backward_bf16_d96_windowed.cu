@@ -12,7 +12,8 @@ struct BackwardSm86Bf16D96Windowed {
   using Roomy = void;
 };
 static_assert(BackwardSm86Bf16D96Windowed::Default::kSharedBytes == 91136, "codegen/tile_shapes counts otherwise");
-static_assert(BackwardSm86Bf16D96Windowed::Default::kChunk == 64, "codegen/tile_shapes counts otherwise");
+static_assert(BackwardSm86Bf16D96Windowed::Default::kPlainChunk == 64, "codegen/tile_shapes counts otherwise");
+static_assert(BackwardSm86Bf16D96Windowed::Default::kModifiedChunk == 32, "codegen/tile_shapes counts otherwise");
 
 Status backward_sm86_bf16_d96_windowed(const BackwardParams& params, const Device& device, cudaStream_t stream) {
   return mma::launch_backward<BackwardSm86Bf16D96Windowed>(params, device, stream, "backward_sm86_bf16_d96_windowed");

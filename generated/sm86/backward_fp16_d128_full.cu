@@ -12,7 +12,8 @@ struct BackwardSm86Fp16D128Full {
   using Roomy = void;
 };
 static_assert(BackwardSm86Fp16D128Full::Default::kSharedBytes == 74240, "codegen/tile_shapes counts otherwise");
-static_assert(BackwardSm86Fp16D128Full::Default::kChunk == 32, "codegen/tile_shapes counts otherwise");
+static_assert(BackwardSm86Fp16D128Full::Default::kPlainChunk == 32, "codegen/tile_shapes counts otherwise");
+static_assert(BackwardSm86Fp16D128Full::Default::kModifiedChunk == 32, "codegen/tile_shapes counts otherwise");
 
 Status backward_sm86_fp16_d128_full(const BackwardParams& params, const Device& device, cudaStream_t stream) {
   return mma::launch_backward<BackwardSm86Fp16D128Full>(params, device, stream, "backward_sm86_fp16_d128_full");

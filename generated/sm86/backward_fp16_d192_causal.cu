@@ -12,7 +12,8 @@ struct BackwardSm86Fp16D192Causal {
   using Roomy = void;
 };
 static_assert(BackwardSm86Fp16D192Causal::Default::kSharedBytes == 78336, "codegen/tile_shapes counts otherwise");
-static_assert(BackwardSm86Fp16D192Causal::Default::kChunk == 32, "codegen/tile_shapes counts otherwise");
+static_assert(BackwardSm86Fp16D192Causal::Default::kPlainChunk == 32, "codegen/tile_shapes counts otherwise");
+static_assert(BackwardSm86Fp16D192Causal::Default::kModifiedChunk == 32, "codegen/tile_shapes counts otherwise");
 
 Status backward_sm86_fp16_d192_causal(const BackwardParams& params, const Device& device, cudaStream_t stream) {
   return mma::launch_backward<BackwardSm86Fp16D192Causal>(params, device, stream, "backward_sm86_fp16_d192_causal");

@@ -12,7 +12,8 @@ struct BackwardSm86Fp16D192Full {
   using Roomy = void;
 };
 static_assert(BackwardSm86Fp16D192Full::Default::kSharedBytes == 78336, "codegen/tile_shapes counts otherwise");
-static_assert(BackwardSm86Fp16D192Full::Default::kChunk == 32, "codegen/tile_shapes counts otherwise");
+static_assert(BackwardSm86Fp16D192Full::Default::kPlainChunk == 32, "codegen/tile_shapes counts otherwise");
+static_assert(BackwardSm86Fp16D192Full::Default::kModifiedChunk == 32, "codegen/tile_shapes counts otherwise");
 
 Status backward_sm86_fp16_d192_full(const BackwardParams& params, const Device& device, cudaStream_t stream) {
   return mma::launch_backward<BackwardSm86Fp16D192Full>(params, device, stream, "backward_sm86_fp16_d192_full");

@@ -12,7 +12,8 @@ struct BackwardSm86Fp16D192Windowed {
   using Roomy = void;
 };
 static_assert(BackwardSm86Fp16D192Windowed::Default::kSharedBytes == 78336, "codegen/tile_shapes counts otherwise");
-static_assert(BackwardSm86Fp16D192Windowed::Default::kChunk == 32, "codegen/tile_shapes counts otherwise");
+static_assert(BackwardSm86Fp16D192Windowed::Default::kPlainChunk == 32, "codegen/tile_shapes counts otherwise");
+static_assert(BackwardSm86Fp16D192Windowed::Default::kModifiedChunk == 32, "codegen/tile_shapes counts otherwise");
 
 Status backward_sm86_fp16_d192_windowed(const BackwardParams& params, const Device& device, cudaStream_t stream) {
   return mma::launch_backward<BackwardSm86Fp16D192Windowed>(params, device, stream, "backward_sm86_fp16_d192_windowed");

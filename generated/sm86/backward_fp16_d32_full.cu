@@ -12,7 +12,8 @@ struct BackwardSm86Fp16D32Full {
   using Roomy = void;
 };
 static_assert(BackwardSm86Fp16D32Full::Default::kSharedBytes == 66560, "codegen/tile_shapes counts otherwise");
-static_assert(BackwardSm86Fp16D32Full::Default::kChunk == 32, "codegen/tile_shapes counts otherwise");
+static_assert(BackwardSm86Fp16D32Full::Default::kPlainChunk == 32, "codegen/tile_shapes counts otherwise");
+static_assert(BackwardSm86Fp16D32Full::Default::kModifiedChunk == 16, "codegen/tile_shapes counts otherwise");
 
 Status backward_sm86_fp16_d32_full(const BackwardParams& params, const Device& device, cudaStream_t stream) {
   return mma::launch_backward<BackwardSm86Fp16D32Full>(params, device, stream, "backward_sm86_fp16_d32_full");

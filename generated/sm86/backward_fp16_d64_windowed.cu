@@ -12,7 +12,8 @@ struct BackwardSm86Fp16D64Windowed {
   using Roomy = void;
 };
 static_assert(BackwardSm86Fp16D64Windowed::Default::kSharedBytes == 66048, "codegen/tile_shapes counts otherwise");
-static_assert(BackwardSm86Fp16D64Windowed::Default::kChunk == 32, "codegen/tile_shapes counts otherwise");
+static_assert(BackwardSm86Fp16D64Windowed::Default::kPlainChunk == 32, "codegen/tile_shapes counts otherwise");
+static_assert(BackwardSm86Fp16D64Windowed::Default::kModifiedChunk == 16, "codegen/tile_shapes counts otherwise");
 
 Status backward_sm86_fp16_d64_windowed(const BackwardParams& params, const Device& device, cudaStream_t stream) {
   return mma::launch_backward<BackwardSm86Fp16D64Windowed>(params, device, stream, "backward_sm86_fp16_d64_windowed");

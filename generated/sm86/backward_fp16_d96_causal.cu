@@ -12,7 +12,8 @@ struct BackwardSm86Fp16D96Causal {
   using Roomy = void;
 };
 static_assert(BackwardSm86Fp16D96Causal::Default::kSharedBytes == 91136, "codegen/tile_shapes counts otherwise");
-static_assert(BackwardSm86Fp16D96Causal::Default::kChunk == 64, "codegen/tile_shapes counts otherwise");
+static_assert(BackwardSm86Fp16D96Causal::Default::kPlainChunk == 64, "codegen/tile_shapes counts otherwise");
+static_assert(BackwardSm86Fp16D96Causal::Default::kModifiedChunk == 32, "codegen/tile_shapes counts otherwise");
 
 Status backward_sm86_fp16_d96_causal(const BackwardParams& params, const Device& device, cudaStream_t stream) {
   return mma::launch_backward<BackwardSm86Fp16D96Causal>(params, device, stream, "backward_sm86_fp16_d96_causal");

@@ -12,7 +12,8 @@ struct BackwardSm90Bf16D128Causal {
   using Roomy = void;
 };
 static_assert(BackwardSm90Bf16D128Causal::Default::kSharedBytes == 164864, "codegen/tile_shapes counts otherwise");
-static_assert(BackwardSm90Bf16D128Causal::Default::kChunk == 64, "codegen/tile_shapes counts otherwise");
+static_assert(BackwardSm90Bf16D128Causal::Default::kPlainChunk == 64, "codegen/tile_shapes counts otherwise");
+static_assert(BackwardSm90Bf16D128Causal::Default::kModifiedChunk == 32, "codegen/tile_shapes counts otherwise");
 
 Status backward_sm90_bf16_d128_causal(const BackwardParams& params, const Device& device, cudaStream_t stream) {
   return mma::launch_backward<BackwardSm90Bf16D128Causal>(params, device, stream, "backward_sm90_bf16_d128_causal");

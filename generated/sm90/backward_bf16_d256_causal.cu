@@ -12,7 +12,8 @@ struct BackwardSm90Bf16D256Causal {
   using Roomy = void;
 };
 static_assert(BackwardSm90Bf16D256Causal::Default::kSharedBytes == 214016, "codegen/tile_shapes counts otherwise");
-static_assert(BackwardSm90Bf16D256Causal::Default::kChunk == 64, "codegen/tile_shapes counts otherwise");
+static_assert(BackwardSm90Bf16D256Causal::Default::kPlainChunk == 64, "codegen/tile_shapes counts otherwise");
+static_assert(BackwardSm90Bf16D256Causal::Default::kModifiedChunk == 64, "codegen/tile_shapes counts otherwise");
 
 Status backward_sm90_bf16_d256_causal(const BackwardParams& params, const Device& device, cudaStream_t stream) {
   return mma::launch_backward<BackwardSm90Bf16D256Causal>(params, device, stream, "backward_sm90_bf16_d256_causal");

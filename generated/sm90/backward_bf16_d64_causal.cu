@@ -12,7 +12,8 @@ struct BackwardSm90Bf16D64Causal {
   using Roomy = void;
 };
 static_assert(BackwardSm90Bf16D64Causal::Default::kSharedBytes == 99328, "codegen/tile_shapes counts otherwise");
-static_assert(BackwardSm90Bf16D64Causal::Default::kChunk == 32, "codegen/tile_shapes counts otherwise");
+static_assert(BackwardSm90Bf16D64Causal::Default::kPlainChunk == 32, "codegen/tile_shapes counts otherwise");
+static_assert(BackwardSm90Bf16D64Causal::Default::kModifiedChunk == 16, "codegen/tile_shapes counts otherwise");
 
 Status backward_sm90_bf16_d64_causal(const BackwardParams& params, const Device& device, cudaStream_t stream) {
   return mma::launch_backward<BackwardSm90Bf16D64Causal>(params, device, stream, "backward_sm90_bf16_d64_causal");

@@ -12,7 +12,8 @@ struct BackwardSm90Bf16D64Full {
   using Roomy = void;
 };
 static_assert(BackwardSm90Bf16D64Full::Default::kSharedBytes == 99328, "codegen/tile_shapes counts otherwise");
-static_assert(BackwardSm90Bf16D64Full::Default::kChunk == 32, "codegen/tile_shapes counts otherwise");
+static_assert(BackwardSm90Bf16D64Full::Default::kPlainChunk == 32, "codegen/tile_shapes counts otherwise");
+static_assert(BackwardSm90Bf16D64Full::Default::kModifiedChunk == 16, "codegen/tile_shapes counts otherwise");
 
 Status backward_sm90_bf16_d64_full(const BackwardParams& params, const Device& device, cudaStream_t stream) {
   return mma::launch_backward<BackwardSm90Bf16D64Full>(params, device, stream, "backward_sm90_bf16_d64_full");

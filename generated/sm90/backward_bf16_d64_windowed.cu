@@ -12,7 +12,8 @@ struct BackwardSm90Bf16D64Windowed {
   using Roomy = void;
 };
 static_assert(BackwardSm90Bf16D64Windowed::Default::kSharedBytes == 99328, "codegen/tile_shapes counts otherwise");
-static_assert(BackwardSm90Bf16D64Windowed::Default::kChunk == 32, "codegen/tile_shapes counts otherwise");
+static_assert(BackwardSm90Bf16D64Windowed::Default::kPlainChunk == 32, "codegen/tile_shapes counts otherwise");
+static_assert(BackwardSm90Bf16D64Windowed::Default::kModifiedChunk == 16, "codegen/tile_shapes counts otherwise");
 
 Status backward_sm90_bf16_d64_windowed(const BackwardParams& params, const Device& device, cudaStream_t stream) {
   return mma::launch_backward<BackwardSm90Bf16D64Windowed>(params, device, stream, "backward_sm90_bf16_d64_windowed");

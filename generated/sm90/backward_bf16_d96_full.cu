@@ -12,7 +12,8 @@ struct BackwardSm90Bf16D96Full {
   using Roomy = void;
 };
 static_assert(BackwardSm90Bf16D96Full::Default::kSharedBytes == 132096, "codegen/tile_shapes counts otherwise");
-static_assert(BackwardSm90Bf16D96Full::Default::kChunk == 64, "codegen/tile_shapes counts otherwise");
+static_assert(BackwardSm90Bf16D96Full::Default::kPlainChunk == 64, "codegen/tile_shapes counts otherwise");
+static_assert(BackwardSm90Bf16D96Full::Default::kModifiedChunk == 32, "codegen/tile_shapes counts otherwise");
 
 Status backward_sm90_bf16_d96_full(const BackwardParams& params, const Device& device, cudaStream_t stream) {
   return mma::launch_backward<BackwardSm90Bf16D96Full>(params, device, stream, "backward_sm90_bf16_d96_full");

@@ -12,7 +12,8 @@ struct BackwardSm90Fp16D192Causal {
   using Roomy = void;
 };
 static_assert(BackwardSm90Fp16D192Causal::Default::kSharedBytes == 164864, "codegen/tile_shapes counts otherwise");
-static_assert(BackwardSm90Fp16D192Causal::Default::kChunk == 64, "codegen/tile_shapes counts otherwise");
+static_assert(BackwardSm90Fp16D192Causal::Default::kPlainChunk == 64, "codegen/tile_shapes counts otherwise");
+static_assert(BackwardSm90Fp16D192Causal::Default::kModifiedChunk == 64, "codegen/tile_shapes counts otherwise");
 
 Status backward_sm90_fp16_d192_causal(const BackwardParams& params, const Device& device, cudaStream_t stream) {
   return mma::launch_backward<BackwardSm90Fp16D192Causal>(params, device, stream, "backward_sm90_fp16_d192_causal");

@@ -12,7 +12,8 @@ struct BackwardSm90Fp16D192Full {
   using Roomy = void;
 };
 static_assert(BackwardSm90Fp16D192Full::Default::kSharedBytes == 164864, "codegen/tile_shapes counts otherwise");
-static_assert(BackwardSm90Fp16D192Full::Default::kChunk == 64, "codegen/tile_shapes counts otherwise");
+static_assert(BackwardSm90Fp16D192Full::Default::kPlainChunk == 64, "codegen/tile_shapes counts otherwise");
+static_assert(BackwardSm90Fp16D192Full::Default::kModifiedChunk == 64, "codegen/tile_shapes counts otherwise");
 
 Status backward_sm90_fp16_d192_full(const BackwardParams& params, const Device& device, cudaStream_t stream) {
   return mma::launch_backward<BackwardSm90Fp16D192Full>(params, device, stream, "backward_sm90_fp16_d192_full");

@@ -12,7 +12,8 @@ struct BackwardSm90Fp16D256Windowed {
   using Roomy = void;
 };
 static_assert(BackwardSm90Fp16D256Windowed::Default::kSharedBytes == 214016, "codegen/tile_shapes counts otherwise");
-static_assert(BackwardSm90Fp16D256Windowed::Default::kChunk == 64, "codegen/tile_shapes counts otherwise");
+static_assert(BackwardSm90Fp16D256Windowed::Default::kPlainChunk == 64, "codegen/tile_shapes counts otherwise");
+static_assert(BackwardSm90Fp16D256Windowed::Default::kModifiedChunk == 64, "codegen/tile_shapes counts otherwise");
 
 Status backward_sm90_fp16_d256_windowed(const BackwardParams& params, const Device& device, cudaStream_t stream) {
   return mma::launch_backward<BackwardSm90Fp16D256Windowed>(params, device, stream, "backward_sm90_fp16_d256_windowed");

@@ -12,7 +12,8 @@ struct BackwardSm90Fp16D96Windowed {
   using Roomy = void;
 };
 static_assert(BackwardSm90Fp16D96Windowed::Default::kSharedBytes == 132096, "codegen/tile_shapes counts otherwise");
-static_assert(BackwardSm90Fp16D96Windowed::Default::kChunk == 64, "codegen/tile_shapes counts otherwise");
+static_assert(BackwardSm90Fp16D96Windowed::Default::kPlainChunk == 64, "codegen/tile_shapes counts otherwise");
+static_assert(BackwardSm90Fp16D96Windowed::Default::kModifiedChunk == 32, "codegen/tile_shapes counts otherwise");
 
 Status backward_sm90_fp16_d96_windowed(const BackwardParams& params, const Device& device, cudaStream_t stream) {
   return mma::launch_backward<BackwardSm90Fp16D96Windowed>(params, device, stream, "backward_sm90_fp16_d96_windowed");

@@ -3,17 +3,11 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 
 #include "host/status.h"
 
 namespace flash_attn {
 namespace {
-
-constexpr int kMaxHeadDim = 256;
-constexpr int kMaxSplits = 128;
-constexpr int kWorkspaceTile = 128;
-constexpr int kMaxLength = std::numeric_limits<int32_t>::max() - 127;  // whole tiles of it can be counted
 
 // The requirements of a function; the first one that does not hold is told.
 class Requirements {
@@ -31,11 +25,21 @@ class Requirements {
     status_ = fail(Status::kInvalidArgument, "%s: %s must be %s, got %g", function_, field, allowed, value);
   }
 
+  void between(int64_t low, int64_t high, const char* field, int64_t value) {
+    if ((value >= low && value <= high) || status_ != Status::kOk) return;
+    status_ = fail(Status::kInvalidArgument, "%s: %s must be from %lld to %lld, got %lld", function_, field,
+                   static_cast<long long>(low), static_cast<long long>(high), static_cast<long long>(value));
+  }
+
+  void multiple(int unit, const char* field, int64_t value) {
+    if (value % unit == 0 || status_ != Status::kOk) return;
+    status_ = fail(Status::kInvalidArgument, "%s: %s must be a multiple of %d, got %lld", function_, field,
+                   unit, static_cast<long long>(value));
+  }
+
   void not_negative(const char* field, int64_t value) { that(value >= 0, field, "at least 0", value); }
 
-  void length(const char* field, int64_t value) {
-    that(value >= 0 && value <= kMaxLength, field, "from 0 to 2^31 - 128", value);
-  }
+  void length(const char* field, int64_t value) { between(0, kMaxSeqlen, field, value); }
 
   void positive(const char* field, int64_t value) { that(value > 0, field, "at least 1", value); }
 
@@ -61,8 +65,8 @@ bool is_dtype(int32_t value) {
 }
 
 void require_head_dim(Requirements& require, const char* field, int32_t value) {
-  require.that(value >= 8 && value <= kMaxHeadDim && value % 8 == 0, field, "a multiple of 8 from 8 to 256",
-               value);
+  require.between(1, kMaxHeadDim, field, value);
+  require.multiple(kHeadDimMultiple, field, value);
 }
 
 void require_choice(Requirements& require, const ForwardParams& params) {
@@ -127,12 +131,11 @@ void require_tensors(Requirements& require, const ForwardParams& params, bool qu
 
 void require_workspaces(Requirements& require, const BackwardParams& params) {
   const ForwardParams& forward = params.forward;
-  const auto holds = [](int64_t rows, bool varlen, int64_t total, int64_t seqlen) {
-    return rows >= (varlen ? total : seqlen) && rows % kWorkspaceTile == 0;
+  const auto require_rows = [&](const char* field, int64_t rows, bool varlen, int64_t total, int64_t seqlen) {
+    require.that(rows >= (varlen ? total : seqlen), field, "at least the rows of a head", rows);
+    require.multiple(kWorkspaceRows, field, rows);
   };
-  constexpr const char* kRows = "a multiple of 128 that holds all rows of a head";
-  require.that(holds(params.rows, forward.cu_seqlens_q != nullptr, forward.total_q, forward.seqlen_q), "rows",
-               kRows, params.rows);
+  require_rows("rows", params.rows, forward.cu_seqlens_q != nullptr, forward.total_q, forward.seqlen_q);
   require.given(params.softmax_d, "softmax_d");
   require.given(params.softmax_lse_log2, "softmax_lse_log2");
   require.given(params.row_sums, "row_sums");
@@ -142,21 +145,21 @@ void require_workspaces(Requirements& require, const BackwardParams& params) {
                "a divisor of num_heads / num_heads_k", parts);
   if (parts == 1 || params.dk == nullptr) return;
   require.given(params.key_partials, "key_partials");
-  require.that(holds(params.key_rows, forward.cu_seqlens_k != nullptr, forward.total_k, forward.seqlen_k),
-               "key_rows", kRows, params.key_rows);
+  require_rows("key_rows", params.key_rows, forward.cu_seqlens_k != nullptr, forward.total_k,
+               forward.seqlen_k);
 }
 
 void require_cache(Requirements& require, const CacheParams& params) {
   const ForwardParams& forward = params.forward;
   require.not_negative("cache_entries", params.cache_entries);
-  require.that(params.page_size >= 0 && params.page_size % 16 == 0, "page_size", "a multiple of 16",
-               params.page_size);
+  require.not_negative("page_size", params.page_size);
+  require.multiple(kKeyGroup, "page_size", params.page_size);
   const bool pages = params.page_size > 0 && has_keys(forward) && forward.seqlen_k > 0;
   if (pages) require.given(params.block_table, "block_table");
   const auto holds = [](int elements, int head_dim) {
-    return elements > head_dim - 8 && elements <= head_dim;
+    return elements > head_dim - kHeadDimMultiple && elements <= head_dim;
   };
-  constexpr const char* kOwn = "the cache's own head dim, of which the other is the next multiple of 8";
+  constexpr const char* kOwn = "the cache's own head dim, which the other one rounds up";
   require.that(holds(params.cache_head_dim, forward.head_dim), "cache_head_dim", kOwn, params.cache_head_dim);
   require.that(holds(params.cache_head_dim_v, forward.head_dim_v), "cache_head_dim_v", kOwn,
                params.cache_head_dim_v);
@@ -166,8 +169,7 @@ void require_cache(Requirements& require, const CacheParams& params) {
     require.given(params.k_new, "k_new");
     require.given(params.v_new, "v_new");
   }
-  require.that(params.num_splits >= 1 && params.num_splits <= kMaxSplits, "num_splits", "from 1 to 128",
-               params.num_splits);
+  require.between(1, kMaxSplits, "num_splits", params.num_splits);
   require.that(params.design == 0 || params.design == 1, "design", "0 (mma) or 1 (wgmma)", params.design);
   if (forward.num_heads_k > 0) {
     const int64_t rows = std::max<int64_t>(forward.total_q, forward.seqlen_q);
@@ -184,9 +186,8 @@ void require_rotation(Requirements& require, const CacheParams& params) {
   require.together(params.rotary_cos, params.rotary_sin, "rotary_cos and rotary_sin");
   if (params.rotary_cos == nullptr) return;
   require.not_negative("rotary_rows", params.rotary_rows);
-  const int dim = params.rotary_dim;
-  require.that(dim >= 0 && dim % 16 == 0 && dim <= params.forward.head_dim, "rotary_dim",
-               "a multiple of 16, at most head_dim", dim);
+  require.between(0, params.forward.head_dim, "rotary_dim", params.rotary_dim);
+  require.multiple(kRotaryMultiple, "rotary_dim", params.rotary_dim);
   if (has_queries(params.forward)) require.given(params.q_rotated, "q_rotated");
 }
 
@@ -234,11 +235,11 @@ void require_rotary(Requirements& require, const RotaryParams& params) {
   require.length("seqlen", params.seqlen);
   require.not_negative("table_rows", params.table_rows);
   require.positive("num_heads", params.num_heads);
-  require.that(params.head_dim >= 8 && params.head_dim % 8 == 0, "head_dim", "a multiple of 8",
-               params.head_dim);
-  const int dim = params.rotary_dim, multiple = params.interleaved != 0 ? 8 : 16;
-  require.that(dim > 0 && dim % multiple == 0 && dim <= params.head_dim, "rotary_dim",
-               "a multiple of 16 (of 8 if interleaved), at most head_dim", dim);
+  require.positive("head_dim", params.head_dim);
+  require.multiple(kHeadDimMultiple, "head_dim", params.head_dim);
+  require.between(1, params.head_dim, "rotary_dim", params.rotary_dim);
+  require.multiple(params.interleaved != 0 ? kRotaryMultiple / 2 : kRotaryMultiple, "rotary_dim",
+                   params.rotary_dim);
   if (params.rows == 0) return;
   require.given(params.x, "x");
   require.given(params.out, "out");

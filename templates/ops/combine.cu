@@ -13,9 +13,7 @@
 namespace flash_attn {
 namespace {
 
-constexpr int kWarps = 8;
-constexpr int kBatch = 8;  // partial results that a warp reads at once
-constexpr int kMaxSplits = 128;
+static_assert(kMaxSplits % 32 == 0, "each lane weighs as many parts");
 
 struct CombineArguments {
   CacheParams params;
@@ -68,7 +66,7 @@ class PartialRow {
   // Adds the batch that was read before to `o`, and reads the next one.
   __device__ __forceinline__ void add(float4 (&o)[kGroups], const float* weights) {
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
+    for (int i = 0; i < kMergedAtOnce; ++i) {
       const int part = next_ + i * step_;
       const float weight = part < num_splits_ ? weights[part] : 0.0f;
 #pragma unroll
@@ -78,14 +76,14 @@ class PartialRow {
                                o[group].z + weight * x.z, o[group].w + weight * x.w);
       }
     }
-    next_ += kBatch * step_;
+    next_ += kMergedAtOnce * step_;
     if (!done()) load();
   }
 
  private:
   __device__ __forceinline__ void load() {
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
+    for (int i = 0; i < kMergedAtOnce; ++i) {
       const int part = next_ + i * step_;
 #pragma unroll
       for (int group = 0; group < kGroups; ++group) {
@@ -101,7 +99,7 @@ class PartialRow {
   int num_splits_;
   int next_;
   int step_;
-  float4 parts_[kBatch][kGroups];
+  float4 parts_[kMergedAtOnce][kGroups];
 };
 
 // Where a row of the result lies.
@@ -124,7 +122,8 @@ struct ResultRow {
 
 // Adds up what the warps of a block have, in the first one.
 template <int kGroups>
-__device__ __forceinline__ void add_warps(float4 (&o)[kGroups], float4 (&shared)[kWarps][kGroups][32]) {
+__device__ __forceinline__ void add_warps(float4 (&o)[kGroups],
+                                          float4 (&shared)[kMergingWarps][kGroups][32]) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll
   for (int group = 0; group < kGroups; ++group) {
@@ -132,7 +131,7 @@ __device__ __forceinline__ void add_warps(float4 (&o)[kGroups], float4 (&shared)
     __syncthreads();
     if (warp > 0) continue;
 #pragma unroll
-    for (int w = 1; w < kWarps; ++w) {
+    for (int w = 1; w < kMergingWarps; ++w) {
       const float4 part = shared[w][group][lane];
       o[group] =
           make_float4(o[group].x + part.x, o[group].y + part.y, o[group].z + part.z, o[group].w + part.w);
@@ -142,15 +141,15 @@ __device__ __forceinline__ void add_warps(float4 (&o)[kGroups], float4 (&shared)
 
 // kGroups x 128 columns of O.
 template <Dtype kDtype, int kGroups>
-__global__ void __launch_bounds__(32 * kWarps)
+__global__ void __launch_bounds__(32 * kMergingWarps)
     combine_kernel(const __grid_constant__ CombineArguments arguments) {
   using Element = typename ptx::ElementOf<kDtype>::Type;
-  __shared__ float weights[kWarps][kMaxSplits];
-  __shared__ float4 shared[kWarps][kGroups][32];
+  __shared__ float weights[kMergingWarps][kMaxSplits];
+  __shared__ float4 shared[kMergingWarps][kGroups][32];
   const CacheParams& params = arguments.params;
   const int head_dim = params.forward.head_dim_v, num_splits = params.num_splits;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps_per_row = arguments.warps_per_row;
-  const int64_t row = int64_t{blockIdx.x} * (kWarps / warps_per_row) + warp / warps_per_row;
+  const int64_t row = int64_t{blockIdx.x} * (kMergingWarps / warps_per_row) + warp / warps_per_row;
   ptx::wait_for_dependency();
   if (row >= arguments.rows) return;
 
@@ -192,16 +191,16 @@ Status launch_combine(const CacheParams& params, const Device& device, cudaStrea
   const ForwardParams& forward = params.forward;
   const int64_t rows = forward.total_q * forward.num_heads;
   // Few rows with many splits would leave most of the GPU idle.
-  const bool few = rows <= kWarps * device.multiprocessors;
-  const int warps_per_row = few && params.num_splits > kBatch ? kWarps : 1;
+  const bool few = rows <= kMergingWarps * device.multiprocessors;
+  const int warps_per_row = few && params.num_splits > kMergedAtOnce ? kMergingWarps : 1;
   const CombineArguments arguments{params, rows, warps_per_row};
-  const int rows_per_block = kWarps / warps_per_row;
+  const int rows_per_block = kMergingWarps / warps_per_row;
   const auto kernel = static_cast<Dtype>(forward.dtype) == Dtype::kBf16
                           ? kernel_of<Dtype::kBf16>(forward.head_dim_v)
                           : kernel_of<Dtype::kFp16>(forward.head_dim_v);
   static std::atomic<uint64_t> prepared;
   return launch_kernel(kernel, "combine", device.index, (rows + rows_per_block - 1) / rows_per_block,
-                       32 * kWarps, 0, stream, arguments, prepared, /*dependent*/ true);
+                       32 * kMergingWarps, 0, stream, arguments, prepared, /*dependent*/ true);
 }
 
 }  // namespace flash_attn

@@ -1,5 +1,5 @@
 // S_dmask: softmax(scores) with the sign bit set where dropout has dropped the entry, padded with zeros to
-// multiples of 128.
+// multiples of kProbsBlock.
 //
 // For inspection and tests. It recomputes every score on its own from q, k and the LSE, so that the attention
 // kernels need not be able to write probabilities.
@@ -20,7 +20,6 @@ namespace flash_attn {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kPadding = 128;
 constexpr int64_t kMaxBlocks = 1 << 20;
 
 struct DropoutProbsArguments {
@@ -89,7 +88,7 @@ Status launch(const DropoutProbsArguments& arguments, cudaStream_t stream) {
 }  // namespace
 
 Status launch_dropout_probs(const ForwardParams& params, cudaStream_t stream) {
-  const auto padded = [](int length) { return (length + kPadding - 1) / kPadding * kPadding; };
+  const auto padded = [](int length) { return (length + kProbsBlock - 1) / kProbsBlock * kProbsBlock; };
   const DropoutProbsArguments arguments{params, padded(params.seqlen_q), padded(params.seqlen_k)};
   return static_cast<Dtype>(params.dtype) == Dtype::kBf16 ? launch<__nv_bfloat16>(arguments, stream)
                                                           : launch<__half>(arguments, stream);

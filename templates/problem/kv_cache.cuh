@@ -9,9 +9,6 @@
 
 namespace flash_attn {
 
-// Keys lie in groups of this many in one row or page: page sizes are multiples of it.
-constexpr int kKeyGroup = 16;
-
 // Whether every row of a tensor (.., head_dim) starts and ends at a multiple of 16 bytes.
 inline bool rows_aligned(const void* tensor, int64_t batch_stride, int64_t row_stride, int64_t head_stride,
                          int head_dim) {

@@ -1,6 +1,7 @@
 import ctypes
 import random
 import subprocess
+from dataclasses import replace
 
 import pytest
 from checker import compile_cpp
@@ -44,11 +45,16 @@ def test_header_and_mirror_have_one_hash_and_the_same_enums(header, mirror):
     expected = [str(mirror["LAYOUT_HASH"])]
     for enum in abi.enums():
         for member, _ in enum.members:
-            lines.append(
-                f'std::printf("%d\\n", static_cast<int>({enum.name}::{abi.cpp_enumerator(member)}));'
-            )
+            lines.append(f'std::printf("%d\\n", static_cast<int>({enum.name}::{abi.cpp_constant(member)}));')
             expected.append(str(int(mirror[enum.name][member.upper()])))
     assert run_cpp(header, "\n".join(lines)).splitlines() == expected
+
+
+def test_header_and_mirror_have_the_same_limits(header, mirror):
+    body = "\n".join(f'std::printf("%d\\n", {abi.cpp_constant(limit.name)});' for limit in abi.LIMITS)
+    values = [mirror[limit.name.upper()] for limit in abi.LIMITS]
+    assert [int(line) for line in run_cpp(header, body).splitlines()] == values
+    assert mirror["MAX_SPLITS"] == 128 and mirror["MAX_SEQLEN"] == 2**31 - 128
 
 
 @pytest.mark.parametrize("struct", abi.STRUCTS, ids=lambda struct: struct.name)
@@ -96,7 +102,7 @@ def test_a_struct_may_hold_structs():
     assert outer.packing == "<1i4x16s16s1i4x"
 
 
-def test_hash_follows_names_types_and_enums(monkeypatch):
+def test_hash_follows_names_types_enums_and_limits(monkeypatch):
     hashes = {abi.layout_hash()}
     first, *rest = abi.forward.PARAMS.fields
     for fields in ([Field("query", first.type), *rest], [Field("q", "int64"), *rest], [*rest, first]):
@@ -105,7 +111,12 @@ def test_hash_follows_names_types_and_enums(monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(axes, "MASKS", ("causal", "full", "windowed"))
     hashes.add(abi.layout_hash())
-    assert len(hashes) == 5
+    monkeypatch.undo()
+    first, *rest = abi.LIMITS
+    for limit in (replace(first, value=first.value + 1), replace(first, name="other")):
+        monkeypatch.setattr(abi, "LIMITS", (limit, *rest))
+        hashes.add(abi.layout_hash())
+    assert len(hashes) == 7
 
 
 def reworded(struct):
@@ -123,6 +134,7 @@ def reworded(struct):
 def test_hash_ignores_documentation(monkeypatch):
     before = abi.layout_hash()
     monkeypatch.setattr(abi, "STRUCTS", tuple(reworded(struct) for struct in abi.STRUCTS))
+    monkeypatch.setattr(abi, "LIMITS", tuple(replace(limit, doc="other words") for limit in abi.LIMITS))
     assert abi.layout_hash() == before
 
 

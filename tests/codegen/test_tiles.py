@@ -151,23 +151,26 @@ def test_a_roomy_tile_must_fit_a_block(monkeypatch):
 def test_backward_arithmetic():
     tile = MmaBackwardTile(block_m=64, block_n=128, warps=8, min_blocks=1, score_stages=2)
     assert tile.keys_per_warp.value == 32 and tile.queries_at_once == 64
+    assert tile.modified_queries_at_once == 32 and tile.barriers.value == 1 + 4 * 2
     assert tile.smem_bytes(128) == 2 * (2 * 128 * 128 + 4 * 64 * 128 + 2 * 64 * 128) + 2 * 2 * 64 * 4
     assert tile.registers(128).value == 32 * 128 // 32 + 32 * 64 // 32 + mma.REGISTER_OVERHEAD
     narrow = MmaBackwardTile(block_m=64, block_n=128, warps=4, min_blocks=1, score_stages=1)
     assert narrow.keys_per_warp.value == 64 and narrow.queries_at_once == 32
+    assert narrow.modified_queries_at_once == 16
 
 
 @pytest.mark.parametrize(
     ("tile", "words"),
     [
         (MmaBackwardTile(64, 96, 3, 1, 2), "warps = 3, not pairs"),
-        (MmaBackwardTile(48, 64, 4, 1, 2), "block_m = 48, not 16, 32, 64 or 128"),
+        (MmaBackwardTile(48, 64, 4, 1, 2), "block_m = 48, not a multiple of 16 that divides 128"),
         (MmaBackwardTile(64, 96, 4, 1, 2), "block_n 96 / pairs 2 [keys per warp] = 48, not 16, 32 or 64"),
         (MmaBackwardTile(64, 32, 8, 1, 2), "32 / pairs 4 [keys per warp] = 8, not 16, 32 or 64"),
         (MmaBackwardTile(64, 64, 4, 1, 3), "score_stages = 3, not 1 or 2"),
+        (MmaBackwardTile(64, 96, 6, 1, 2), "block_n = 96, not a multiple of 16 that divides 128"),
         (
-            MmaBackwardTile(128, 512, 16, 1, 1),
-            "pairs 8 * block_m 128 / queries_at_once 32 [each pair's parts of block_m] = 33",
+            MmaBackwardTile(128, 128, 8, 1, 1),
+            "pairs 4 * block_m 128 / modified_queries_at_once 32 [each pair's parts of block_m] = 17",
         ),
         (MmaBackwardTile(16, 64, 8, 1, 2), "block_m = 16, not a multiple of the 32 rows that 8 warps copy"),
         (MmaBackwardTile(64, 128, 8, 2, 2), "= 331776 > 167936 bytes, with smem = "),
@@ -176,8 +179,8 @@ def test_backward_arithmetic():
             "keys_per_warp 32 * queries_at_once 64 / lanes 32 [scores] + registers 40 [overhead] = 232",
         ),
         (
-            MmaBackwardTile(128, 128, 8, 1, 2),
-            "+ bytes 4 * tensors 2 * stages 2 * block_m 128 [LSE, D] = 264192 > 166912 bytes",
+            MmaBackwardTile(128, 64, 8, 1, 2),
+            "+ bytes 4 * tensors 2 * stages 2 * block_m 128 [LSE, D] = 198656 > 166912 bytes",
         ),
     ],
 )

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from flash_attn._abi import CACHE_KEYS, CACHE_ROWS, Design
+from flash_attn._abi import CACHE_KEYS, CACHE_ROWS, MAX_SPLITS, Design
 from flash_attn._splits import (
-    MAX_SPLITS,
     Plan,
     WgmmaTile,
     choose_key_parts,

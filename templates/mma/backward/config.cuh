@@ -1,6 +1,8 @@
 // Compile-time description of the backward kernel. The numbers come from the tile table in codegen.
 #pragma once
 
+#include <algorithm>
+
 #include "mma/backward/workspace.cuh"
 #include "mma/config.cuh"
 #include "warp/scores.cuh"
@@ -40,8 +42,9 @@ struct BackwardConfig : MmaConfig<dtype, head_dim, mask, Tile, Tile::kWarps> {
   // modifiers the scores of a chunk need twice the registers.
   static constexpr int kPairs = Tile::kWarps / 2;
   static constexpr int kWarpKeys = kBlockN / kPairs;
-  static constexpr int kMaxChunk = (Scores::kFolded ? kScoresAtOnce : kScoresAtOnce / 2) / kWarpKeys;
-  static constexpr int kChunk = kBlockM < kMaxChunk ? kBlockM : kMaxChunk;
+  static constexpr int kPlainChunk = std::min(kBlockM, kScoresAtOnce / kWarpKeys);
+  static constexpr int kModifiedChunk = std::min(kBlockM, kScoresAtOnce / 2 / kWarpKeys);
+  static constexpr int kChunk = Scores::kFolded ? kPlainChunk : kModifiedChunk;
   static constexpr int kChunks = kBlockM / kChunk;
   static constexpr int kTilesKeys = kWarpKeys / 16;
   static constexpr int kTilesQueries = kChunk / 8;

@@ -9,8 +9,6 @@
 
 namespace flash_attn {
 
-constexpr int kWorkspaceRows = 128;  // a sequence starts at a multiple of this
-
 // The backward multiplies P by this power of two before it rounds it: below 2^-14 fp16 has fewer digits, and
 // dK and dV of a key that all queries see weakly would have no more of them. P is at most 1. dS has no bound
 // and is rounded without the factor.

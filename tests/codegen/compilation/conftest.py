@@ -18,10 +18,11 @@ KERNEL = """\
 namespace flash_attn::mma {
 template <FIELDS> struct PassTile {
   static constexpr int bytes(int d) { return BYTES; }
-  static constexpr int kChunk = CHUNK;
+  static constexpr int chunk(int scores) { return CHUNK; }
 };
 template <Dtype, int head_dim, Mask, class Tile> struct PassConfig {
-  static constexpr int kDim = head_dim, kSharedBytes = Tile::bytes(head_dim), kChunk = Tile::kChunk;
+  static constexpr int kDim = head_dim, kSharedBytes = Tile::bytes(head_dim);
+  static constexpr int kPlainChunk = Tile::chunk(2048), kModifiedChunk = Tile::chunk(1024);
 };
 template <class Config> __global__ void kernel(float* out) { *out = kScale * Config::kDim; }
 template <class Tiles>
@@ -36,7 +37,7 @@ FIELDS = "int block_m, int block_n, int, int, int last"
 FORWARD_BYTES = "2 * d * (block_m + 2 * block_n)"
 BACKWARD_FIELDS = "int block_m, int block_n, int warps, int, int last"
 BACKWARD_BYTES = "2 * (d * (2 * block_n + 4 * block_m) + last * block_m * block_n) + 16 * block_m"
-BACKWARD_CHUNK = "block_m < 1024 * warps / block_n ? block_m : 1024 * warps / block_n"
+BACKWARD_CHUNK = "block_m < scores * warps / 2 / block_n ? block_m : scores * warps / 2 / block_n"
 CACHE_FIELDS = "int block_m, int block_n, int, int warps_n, int stages, int"
 CACHE_BYTES = (
     "2 * d * (block_m + 2 * stages * block_n) > warps_n * block_m * (d + 10) * 4"

@@ -7,7 +7,18 @@
 
 namespace flash_attn {
 
-constexpr uint64_t kLayoutHash = 0x356A8E4E5FC18F5Au;
+constexpr uint64_t kLayoutHash = 0xB54CD6BEFD5249BEu;
+
+constexpr int kMaxHeadDim = 256;  // Elements per head, at most.
+constexpr int kHeadDimMultiple = 8;  // Divides head dims of kernels: rows are whole 16 bytes.
+constexpr int kRotaryMultiple = 16;  // Divides rotary_dim; or its half does, if interleaved without cache.
+constexpr int kKeyGroup = 16;  // Keys that lie side by side in a cache: pages hold whole groups.
+constexpr int kMaxSplits = 128;  // Parts that the keys of a call over a KV cache are split into, at most.
+constexpr int kMergedAtOnce = 8;  // Parts of a row of the result that a warp reads at once.
+constexpr int kMergingWarps = 8;  // Warps that share a row of a call with few rows to merge.
+constexpr int kWorkspaceRows = 128;  // Rows of a block of a backward's workspace; a sequence has whole ones.
+constexpr int kProbsBlock = 128;  // Divides both lengths of what flash_attn_dropout_probs writes.
+constexpr int kMaxSeqlen = 2147483520;  // Rows of a sequence, at most: int32 also when rounded up to blocks.
 
 // Element type of q, k, v and out.
 enum class Dtype : int32_t {

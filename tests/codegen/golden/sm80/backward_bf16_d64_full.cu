@@ -14,9 +14,11 @@ struct BackwardSm80Bf16D64Full {
           mma::BackwardTile</*block_m*/ 64, /*block_n*/ 128, /*warps*/ 4, /*min_blocks*/ 2, /*score_stages*/ 2>> {};
 };
 static_assert(BackwardSm80Bf16D64Full::Default::kSharedBytes == 66048, "codegen/tile_shapes counts otherwise");
-static_assert(BackwardSm80Bf16D64Full::Default::kChunk == 32, "codegen/tile_shapes counts otherwise");
+static_assert(BackwardSm80Bf16D64Full::Default::kPlainChunk == 32, "codegen/tile_shapes counts otherwise");
+static_assert(BackwardSm80Bf16D64Full::Default::kModifiedChunk == 16, "codegen/tile_shapes counts otherwise");
 static_assert(BackwardSm80Bf16D64Full::Roomy::kSharedBytes == 99328, "codegen/tile_shapes counts otherwise");
-static_assert(BackwardSm80Bf16D64Full::Roomy::kChunk == 32, "codegen/tile_shapes counts otherwise");
+static_assert(BackwardSm80Bf16D64Full::Roomy::kPlainChunk == 32, "codegen/tile_shapes counts otherwise");
+static_assert(BackwardSm80Bf16D64Full::Roomy::kModifiedChunk == 16, "codegen/tile_shapes counts otherwise");
 
 Status backward_sm80_bf16_d64_full(const BackwardParams& params, const Device& device, cudaStream_t stream) {
   return mma::launch_backward<BackwardSm80Bf16D64Full>(params, device, stream, "backward_sm80_bf16_d64_full");
