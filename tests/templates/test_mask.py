@@ -6,12 +6,12 @@ import ctypes
 from ctypes import byref
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from problem_calls import SETTINGS
 
 from flash_attn._abi import ForwardParams, Mask
 
-SETTINGS = settings(max_examples=150, deadline=None, derandomize=True, database=None)
 WINDOW = st.one_of(st.sampled_from([-1, 0, 1]), st.integers(2, 80), st.integers(300, 2000))
 
 

@@ -8,12 +8,12 @@ from ctypes import byref, c_int64
 from itertools import groupby, product
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from problem_calls import SETTINGS
 
 from flash_attn._abi import ForwardParams, Mask
 
-SETTINGS = settings(max_examples=150, deadline=None, derandomize=True, database=None)
 SOME = 4096  # an address, which nobody looks at
 SECTION_BYTES = st.one_of(st.sampled_from([0, 1, 2**40]), st.integers(0, 400_000))
 Tiles = list[tuple[int, int, int]]
