@@ -9,9 +9,10 @@ import numpy as np
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from flash_attn._abi import ForwardParams
+from flash_attn._abi import ForwardParams, Mask
 
 SETTINGS = settings(max_examples=100, deadline=None, derandomize=True, database=None)
+WINDOW = st.one_of(st.sampled_from([-1, 0, 1]), st.integers(2, 80), st.integers(300, 2000))
 THREADS = st.sampled_from([1, 7, 32, 128])
 GUARD = 0x5A5A
 
@@ -114,3 +115,19 @@ def tiles(draw: st.DrawFn) -> tuple[Call, Rows, list[tuple[int, int]]]:
     every = [(query, head * group + i) for query in range(count) for i in range(group)]
     first, most = draw(st.integers(0, len(every) + 3)), draw(st.sampled_from([1, 3, 8, 64]))
     return call, Rows(batch, head, group, first, most), every[first : first + most]
+
+
+@st.composite
+def windows(draw: st.DrawFn) -> tuple[Mask, int, int]:
+    """A mask class, and windows that it serves."""
+    mask = draw(st.sampled_from(Mask))
+    if mask == Mask.WINDOWED:
+        return mask, draw(WINDOW), draw(WINDOW)
+    return mask, -1, 0 if mask == Mask.CAUSAL else -1
+
+
+def visible(seqlen_q: int, seqlen_k: int, left: int, right: int) -> np.ndarray:
+    """Return whether query i sees key j, aligned to the bottom right."""
+    i, j = np.indices((seqlen_q, seqlen_k))
+    distance = j - (i + seqlen_k - seqlen_q)
+    return ((left < 0) | (distance >= -left)) & ((right < 0) | (distance <= right))

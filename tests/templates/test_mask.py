@@ -8,27 +8,9 @@ from ctypes import byref
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
-from problem_calls import SETTINGS
+from problem_calls import SETTINGS, visible, windows
 
 from flash_attn._abi import ForwardParams, Mask
-
-WINDOW = st.one_of(st.sampled_from([-1, 0, 1]), st.integers(2, 80), st.integers(300, 2000))
-
-
-@st.composite
-def windows(draw: st.DrawFn) -> tuple[Mask, int, int]:
-    """A mask class, and windows that it serves."""
-    mask = draw(st.sampled_from(Mask))
-    if mask == Mask.WINDOWED:
-        return mask, draw(WINDOW), draw(WINDOW)
-    return mask, -1, 0 if mask == Mask.CAUSAL else -1
-
-
-def visible(seqlen_q: int, seqlen_k: int, left: int, right: int) -> np.ndarray:
-    """Return whether query i sees key j, aligned to the bottom right."""
-    i, j = np.indices((seqlen_q, seqlen_k))
-    distance = j - (i + seqlen_k - seqlen_q)
-    return ((left < 0) | (distance >= -left)) & ((right < 0) | (distance <= right))
 
 
 def spread(ranges: np.ndarray, length: int) -> np.ndarray:
