@@ -40,11 +40,16 @@ def compile_cpp(source: Path, out: Path, *arguments: str | Path) -> None:
     subprocess.run([compiler, *flags, *arguments, "-x", "c++", source, "-o", out], check=True)
 
 
+def write_abi(folder: Path) -> None:
+    """Write the abi.h that templates include, as it is rendered, into a folder."""
+    (folder / "abi.h").write_text(render.render_sources(targets.full_selection())["abi.h"])
+
+
 class Checker:
     """`check(operation, params)` returns (status, text) for a struct, its bytes, or None: a null pointer."""
 
     def __init__(self, folder: Path) -> None:
-        (folder / "abi.h").write_text(render.render_sources(targets.full_selection())["abi.h"])
+        write_abi(folder)
         exported = "\n".join(
             f'extern "C" int {name}(const flash_attn::{struct}* params) {{ return static_cast<int>('
             f'flash_attn::check_{name}("flash_attn_{name}", params)); }}'

@@ -6,9 +6,9 @@ import ctypes
 import subprocess
 
 import pytest
-from checker import CHECKS, Checker, compile_cpp
+from checker import CHECKS, Checker, compile_cpp, write_abi
 
-from codegen import TEMPLATES, render, targets
+from codegen import TEMPLATES
 
 INVALID = 4
 SOME = 4096  # an address, which nobody looks at
@@ -210,7 +210,7 @@ int main() {
 
 def test_an_error_of_an_earlier_kernel_is_told_as_such(tmp_path):
     """The assertion of another kernel comes back from our launch; an invalid value is ours. Neither stays."""
-    (tmp_path / "abi.h").write_text(render.render_sources(targets.full_selection())["abi.h"])
+    write_abi(tmp_path)
     (tmp_path / "cuda_runtime.h").write_text(CUDA_STUB)
     (tmp_path / "program.cpp").write_text(CUDA_ERRORS)
     compile_cpp(tmp_path / "program.cpp", tmp_path / "program", f"-I{TEMPLATES}", f"-I{tmp_path}")
