@@ -92,6 +92,9 @@ void require_sizes(Requirements& require, const ForwardParams& params, int least
   require.not_negative("batch", params.batch);
   require.length("seqlen_q", params.seqlen_q);
   require.length("seqlen_k", params.seqlen_k);
+  // Kernels add a window and a length in 32 bits.
+  require.between(-1, INT32_MAX - 1 - params.seqlen_q, "window_left", params.window_left);
+  require.between(-1, INT32_MAX - 1 - params.seqlen_k, "window_right", params.window_right);
   require.not_negative("total_q", params.total_q);
   require.not_negative("total_k", params.total_k);
   require.positive("num_heads_k", params.num_heads_k);
@@ -164,7 +167,7 @@ void require_cache(Requirements& require, const CacheParams& params) {
   require.that(holds(params.cache_head_dim_v, forward.head_dim_v), "cache_head_dim_v", kOwn,
                params.cache_head_dim_v);
   require.not_negative("cache_seqlen", params.cache_seqlen);
-  require.not_negative("seqlen_new", params.seqlen_new);
+  require.between(0, INT32_MAX - forward.seqlen_k, "seqlen_new", params.seqlen_new);
   if (params.seqlen_new > 0 && forward.batch > 0) {
     require.given(params.k_new, "k_new");
     require.given(params.v_new, "v_new");

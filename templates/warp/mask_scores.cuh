@@ -44,34 +44,47 @@ __device__ __forceinline__ KeyBounds<kMask> key_bounds(const AttentionMask<kMask
   return {key < mask.seqlen_k ? mask.first_query(key) : INT_MAX, mask.end_query(key, seqlen_q)};
 }
 
-// Hides what of the lane's row of number `i` lies outside of its bounds; `column` is the block's first.
-template <class Bounds, int kTilesM, int kTilesN>
-__device__ __forceinline__ void mask_row(Accumulator<kTilesM, kTilesN>& scores, int i, int column,
-                                         const Bounds& bounds) {
+// Bounds of all rows that a lane holds.
+template <int kTilesM, class Bounds>
+struct BoundRows {
+  Bounds bounds[2 * kTilesM];
+
+  // Hides what lies outside of the bounds; `first_column` is the block's.
+  template <int kTilesN>
+  __device__ __forceinline__ void mask(Accumulator<kTilesM, kTilesN>& scores, int first_column) const {
 #pragma unroll
-  for (int n = 0; n < kTilesN; ++n) {
+    for (int i = 0; i < 2 * kTilesM; ++i) {
 #pragma unroll
-    for (int c = 0; c < 2; ++c) {
-      if (bounds.hides(column + n * 8 + fragment_column() + c)) scores[i / 2][n][2 * (i % 2) + c] = -INFINITY;
+      for (int n = 0; n < kTilesN; ++n) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          const int column = first_column + n * 8 + fragment_column() + c;
+          if (bounds[i].hides(column)) scores[i / 2][n][2 * (i % 2) + c] = -INFINITY;
+        }
+      }
     }
   }
-}
+};
 
-// Bounds of all rows of queries that a lane holds, from `first_row` of the sequence's packed rows on.
+// Rows are queries, packed, from `first_row` of the sequence on.
 template <int kTilesM, Mask kMask>
-struct QueryRows {
-  QueryBounds<kMask> bounds[2 * kTilesM];
-
+struct QueryRows : BoundRows<kTilesM, QueryBounds<kMask>> {
   __device__ __forceinline__ QueryRows(const AttentionMask<kMask>& mask, int first_row, int group) {
 #pragma unroll
-    for (int i = 0; i < 2 * kTilesM; ++i) bounds[i] = query_bounds(mask, first_row + fragment_row(i), group);
+    for (int i = 0; i < 2 * kTilesM; ++i) {
+      this->bounds[i] = query_bounds(mask, first_row + fragment_row(i), group);
+    }
   }
+};
 
-  // `key` is that of the block's first column.
-  template <int kTilesN>
-  __device__ __forceinline__ void mask(Accumulator<kTilesM, kTilesN>& scores, int key) const {
+// Rows are keys.
+template <int kTilesM, Mask kMask>
+struct KeyRows : BoundRows<kTilesM, KeyBounds<kMask>> {
+  __device__ __forceinline__ KeyRows(const AttentionMask<kMask>& mask, int first_key, int seqlen_q) {
 #pragma unroll
-    for (int i = 0; i < 2 * kTilesM; ++i) mask_row(scores, i, key, bounds[i]);
+    for (int i = 0; i < 2 * kTilesM; ++i) {
+      this->bounds[i] = key_bounds(mask, first_key + fragment_row(i), seqlen_q);
+    }
   }
 };
 

@@ -47,6 +47,7 @@ OF_CHOICE = {
     "window_right": (-INT_MAX,),
 }  # fmt: skip
 OF_CALL = OF_CHOICE | {
+    "window_left": (-2, INT_MAX, INT_MAX - 8), "window_right": (-INT_MAX, INT_MAX, INT_MAX - 12),
     "batch": (-1,), "seqlen_q": (-1, INT_MAX), "seqlen_k": (-5, INT_MAX - 126), "total_q": (-1,),
     "total_k": (-1,), "num_heads_k": (0, -1), "num_heads": (-2, 3, 1), "softmax_scale": (NAN, float("inf")),
     "softcap": (-1.0, NAN), "dropout_p": (-0.1, 1.0, NAN), "dropout_rescale": (0.0, 0.5, NAN, float("inf")),
@@ -65,7 +66,7 @@ WRONG = {
     "forward": OF_CALL | {"num_heads": (0, *OF_CALL["num_heads"])},
     "backward": OF_CALL | {"rows": (0, 127, 130), "key_rows": (0, 64), "key_parts": (0, -1, 3)},
     "cache": OF_CALL | {
-        "cache_entries": (-1,), "page_size": (-16, 8, 17), "cache_seqlen": (-1,), "seqlen_new": (-1,),
+        "cache_entries": (-1,), "page_size": (-16, 8, 17), "cache_seqlen": (-1,), "seqlen_new": (-1, INT_MAX),
         "num_splits": (0, -1, 129), "rotary_rows": (-1,), "rotary_dim": (-16, 8, 24, 80),
         "cache_head_dim": (-1, 0, 56, 65), "cache_head_dim_v": (0, 64, 73),
     },

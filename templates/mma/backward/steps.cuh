@@ -52,11 +52,9 @@ __device__ __forceinline__ void exponentiate(TransposedScores<Config>& scores, c
   const int first_key = keys.first_key() + share.key;
   const int first_query = step.block * Config::kBlockM + chunk * Config::kChunk;
   if (keys.visible(step).needs_mask(keys.block)) {
-#pragma unroll
-    for (int i = 0; i < 2 * Config::kTilesKeys; ++i) {
-      const int key = ptx::opaque(first_key) + fragment_row(i);
-      mask_row(scores, i, first_query, key_bounds(keys.mask, key, keys.sequence.seqlen_q));
-    }
+    const KeyRows<Config::kTilesKeys, Config::kMask> rows(keys.mask, ptx::opaque(first_key),
+                                                          keys.sequence.seqlen_q);
+    rows.mask(scores, first_query);
   }
   const float scale_log2 = typename Config::Scores{keys.params.forward}.exponent_scale();
 #pragma unroll

@@ -79,12 +79,12 @@ __device__ __forceinline__ void prefetch_block_table(const CacheParams& params, 
 
 // A warp's rows of the tile, and its keys of each block.
 template <class Config>
-struct WarpShare {
+struct KeyShare {
   int row;
   int key;
   int key_warp;
 
-  __device__ __forceinline__ WarpShare() {
+  __device__ __forceinline__ KeyShare() {
     const int warp = threadIdx.x / 32;
     key_warp = warp % Config::kWarpsN;
     row = warp / Config::kWarpsN * Config::kWarpRows;
@@ -182,7 +182,7 @@ __device__ __forceinline__ void attend(const CacheParams& params, const CachedSe
   using Shared = SharedTile<Config::kHeadDim>;
   const QueryBlock& queries = work.queries;
   const Scores policy{params.forward};
-  const WarpShare<Config> share;
+  const KeyShare<Config> share;
   const uint32_t shared = ptx::shared_address(shared_memory), keys = shared + Config::kQueryBytes;
   KeyRing<Config, kAligned> ring(params, sequence, queries.head, work.blocks, share.key, keys);
 
