@@ -9,6 +9,10 @@
 namespace flash_attn {
 namespace {
 
+// The largest sum of a length and a window, or new keys: kernels add them in 32 bits, to positions up to a
+// block past the end.
+constexpr int64_t kMaxSum = int64_t{INT32_MAX} - kWorkspaceRows;
+
 // The requirements of a function; the first one that does not hold is told.
 class Requirements {
  public:
@@ -64,6 +68,10 @@ bool is_dtype(int32_t value) {
   return value == static_cast<int32_t>(Dtype::kFp16) || value == static_cast<int32_t>(Dtype::kBf16);
 }
 
+bool is_design(int32_t value) {
+  return value == static_cast<int32_t>(Design::kMma) || value == static_cast<int32_t>(Design::kWgmma);
+}
+
 void require_head_dim(Requirements& require, const char* field, int32_t value) {
   require.between(1, kMaxHeadDim, field, value);
   require.multiple(kHeadDimMultiple, field, value);
@@ -92,9 +100,8 @@ void require_sizes(Requirements& require, const ForwardParams& params, int least
   require.not_negative("batch", params.batch);
   require.length("seqlen_q", params.seqlen_q);
   require.length("seqlen_k", params.seqlen_k);
-  // Kernels add a window and a length in 32 bits.
-  require.between(-1, INT32_MAX - 1 - params.seqlen_q, "window_left", params.window_left);
-  require.between(-1, INT32_MAX - 1 - params.seqlen_k, "window_right", params.window_right);
+  require.between(-1, kMaxSum - params.seqlen_q, "window_left", params.window_left);
+  require.between(-1, kMaxSum - params.seqlen_k, "window_right", params.window_right);
   require.not_negative("total_q", params.total_q);
   require.not_negative("total_k", params.total_k);
   require.positive("num_heads_k", params.num_heads_k);
@@ -167,17 +174,19 @@ void require_cache(Requirements& require, const CacheParams& params) {
   require.that(holds(params.cache_head_dim_v, forward.head_dim_v), "cache_head_dim_v", kOwn,
                params.cache_head_dim_v);
   require.not_negative("cache_seqlen", params.cache_seqlen);
-  require.between(0, INT32_MAX - forward.seqlen_k, "seqlen_new", params.seqlen_new);
+  require.between(0, kMaxSum - forward.seqlen_k, "seqlen_new", params.seqlen_new);
   if (params.seqlen_new > 0 && forward.batch > 0) {
     require.given(params.k_new, "k_new");
     require.given(params.v_new, "v_new");
   }
   require.between(1, kMaxSplits, "num_splits", params.num_splits);
-  require.that(params.design == 0 || params.design == 1, "design", "0 (mma) or 1 (wgmma)", params.design);
+  require.that(is_design(params.design), "design", "0 (mma) or 1 (wgmma)", params.design);
   if (forward.num_heads_k > 0) {
-    const int64_t rows = std::max<int64_t>(forward.total_q, forward.seqlen_q);
-    require.that(rows * (forward.num_heads / forward.num_heads_k) <= INT32_MAX, "total_q",
-                 "fewer than 2^31 rows with the heads that share keys", rows);
+    const bool varlen = forward.cu_seqlens_q != nullptr;  // then rows past the last sequence are counted, too
+    const int64_t rows = varlen ? std::max<int64_t>(forward.total_q, forward.seqlen_q) : forward.seqlen_q;
+    require.that(rows * (forward.num_heads / forward.num_heads_k) <= INT32_MAX,
+                 varlen ? "total_q" : "seqlen_q", "fewer than 2^31 rows with the heads that share keys",
+                 rows);
   }
   if (params.num_splits > 1 && has_queries(forward)) {
     require.given(params.out_partial, "out_partial");
@@ -215,6 +224,7 @@ void require_cache_call(Requirements& require, const CacheParams& params) {
   const ForwardParams& forward = params.forward;
   require_choice(require, forward);
   require_sizes(require, forward, 0);
+  require.that_number(forward.dropout_p == 0.0f, "dropout_p", "0 over a cache", forward.dropout_p);
   require_scores(require, forward);
   require_tensors(require, forward, has_queries(forward), has_keys(forward) && params.cache_entries > 0);
   require_cache(require, params);

@@ -42,7 +42,7 @@ struct Launch {
 // `prepared` remembers the devices on which the kernel's attributes are set.
 Status launch_untyped(const Launch& launch, const void* arguments, std::atomic<uint64_t>& prepared);
 
-// kOk if a kernel whose thread blocks go through `tiles` tiles each can number them.
+// kOk if the thread blocks of a kernel, one per multiprocessor, can number `tiles` tiles among them.
 Status check_tiles(const char* name, int64_t tiles, const Device& device);
 
 // Launches on `device`, which must be current. `prepared` is one object per kernel. A `dependent` kernel, if

@@ -122,10 +122,10 @@ const char* kernel_key(const char* function, const KernelTable<Params>& table, c
   return kernel == nullptr ? nullptr : kernel->key;
 }
 
-// Key of a table's kernel of this number, or null and the number in the next table.
+// The key of kernel `index` of the table; past its end null, and `index` counts on in the next table.
 template <class Params>
 const char* key_in(const KernelTable<Params>& table, int32_t& index) {
-  if (index >= 0 && index < table.count) return table.kernels[index].key;
+  if (index < table.count) return table.kernels[index].key;
   index -= table.count;
   return nullptr;
 }
@@ -193,9 +193,10 @@ int32_t flash_attn_kernel_count() {
 }
 
 const char* flash_attn_kernel_key(int32_t index) {
-  const char* key = index >= 0 ? key_in(kForwardKernels, index) : nullptr;
-  if (key == nullptr && index >= 0) key = key_in(kBackwardKernels, index);
-  if (key == nullptr && index >= 0) key = key_in(kCacheKernels, index);
+  if (index < 0) return nullptr;
+  const char* key = key_in(kForwardKernels, index);
+  if (key == nullptr) key = key_in(kBackwardKernels, index);
+  if (key == nullptr) key = key_in(kCacheKernels, index);
   return key;
 }
 

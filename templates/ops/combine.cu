@@ -190,7 +190,7 @@ auto kernel_of(int head_dim) {
 Status launch_combine(const CacheParams& params, const Device& device, cudaStream_t stream) {
   const ForwardParams& forward = params.forward;
   const int64_t rows = forward.total_q * forward.num_heads;
-  // Few rows with many splits would leave most of the GPU idle.
+  // Few rows with many parts would leave most of the GPU idle.
   const bool few = rows <= kMergingWarps * device.multiprocessors;
   const int warps_per_row = few && params.num_splits > kMergedAtOnce ? kMergingWarps : 1;
   const CombineArguments arguments{params, rows, warps_per_row};

@@ -86,12 +86,13 @@ struct Sequence {
   }
 };
 
-// Calls function(row) for a thread block's share of the rows past the last varlen sequence: the tile at
-// `first`, and every one `step` rows further. They may be more than the tiles of the longest sequence.
+// Calls function(row) for a thread block's tiles of `end` rows: the one at `first`, and every one `step` rows
+// further. The rows past the last varlen sequence may be more than the tiles of the longest sequence. `first`
+// decides on the type in which rows are counted.
 template <class Index, class Function>
-constexpr void for_each_tail_tile(Index first, std::common_type_t<Index> step, std::common_type_t<Index> rows,
-                                  Function function) {
-  for (Index row = first; row < rows; row += step) function(static_cast<int>(row));
+constexpr void for_each_tile(Index first, std::common_type_t<Index> step, std::common_type_t<Index> end,
+                             Function function) {
+  for (Index row = first; row < end; row += step) function(static_cast<int>(row));
 }
 
 // The rows [first_row, first_row + rows) of one head of one sequence. Where `group` query heads that share
@@ -105,7 +106,7 @@ struct QueryBlock {
   int first_row;
   int rows;
 
-  // Of a tile of at most `max_rows` rows; without any, `rows` is not positive.
+  // A block of at most `max_rows` rows; `rows` is not positive if the sequence has none there.
   constexpr QueryBlock(const ForwardParams& params, const Sequence& sequence, int batch, int head, int group,
                        int first_row, int max_rows)
       : params(&params),

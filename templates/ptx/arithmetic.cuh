@@ -1,4 +1,5 @@
-// The 16-bit element types and their conversions, and the special-function instructions.
+// The 16-bit element types and their conversions, special-function instructions, and values that the compiler
+// may not compute early.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cmath>
-#include <cstdint>
 
 #include "problem/sequence.cuh"
 #include "ptx/arithmetic.cuh"
@@ -144,12 +143,12 @@ struct OnlineSoftmax {
   }
 };
 
-// The end of an attention kernel's rows, from `first_row` of the block of queries on: stores their LSE, sinks
+// Completes an attention kernel's rows from `first_row` of the block of queries on: stores their LSE, sinks
 // counted, and makes `factor`, 1 / sum, what O is to be multiplied by.
 template <class Scores, int kTilesM>
-__device__ __forceinline__ void store_lse(float (&factor)[2 * kTilesM], const OnlineSoftmax<kTilesM>& softmax,
-                                          const Scores& policy, const QueryBlock& queries, int first_row,
-                                          bool stores = true) {
+__device__ __forceinline__ void complete_rows(float (&factor)[2 * kTilesM],
+                                              const OnlineSoftmax<kTilesM>& softmax, const Scores& policy,
+                                              const QueryBlock& queries, int first_row, bool stores = true) {
   const ForwardParams& params = *queries.params;
   stores = stores && params.softmax_lse != nullptr && lane_index() % 4 == 0;
 #pragma unroll

@@ -34,7 +34,7 @@ CACHE = {
     "block_table": SOME, "k_new": SOME, "v_new": SOME, "rotary_cos": SOME, "rotary_sin": SOME,
     "q_rotated": SOME, "out_partial": SOME, "lse_partial": SOME, "cache_entries": 9, "page_size": 16,
     "cache_seqlen": 3, "seqlen_new": 1, "rotary_rows": 5, "rotary_dim": 32, "num_splits": 3,
-    "cache_head_dim": 63, "cache_head_dim_v": 72,
+    "cache_head_dim": 63, "cache_head_dim_v": 72, "design": 1,
 }  # fmt: skip
 ROTARY = {
     "x": SOME, "out": SOME, "cos": SOME, "sin": SOME, "rows": 6, "batch": 2, "seqlen": 3, "num_heads": 4,
@@ -68,7 +68,8 @@ WRONG = {
     "cache": OF_CALL | {
         "cache_entries": (-1,), "page_size": (-16, 8, 17), "cache_seqlen": (-1,), "seqlen_new": (-1, INT_MAX),
         "num_splits": (0, -1, 129), "rotary_rows": (-1,), "rotary_dim": (-16, 8, 24, 80),
-        "cache_head_dim": (-1, 0, 56, 65), "cache_head_dim_v": (0, 64, 73),
+        "cache_head_dim": (-1, 0, 56, 65), "cache_head_dim_v": (0, 64, 73), "design": (-1, 2),
+        "dropout_p": (*OF_CALL["dropout_p"], 0.5), "seqlen_q": (*OF_CALL["seqlen_q"], 2**30),
     },
     "rotary": {
         "dtype": (2,), "rows": (-1,), "batch": (-1,), "seqlen": (-1,), "table_rows": (-1,),

@@ -163,7 +163,7 @@ void fill_no_keys(const CacheParams* params, const Rows* rows, int part, int par
 // Returns the number of tiles, and stores the first row of as many as there is room for.
 int tail_tiles(int64_t first, int64_t step, int64_t rows, int32_t* found, int room) {
   int count = 0;
-  for_each_tail_tile(first, step, rows, [&](int row) {
+  for_each_tile(first, step, rows, [&](int row) {
     if (count < room) found[count] = row;
     ++count;
   });

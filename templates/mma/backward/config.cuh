@@ -3,7 +3,6 @@
 
 #include <algorithm>
 
-#include "mma/backward/workspace.cuh"
 #include "mma/config.cuh"
 #include "warp/scores.cuh"
 

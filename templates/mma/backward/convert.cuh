@@ -6,6 +6,8 @@
 
 #include "mma/backward/config.cuh"
 #include "mma/backward/workspace.cuh"
+#include "problem/sequence.cuh"
+#include "ptx/shared_memory.cuh"
 #include "warp/store_tile.cuh"
 
 namespace flash_attn::mma {
@@ -78,12 +80,12 @@ __global__ void __launch_bounds__(Config::kThreads)
   const int batch = batch_head / params.forward.num_heads, head = batch_head % params.forward.num_heads;
   const Sequence sequence(params.forward, batch);
   if (batch == params.forward.batch) {
-    for_each_tail_tile(int64_t{tile} * Config::kBlockM, int64_t{arguments.tiles} * Config::kBlockM,
-                       sequence.seqlen_q, [&](int row) {
-                         zero_rows(gradient_rows<Config>(params, sequence, head, row), params.dq_row_stride,
-                                   min(sequence.seqlen_q - row, Config::kBlockM), params.forward.head_dim / 8,
-                                   threadIdx.x, Config::kThreads);
-                       });
+    for_each_tile(int64_t{tile} * Config::kBlockM, int64_t{arguments.tiles} * Config::kBlockM,
+                  sequence.seqlen_q, [&](int row) {
+                    zero_rows(gradient_rows<Config>(params, sequence, head, row), params.dq_row_stride,
+                              min(sequence.seqlen_q - row, Config::kBlockM), params.forward.head_dim / 8,
+                              threadIdx.x, Config::kThreads);
+                  });
   } else if (tile * Config::kBlockM < sequence.seqlen_q) {
     convert_tile<Config>(params, sequence, batch, head, tile * Config::kBlockM,
                          ptx::shared_address(shared_memory));

@@ -8,6 +8,7 @@
 
 #include "mma/backward/workspace.cuh"
 #include "mma/products.cuh"
+#include "problem/sequence.cuh"
 #include "ptx/ldmatrix.cuh"
 #include "ptx/mma.cuh"
 #include "ptx/shared_memory.cuh"
@@ -130,7 +131,7 @@ __global__ void __launch_bounds__(kPrepareThreads)
   const Sequence sequence(params.forward, batch);
   const int64_t end_row = padded_rows(params, batch);
   const int64_t step = int64_t{arguments.tiles} * kWorkspaceRows;
-  for_each_tail_tile(int64_t{tile} * kWorkspaceRows, step, end_row, [&](int row) {
+  for_each_tile(int64_t{tile} * kWorkspaceRows, step, end_row, [&](int row) {
     const int64_t first_row = row + threadIdx.x / 32 * PrepareStage<Config>::kRows;
     prepare_rows<Config>(params, sequence, batch, head, first_row, shared);
     if (params.dq == nullptr || row >= sequence.seqlen_q) return;

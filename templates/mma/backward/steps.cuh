@@ -202,7 +202,7 @@ __device__ __forceinline__ void multiply_scores(
     const QueryGradientShare<Config>& share) {
   using Shared = SharedTile<Config::kHeadDim>;
   const int lane = lane_index();
-  const FragmentLane of_b = FragmentLane::of_a();  // of K transposed
+  const FragmentLane of_b = FragmentLane::of_a();  // K is read transposed
   const uint32_t in_block = (lane / 8 % 2 * 2 + lane / 16) * 128 + lane % 8 * 16;
   uint32_t key_address[Config::kGradientTilesD / 2];
 #pragma unroll

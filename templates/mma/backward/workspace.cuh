@@ -5,9 +5,8 @@
 #include <cstdint>
 
 #include "abi.h"
-#include "problem/sequence.cuh"
 
-namespace flash_attn {
+namespace flash_attn::mma {
 
 // The backward multiplies P by this power of two before it rounds it: below 2^-14 fp16 has fewer digits, and
 // dK and dV of a key that all queries see weakly would have no more of them. P is at most 1. dS has no bound
@@ -51,4 +50,4 @@ struct GradientFragment {
 #endif
 };
 
-}  // namespace flash_attn
+}  // namespace flash_attn::mma

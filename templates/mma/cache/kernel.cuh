@@ -115,7 +115,8 @@ class KeyRing {
                 kAligned ? params.forward.head_dim_v : params.cache_head_dim_v,
                 Config::kOwnKeys ? warp_key : 0, shared + Config::kKeyBytes) {}
 
-  // Until the next block of K, or of V, has arrived and every warp that shares it has read the one before.
+  // Waits until the next block of K, or of V, has arrived and every warp that shares it has read the one
+  // before.
   __device__ __forceinline__ void wait() const {
     ptx::cp_async_wait<2 * Config::kStages - 2>();
     if constexpr (Config::kOwnKeys) {
@@ -222,7 +223,7 @@ __device__ __forceinline__ void attend(const CacheParams& params, const CachedSe
   }
 
   float inverse_sum[2 * Config::kTilesM];
-  softmax.normalise(inverse_sum);
+  softmax.normalise(inverse_sum);  // completes the sums; O is divided by them when warps are merged
   ptx::cp_async_wait<0>();
   __syncthreads();
   WarpResults<Config> results(shared_memory);
@@ -247,10 +248,11 @@ __global__ void __launch_bounds__(Config::kThreads, Config::Tile::kMinBlocks)
   const int head = index % arguments.heads, rest = index / arguments.heads;
   const KeyPart part{rest / arguments.tiles_m, params.num_splits};
   const uint32_t first_row = (rest - part.index * arguments.tiles_m) * Config::kBlockM;
-  // A sequence's tile, or several past the last sequence.
-  const uint32_t rows = sequence.seqlen_q * arguments.group;
+  // One tile of a sequence, or all of a thread block's tiles past the last one. 32 bits hold the rows
+  // (check_params.cu) and cost fewer registers.
+  const uint32_t rows = max(sequence.seqlen_q, 0) * arguments.group;
   const uint32_t step = batch == params.forward.batch ? arguments.tiles_m * Config::kBlockM : rows;
-  for_each_tail_tile(first_row, step, rows, [&](int row) {
+  for_each_tile(first_row, step, rows, [&](int row) {
     Work<Config::kMask, Config::kBlockN> work(
         QueryBlock(params.forward, sequence, batch, head, arguments.group, row, Config::kBlockM));
     work.keep(part);

@@ -12,7 +12,8 @@
 
 namespace flash_attn::mma {
 
-// With pages, each lane knows where one group of kKeyGroup keys lies: the block table is read once for 32 groups.
+// With pages, each lane knows where one group of kKeyGroup keys lies: the block table is read once for 32
+// groups.
 template <class Config, bool kAligned>
 class KeyCopy {
  public:

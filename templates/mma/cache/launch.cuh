@@ -24,7 +24,7 @@ Status launch_scores(const CacheParams& params, const Device& device, cudaStream
   if (forward.total_q == 0) return Status::kOk;
   const int group = forward.num_heads / forward.num_heads_k;
   const int64_t rows = int64_t{forward.seqlen_q} * group;
-  // At least one, for the rows past the last sequence.
+  // The rows past the last sequence need at least one.
   const int64_t tiles_m = std::max<int64_t>((rows + Config::kBlockM - 1) / Config::kBlockM, 1);
   const int64_t batches = int64_t{forward.batch} + (forward.cu_seqlens_q != nullptr ? 1 : 0);
   const int64_t blocks = forward.num_heads_k * tiles_m * params.num_splits;

@@ -141,7 +141,7 @@ __device__ __forceinline__ void store_rows(const QueryBlock& queries, const Scor
   softmax.normalise(factor, [&](float (&row_sum)[2 * Config::kTilesM]) {
     if constexpr (Config::kPairs) pair.combine_rows(row_sum, [](float a, float b) { return a + b; });
   });
-  store_lse(factor, softmax, policy, queries, share.row, share.key == 0);
+  complete_rows(factor, softmax, policy, queries, share.row, share.key == 0);
   store_tile<Config::kDtype, Config::kHeadDim>(
       shared, output, factor, share.row, share.dim, queries.rows, queries.params->head_dim_v,
       [&](int row) { return queries.out<typename Config::Element>(row); });
@@ -203,9 +203,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::Tile::kMinBlocks)
   };
   const int first_row = tile.m_block * Config::kBlockM;
   if (tile.batch == params.batch) {
-    for_each_tail_tile(
-        int64_t{first_row}, arguments.schedule.tiles_m * Config::kBlockM, sequence.seqlen_q,
-        [&](int row) { store_empty_rows<Element>(queries(row), threadIdx.x, Config::kThreads); });
+    for_each_tile(int64_t{first_row}, arguments.schedule.tiles_m * Config::kBlockM, sequence.seqlen_q,
+                  [&](int row) { store_empty_rows<Element>(queries(row), threadIdx.x, Config::kThreads); });
   } else if (first_row < sequence.seqlen_q) {
     const Work<Config::kMask, Config::kBlockN> work(queries(first_row));
     if (work.has_keys()) {

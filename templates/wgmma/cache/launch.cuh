@@ -13,7 +13,7 @@
 
 namespace flash_attn::mma {
 
-// In mma/cache/launch.cuh, which a unit includes beside this file.
+// Defined in mma/cache/launch.cuh, which a unit includes beside this file: few rows are the other design's.
 template <class Tiles>
 Status launch_cache(const CacheParams& params, const Device& device, cudaStream_t stream, const char* name);
 

@@ -6,6 +6,7 @@
 
 #include "problem/sequence.cuh"
 #include "problem/work.cuh"
+#include "ptx/arithmetic.cuh"
 #include "warp/accumulator.cuh"
 #include "warp/softmax.cuh"
 #include "wgmma/forward/config.cuh"
@@ -63,11 +64,11 @@ __device__ __forceinline__ void store_rows(const QueryBlock& queries, const Scor
   const int first_row = threadIdx.x % 128 / 32 * 16;
   float factor[2];
   softmax.normalise(factor);
-  store_lse(factor, softmax, policy, queries, first_row);
+  complete_rows(factor, softmax, policy, queries, first_row);
   store_output<Config>(queries, first_row, output, factor);
 }
 
-// Those of one that has a part of their keys.
+// The rows of a warpgroup that has one part of their keys: partial O and LSE.
 template <class Config, class Scores>
 __device__ __forceinline__ void store_partial_rows(const CacheParams& params, const QueryBlock& queries,
                                                    const KeyPart& part, const Scores& policy,

@@ -36,7 +36,7 @@
 namespace flash_attn::wgmma {
 
 // The rows of a tile, or `max_rows` of them from `row` on, and the blocks of keys that they see.
-template <class Config, bool kPacked, class KeySource, class Sequence>
+template <class Config, bool kPacked, class KeySource>
 __device__ __forceinline__ auto work_of(const KeySource& source, const Sequence& sequence,
                                         const TileSchedule::Tile& tile, int row, int max_rows) {
   return Work<Config::kMask, Config::kBlockN>(QueryBlock(source.forward(), sequence, tile.batch, tile.head,
@@ -45,7 +45,7 @@ __device__ __forceinline__ auto work_of(const KeySource& source, const Sequence&
 }
 
 // The same of the whole tile, and of its part of the keys.
-template <class Config, bool kPacked, class KeySource, class Sequence>
+template <class Config, bool kPacked, class KeySource>
 __device__ __forceinline__ auto tile_work(const KeySource& source, const Sequence& sequence,
                                           const TileSchedule::Tile& tile) {
   auto work = work_of<Config, kPacked>(source, sequence, tile, 0, Config::kBlockM);
@@ -228,15 +228,14 @@ struct Consumer {
     }
   }
 
-  // Rows that see no key, and, if they lie past the last varlen sequence, every one a schedule further.
+  // Rows that see no key. Those past the last sequence may be more than its tiles.
   __device__ __forceinline__ void store_no_keys(QueryBlock queries, int key_part) const {
     const int64_t rows = int64_t{queries.sequence.seqlen_q} * queries.group;
-    for_each_tail_tile(
-        int64_t{queries.first_row}, source.schedule.tiles_m * Config::kBlockM, rows, [&](int row) {
-          queries.first_row = row;
-          queries.rows = static_cast<int>(min(rows - row, int64_t{64}));
-          source.template store_no_keys<typename Config::Element>(queries, key_part, threadIdx.x % 128, 128);
-        });
+    for_each_tile(int64_t{queries.first_row}, source.schedule.tiles_m * Config::kBlockM, rows, [&](int row) {
+      queries.first_row = row;
+      queries.rows = static_cast<int>(min(rows - row, int64_t{64}));
+      source.template store_no_keys<typename Config::Element>(queries, key_part, threadIdx.x % 128, 128);
+    });
   }
 
   // Blocks of keys that other warpgroups' queries see and this one's do not. Its warps meet before they are

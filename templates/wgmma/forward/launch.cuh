@@ -53,8 +53,8 @@ Status make_tensor_maps(TensorMaps& maps, const ForwardParams& params, const Key
 }
 
 // How many query heads to pack into the rows of a tile: the whole group that shares keys, or 1. It pays where
-// a tile has more rows than there are queries: if tiles are then filled by 10 % more (FlashAttention-3's
-// rule).
+// a tile has more rows than there are queries: if tiles without packing are filled to less than 0.9 of what
+// they would be (FlashAttention-3's rule).
 inline int group_to_pack(const ForwardParams& params, int block_m) {
   const int group = params.num_heads / params.num_heads_k;
   if (block_m % group != 0 || needs_modifiers(params)) return 1;
@@ -66,9 +66,10 @@ inline int group_to_pack(const ForwardParams& params, int block_m) {
 template <class Config, class KeySource>
 Status launch_tile(KeySource& source, const Device& device, cudaStream_t stream, const char* name) {
   const ForwardParams& params = source.forward();
+  if (params.num_heads == 0 || params.total_q == 0) return Status::kOk;
   source.group = group_to_pack(params, Config::kBlockM);
   source.schedule = make_schedule(params, Config::kBlockM, Config::kMask, kSectionBytes, source.group);
-  if (source.num_tiles() == 0 || params.total_q == 0) return Status::kOk;
+  if (source.num_tiles() == 0) return Status::kOk;
   Status status = check_tiles(name, source.num_tiles(), device);
   if (status != Status::kOk) return status;
   status = make_tensor_maps<Config>(source.maps, params, source.tensor(Config::kBlockN), source.group, name);
