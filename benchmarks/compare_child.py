@@ -107,12 +107,19 @@ def import_package(folder: Path) -> ModuleType:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Measure the settings that match and print the answer: the package's commit, and a pair by setting.
+
+    The exit status is 0; another package, or a call that fails, ends in an exception, which is status 1, and
+    wrong arguments in status 2.
+    """
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compare_child", description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument(
         "--only", type=re.compile, action="append", default=[], help="regex that a setting must match"
     )
-    parser.add_argument("--seconds", type=float, required=True, help="device time of a setting")
+    parser.add_argument(
+        "--seconds", type=float, required=True, help="device time of a setting of forward or backward"
+    )
     args = parser.parse_args(argv)
     package = import_package(args.folder)
     known = timers(args.seconds)

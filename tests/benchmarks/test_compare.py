@@ -41,8 +41,10 @@ def test_the_second_measurement_replaces_the_first():
 def test_means_are_of_each_table_and_must_not_be_low():
     rows = [Row("forward a", 100, 50), Row("forward b", 50, 100), Row("decode c", 99, 100)]
     assert compare.means(rows) == pytest.approx({"forward": 1, "decode": 0.99, "all": 0.99 ** (1 / 3)})
-    assert compare.complaints(rows[::2], 0.98) == ["mean of decode: 0.9900 is below 0.995"]
-    assert compare.complaints(rows[:2], 0.98) == ["forward b: 0.500 is below 0.98"]
+    assert compare.complaints(rows[::2], 0.98) == ["mean of decode: 0.990000 is below 0.995"]
+    assert compare.complaints(rows[:2], 0.98) == ["forward b: 0.500000 is below 0.98"]
+    barely = compare.complaints([Row("forward a", 97.996, 100), Row("forward b", 105, 100)], 0.98)
+    assert barely == ["forward a: 0.979960 is below 0.98"]
 
 
 def test_the_table():
@@ -108,7 +110,7 @@ def answers(package, monkeypatch, tmp_path):
             return {"commit": folder.name, "rows": say(folder.name, len(asked))}
 
         monkeypatch.setattr(compare, "ask", ask)
-        monkeypatch.setattr(report, "environment", lambda: {"device": "GPU"})
+        monkeypatch.setattr(report, "machine", lambda: {"device": "GPU"})
         words = ["compare", str(old), str(new), "--output", str(tmp_path), *options]
         args: argparse.Namespace = parser("compare").parse_args(words)
         return compare.run(args), asked
@@ -136,7 +138,7 @@ def test_packages_take_turns_and_slow_settings_are_measured_again(answers, tmp_p
 def test_what_stays_slow_fails(answers, capsys):
     status, _ = answers(lambda side, _: {"decode b": (1.0 + (side == NEW), 1.0)}, "--rounds", "1")
     assert status == 1
-    assert "decode b: 0.500 is below 0.98" in capsys.readouterr().out
+    assert "decode b: 0.500000 is below 0.98" in capsys.readouterr().out
 
 
 def test_what_cannot_be_compared(answers, capsys, tmp_path):
@@ -144,5 +146,26 @@ def test_what_cannot_be_compared(answers, capsys, tmp_path):
     assert "no setting has such a name" in capsys.readouterr().out
     with pytest.raises(CompareError, match="does not hold the package flash_attn"):
         compare.Comparison(tmp_path, tmp_path, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "says"),
+    [
+        ("--tables", "forward,both", "both: not of forward"),
+        ("--rounds", "0", "must be a whole number from 1 on, not '0'"),
+        ("--rounds", "-1", "must be a whole number from 1 on, not '-1'"),
+        ("--rounds", "1.5", "must be a whole number from 1 on, not '1.5'"),
+        ("--repeat-rounds", "-1", "must be a whole number from 0 on, not '-1'"),
+    ],
+)
+def test_wrong_options(option, value, says, capsys):
     with pytest.raises(SystemExit):
-        parser("compare").parse_args(["compare", "old", "new", "--tables", "forward,both"])
+        parser("compare").parse_args(["compare", "old", "new", f"{option}={value}"])
+    assert says in capsys.readouterr().err
+
+
+def test_no_second_measurement(answers):
+    status, asked = answers(
+        lambda side, _: {"decode b": (1.0 + (side == NEW), 1.0)}, "--rounds=1", "--repeat-rounds=0"
+    )
+    assert (status, len(asked)) == (1, 2)
