@@ -30,6 +30,8 @@ OLD, NEW = "old", "new"
 MEAN_BAR = 0.995
 AGREEMENT = 1e-3
 """Relative difference by which the sums of absolute results of OLD and NEW may differ."""
+PROJECTION_AGREEMENT = 0.05
+"""Difference by which their projections may differ: rounding gives below 0.01, another order about 1."""
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -39,10 +41,13 @@ class CompareError(Exception):
 
 @dataclass(frozen=True)
 class Sample:
-    """What a process says of a setting: microseconds, and the sum of the absolute values of the results."""
+    """What a process says of a setting: microseconds, the sum of the absolute values of the results, and the
+    projection of each result on random weights.
+    """
 
     us: float
     total: float
+    projections: Sequence[float]
 
 
 Round = Mapping[str, Sample]
@@ -73,13 +78,24 @@ def rows_of(rounds: Mapping[str, Sequence[Round]], again: bool = False) -> list[
     rows = []
     for setting in rounds[OLD][0]:
         samples = {side: [one[setting] for one in rounds[side]] for side in (OLD, NEW)}
-        totals = {side: samples[side][0].total for side in samples}
-        if not math.isclose(totals[OLD], totals[NEW], rel_tol=AGREEMENT):
-            sums = ", ".join(f"{side} {total:.6g}" for side, total in totals.items())
-            raise CompareError(f"{setting}: the sums of the absolute results differ: {sums}")
+        check_results(setting, samples[OLD][0], samples[NEW][0])
         old_us, new_us = (median(sample.us for sample in samples[side]) for side in (OLD, NEW))
         rows.append(Row(setting, old_us, new_us, again))
     return rows
+
+
+def check_results(setting: str, old: Sample, new: Sample) -> None:
+    """CompareError where the results of a setting differ by more than rounding."""
+    if not math.isclose(old.total, new.total, rel_tol=AGREEMENT):
+        sums = f"{OLD} {old.total:.6g}, {NEW} {new.total:.6g}"
+        raise CompareError(f"{setting}: the sums of the absolute results differ: {sums}")
+    pairs = zip(old.projections, new.projections, strict=False)
+    same = len(old.projections) == len(new.projections)
+    if not (same and all(abs(x - y) <= PROJECTION_AGREEMENT for x, y in pairs)):
+        listed = [" ".join(f"{x:.4g}" for x in sample.projections) for sample in (old, new)]
+        raise CompareError(
+            f"{setting}: the projections of the results differ: {OLD} {listed[0]}, {NEW} {listed[1]}"
+        )
 
 
 def merged(rows: Iterable[Row], second: Iterable[Row]) -> list[Row]:

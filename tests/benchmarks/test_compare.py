@@ -14,8 +14,8 @@ from benchmarks.providers import Call
 from benchmarks.settings import TABLES
 
 
-def said(us, total=1.0, setting="forward d64 full 512"):
-    return {setting: Sample(us, total)}
+def said(us, total=1.0, setting="forward d64 full 512", projections=(0.5, -1.2)):
+    return {setting: Sample(us, total, projections)}
 
 
 def test_a_time_is_the_median_over_the_rounds():
@@ -29,6 +29,13 @@ def test_results_must_agree(total):
     assert compare.rows_of({OLD: [said(1.0)], NEW: [said(1.0, 1.0001)]})
     with pytest.raises(CompareError, match=r"forward d64 full 512: the sums .* differ: old 1, new"):
         compare.rows_of({OLD: [said(1.0)], NEW: [said(1.0, total)]})
+
+
+@pytest.mark.parametrize("projections", [(0.5, 0.3), (-0.5, -1.2), (0.5, math.nan), (0.5,)])
+def test_where_results_lie_must_agree(projections):
+    assert compare.rows_of({OLD: [said(1.0)], NEW: [said(1.0, projections=(0.501, -1.201))]})
+    with pytest.raises(CompareError, match=r"forward d64 full 512: the projections .* differ: old 0\.5"):
+        compare.rows_of({OLD: [said(1.0)], NEW: [said(1.0, projections=projections)]})
 
 
 def test_the_second_measurement_replaces_the_first():
@@ -68,7 +75,20 @@ def test_settings_are_those_of_the_tables():
 def test_a_setting_is_timed_and_its_results_summed():
     results = torch.tensor([1.0, -2.0]), torch.tensor([3.0])
     task = compare_child.Task("backward", "d64", lambda: Call(lambda: results))
-    assert compare_child.measure(task, lambda calls: dict.fromkeys(calls, 0.25)) == (250.0, 6.0)
+    us, total, projections = compare_child.measure(task, lambda calls: dict.fromkeys(calls, 0.25))
+    assert (us, total, len(projections)) == (250.0, 6.0, 2)
+
+
+def test_a_projection_tells_orders_apart_but_not_roundings():
+    torch.manual_seed(0)
+    x = torch.randn(64, 128)
+    here = compare_child.projection(x)
+    assert compare_child.projection(x.bfloat16()) == pytest.approx(here, abs=0.01)
+    assert compare_child.projection(3 * x) == pytest.approx(here)
+    others = (x.flip(0), x.roll(1, 1), -x)
+    assert all(abs(compare_child.projection(other) - here) > compare.PROJECTION_AGREEMENT for other in others)
+    assert compare_child.projection(torch.zeros(3)) == 0
+    assert math.isnan(compare_child.projection(torch.tensor([math.nan, 1.0])))
 
 
 @pytest.fixture
@@ -123,8 +143,8 @@ def test_packages_take_turns_and_slow_settings_are_measured_again(answers, tmp_p
 
     def say(side, number):
         slow = 1.1 if side == NEW and number <= first else 1.0
-        again = {} if number > first else {"decode b": (7.0, 3.0)}
-        return {"forward a": (slow, 2.0), **again}
+        again = {} if number > first else {"decode b": (7.0, 3.0, [])}
+        return {"forward a": (slow, 2.0, [0.1]), **again}
 
     status, asked = answers(say, "--rounds", "3", "--repeat-rounds", "2", "--only", "a|b")
     assert status == 0
@@ -136,7 +156,7 @@ def test_packages_take_turns_and_slow_settings_are_measured_again(answers, tmp_p
 
 
 def test_what_stays_slow_fails(answers, capsys):
-    status, _ = answers(lambda side, _: {"decode b": (1.0 + (side == NEW), 1.0)}, "--rounds", "1")
+    status, _ = answers(lambda side, _: {"decode b": (1.0 + (side == NEW), 1.0, [])}, "--rounds", "1")
     assert status == 1
     assert "decode b: 0.500000 is below 0.98" in capsys.readouterr().out
 
@@ -166,6 +186,6 @@ def test_wrong_options(option, value, says, capsys):
 
 def test_no_second_measurement(answers):
     status, asked = answers(
-        lambda side, _: {"decode b": (1.0 + (side == NEW), 1.0)}, "--rounds=1", "--repeat-rounds=0"
+        lambda side, _: {"decode b": (1.0 + (side == NEW), 1.0, [])}, "--rounds=1", "--repeat-rounds=0"
     )
     assert (status, len(asked)) == (1, 2)
