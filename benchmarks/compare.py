@@ -3,7 +3,7 @@
 OLD and NEW are folders that hold the package flash_attn with its library. Each process measures each setting;
 a time is the median over the processes of their medians. Settings in which NEW falls below the bar are timed
 again, in more rounds, and that counts. The exit status is 1 if one stays below it, or if a table's geometric
-mean of OLD's time over NEW's is below 0.995.
+mean of OLD's time over NEW's is below 0.995; 2 if the two cannot be compared.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -30,6 +30,8 @@ OLD, NEW = "old", "new"
 MEAN_BAR = 0.995
 AGREEMENT = 1e-3
 """Relative difference by which the sums of absolute results of OLD and NEW may differ."""
+PROJECTION_AGREEMENT = 0.05
+"""Difference by which their projections may differ: rounding gives below 0.01, another order about 1."""
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -39,10 +41,13 @@ class CompareError(Exception):
 
 @dataclass(frozen=True)
 class Sample:
-    """What a process says of a setting: microseconds, and the sum of the absolute values of the results."""
+    """What a process says of a setting: microseconds, the sum of the absolute values of the results, and the
+    projection of each result on random weights.
+    """
 
     us: float
     total: float
+    projections: Sequence[float]
 
 
 Round = Mapping[str, Sample]
@@ -73,13 +78,24 @@ def rows_of(rounds: Mapping[str, Sequence[Round]], again: bool = False) -> list[
     rows = []
     for setting in rounds[OLD][0]:
         samples = {side: [one[setting] for one in rounds[side]] for side in (OLD, NEW)}
-        totals = {side: samples[side][0].total for side in samples}
-        if not math.isclose(totals[OLD], totals[NEW], rel_tol=AGREEMENT):
-            sums = ", ".join(f"{side} {total:.6g}" for side, total in totals.items())
-            raise CompareError(f"{setting}: the sums of the absolute results differ: {sums}")
+        check_results(setting, samples[OLD][0], samples[NEW][0])
         old_us, new_us = (median(sample.us for sample in samples[side]) for side in (OLD, NEW))
         rows.append(Row(setting, old_us, new_us, again))
     return rows
+
+
+def check_results(setting: str, old: Sample, new: Sample) -> None:
+    """CompareError where the results of a setting differ by more than rounding."""
+    if not math.isclose(old.total, new.total, rel_tol=AGREEMENT):
+        sums = f"{OLD} {old.total:.6g}, {NEW} {new.total:.6g}"
+        raise CompareError(f"{setting}: the sums of the absolute results differ: {sums}")
+    pairs = zip(old.projections, new.projections, strict=False)
+    same = len(old.projections) == len(new.projections)
+    if not (same and all(abs(x - y) <= PROJECTION_AGREEMENT for x, y in pairs)):
+        listed = [" ".join(f"{x:.4g}" for x in sample.projections) for sample in (old, new)]
+        raise CompareError(
+            f"{setting}: the projections of the results differ: {OLD} {listed[0]}, {NEW} {listed[1]}"
+        )
 
 
 def merged(rows: Iterable[Row], second: Iterable[Row]) -> list[Row]:
@@ -98,9 +114,9 @@ def means(rows: Sequence[Row]) -> dict[str, float]:
 
 def complaints(rows: Sequence[Row], bar: float) -> list[str]:
     """What NEW is too slow in: settings below the bar, means below MEAN_BAR."""
-    slow = [f"{row.setting}: {row.ratio:.3f} is below {bar}" for row in rows if row.ratio < bar]
+    slow = [f"{row.setting}: {row.ratio:.6f} is below {bar}" for row in rows if row.ratio < bar]
     low = {table: mean for table, mean in means(rows).items() if mean < MEAN_BAR}
-    return [*slow, *(f"mean of {table}: {mean:.4f} is below {MEAN_BAR}" for table, mean in low.items())]
+    return [*slow, *(f"mean of {table}: {mean:.6f} is below {MEAN_BAR}" for table, mean in low.items())]
 
 
 def lines(rows: Sequence[Row]) -> list[str]:
@@ -114,10 +130,10 @@ def lines(rows: Sequence[Row]) -> list[str]:
     return [*text, *(f"geometric mean, {table}: {mean:.4f}" for table, mean in means(rows).items())]
 
 
-def environment(root: Path = ROOT) -> dict[str, str]:
-    """Of a process that imports the benchmarks of this tree, wherever its package comes from."""
+def child_environment() -> dict[str, str]:
+    """Variables of a process that imports the benchmarks of this tree, wherever its package comes from."""
     inherited = os.environ.get("PYTHONPATH")
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), *([inherited] if inherited else [])])}
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *([inherited] if inherited else [])])}
 
 
 def ask(folder: Path, only: Sequence[str], seconds: float) -> dict[str, Any]:
@@ -126,7 +142,7 @@ def ask(folder: Path, only: Sequence[str], seconds: float) -> dict[str, Any]:
     command += ["--seconds", str(seconds), *(f"--only={pattern}" for pattern in only)]
     with tempfile.TemporaryDirectory() as neutral:  # `-m` puts the working folder first on the path
         done = subprocess.run(
-            command, cwd=neutral, env=environment(), capture_output=True, text=True, check=False
+            command, cwd=neutral, env=child_environment(), capture_output=True, text=True, check=False
         )
     if done.returncode:
         raise CompareError(f"{folder}: {done.stderr.strip() or f'exit status {done.returncode}'}")
@@ -172,19 +188,43 @@ def _tables(text: str) -> list[str]:
     return names
 
 
+def _from(least: int) -> Callable[[str], int]:
+    """An argument's type: whole numbers from the least on."""
+
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be a whole number from {least} on, not {text!r}")
+        return int(text)
+
+    return number
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `python -m benchmarks compare`, but for those of all commands."""
     parser.add_argument("old", type=Path, help="folder that holds a package flash_attn")
     parser.add_argument("new", type=Path, help="the same of the package that is compared with it")
-    parser.add_argument("--rounds", type=int, default=5, help="processes of either package")
-    parser.add_argument("--repeat-rounds", type=int, default=20, help="the same for settings below the bar")
+    parser.add_argument("--rounds", type=_from(1), default=5, help="processes of either package")
+    parser.add_argument(
+        "--repeat-rounds", type=_from(0), default=20, help="the same for settings below the bar; 0: no repeat"
+    )
     parser.add_argument("--tables", type=_tables, default=list(TABLES), help="some of " + ",".join(TABLES))
     parser.add_argument("--only", default="", help="regex: only settings such as `forward d64 causal 512`")
     parser.add_argument("--bar", type=float, default=0.98, help="what NEW must reach in each setting")
-    parser.add_argument("--seconds", type=float, default=0.1, help="device time of a setting in a process")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=0.1,
+        help="device time of a setting in a process, of forward and backward; "
+        "over a cache there are 50 replays",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    facts: dict[str, Any] = {**report.circumstances(args.family, "bf16")}
+    """Measure, print and write the table.
+
+    The exit status is 0 if NEW is fast enough, 1 if it is not, 2 if the two cannot be compared.
+    """
+    facts: dict[str, Any] = {**report.machine(), **report.choices(args.family, "bf16")}
     try:
         comparison = Comparison(args.old, args.new, args.seconds)
         rows = comparison.measure(args.rounds, [f"^({'|'.join(args.tables)}) ", args.only])

@@ -1,20 +1,27 @@
-"""Functions in a cubin, the ELF file that holds a GPU's machine code: their code without names."""
+"""Functions in a cubin, the ELF file that holds a GPU's machine code: their code without names.
+
+Data of a whole module, such as tables of constants and the initial values of globals, is not compared.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import struct
-from collections.abc import Iterator
+import io
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+from elftools.common.exceptions import ELFError
+from elftools.elf.elffile import ELFFile
+from elftools.elf.relocation import RelocationSection
+from elftools.elf.sections import Section
+
+from ci import CiError
 
 INSTRUCTION_BYTES = 16
 NOP = 0x918
 """Opcode of the instruction that fills a function up to its alignment."""
 SCHEDULE = ((1 << 21) - 1) << 105
 """The bits of an instruction that say when it is issued and what it waits for (Volta and newer)."""
-
-NO_BITS = 8
-"""Kind of a section that has a size but no data."""
 
 
 @dataclass(frozen=True)
@@ -26,48 +33,29 @@ class Code:
     instructions: int
 
 
-@dataclass(frozen=True)
-class Section:
-    """A part of an ELF file."""
-
-    name: str
-    data: bytes
-
-
-def sections(cubin: bytes) -> Iterator[Section]:
-    """The sections of a 64-bit little-endian ELF file, with what of them lies in the file."""
-    (table,) = struct.unpack_from("<Q", cubin, 0x28)
-    entry, count, names_index = struct.unpack_from("<HHH", cubin, 0x3A)
-    headers = [struct.unpack_from("<IIQQQQIIQQ", cubin, table + i * entry) for i in range(count)]
-    names = headers[names_index][4]
-    for name, kind, _, _, offset, size, *_ in headers:
-        end = cubin.index(b"\0", names + name)
-        data = b"" if kind == NO_BITS else cubin[offset : offset + size]
-        yield Section(cubin[names + name : end].decode(), data)
-
-
 def functions(cubin: bytes) -> dict[str, Code]:
     """The code of each function by its mangled name.
 
-    Names of what it refers to do not count: where and how it does, and the constants beside it, do.
+    Names of what it refers to do not count: where and how it does, and the constants beside it, do. Raises
+    CiError.
     """
-    found = {section.name: section for section in sections(cubin)}
-    return {
-        name.removeprefix(".text."): _code(section.data, _beside(found, name.removeprefix(".text.")))
-        for name, section in found.items()
-        if name.startswith(".text.")
-    }
+    try:
+        found = {section.name: section for section in ELFFile(io.BytesIO(cubin)).iter_sections()}
+        names = [name.removeprefix(".text.") for name in found if name.startswith(".text.")]
+        return {name: _code(found[f".text.{name}"].data(), _beside(found, name)) for name in names}
+    except ELFError as error:
+        raise CiError(f"not a cubin: {error}") from error
 
 
-def _beside(found: dict[str, Section], name: str) -> bytes:
+def _beside(found: Mapping[str, Section], name: str) -> bytes:
     """Relocations of a function without their symbols, and its constants but the arguments (bank 0)."""
     parts = []
-    for kind, layout in (("rel", "<QQ"), ("rela", "<QQq")):
-        section = found.get(f".{kind}.text.{name}")
-        for offset, info, *addend in struct.iter_unpack(layout, section.data if section else b""):
-            parts.append(repr((offset, info & 0xFFFFFFFF, addend)).encode())
+    for section in (found.get(f".{kind}.text.{name}") for kind in ("rel", "rela")):
+        if isinstance(section, RelocationSection):
+            for entry in (relocation.entry for relocation in section.iter_relocations()):
+                parts.append(repr((entry.r_offset, entry.r_info_type, entry.get("r_addend"))).encode())
     banks = ((bank, found.get(f".nv.constant{bank}.{name}")) for bank in range(1, 8))
-    return b"".join([*parts, *(b"%d:%b" % (bank, section.data) for bank, section in banks if section)])
+    return b"".join([*parts, *(b"%d:%b" % (bank, section.data()) for bank, section in banks if section)])
 
 
 def _code(text: bytes, beside: bytes) -> Code:

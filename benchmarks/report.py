@@ -6,6 +6,8 @@ import datetime
 import json
 import math
 import re
+import shutil
+import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -136,28 +138,49 @@ def replace_between_markers(text: str, name: str, replacement: str) -> str:
     return pattern.sub(lambda match: f"{match[1]}\n{replacement}\n{match[2]}", text)
 
 
-def environment() -> dict[str, str]:
-    """Device, driver, software versions, commit and date: what a figure means nothing without."""
+def driver_version() -> str:
+    """Version of the NVIDIA driver, "unknown" without nvidia-smi or an answer from it."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return "unknown"
+    query = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return done.stdout.partition("\n")[0].strip() or "unknown"
+
+
+def machine() -> dict[str, str]:
+    """Device, driver, versions of torch and cuDNN, date: facts that need no package flash_attn."""
     import torch
 
-    from flash_attn import build_info
-    from flash_attn._doctor import driver_version
-
-    info = build_info()
     return {
         "device": torch.cuda.get_device_name(),
-        "driver": driver_version() or "unknown",
+        "driver": driver_version(),
         "torch": torch.__version__,
         "cudnn": str(torch.backends.cudnn.version()),
-        "project_version": info["project_version"],
-        "commit": info["commit"] or "unknown",
         "date": datetime.date.today().isoformat(),
     }
 
 
+def environment() -> dict[str, str]:
+    """The machine, and version and commit of the package: what a figure means nothing without."""
+    from flash_attn import build_info
+
+    info = build_info()
+    package = {"project_version": info["project_version"], "commit": info["commit"] or "unknown"}
+    return {**machine(), **package}
+
+
+def choices(family: str | None, dtype: str) -> dict[str, str]:
+    """The dtype of what was measured, and the kernel family, forced or not."""
+    return {"dtype": dtype, "family": family or "chosen by the library"}
+
+
 def circumstances(family: str | None, dtype: str) -> dict[str, str]:
-    """The environment, the kernel family, forced or not, and the dtype of what was measured."""
-    return {**environment(), "dtype": dtype, "family": family or "chosen by the library"}
+    """The environment and the choices."""
+    return {**environment(), **choices(family, dtype)}
 
 
 def write_json(path: Path, facts: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> None:

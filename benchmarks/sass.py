@@ -1,8 +1,9 @@
 """Compares the machine code of two builds function by function, without a GPU.
 
 A build is a libflash_attn.so or a folder of objects. Two functions of one target and name are identical if
-instructions, their schedule, registers, stack and shared memory are. The exit status is 0 if each function of
-either build has an identical one, be it under another name.
+instructions, their schedule, registers, stack and shared memory are. The exit status is 0 if every function
+has an identical partner: the one of its name, or else one of its own. It is 1 if one has none, 2 if the
+builds cannot be compared.
 """
 
 from __future__ import annotations
@@ -117,14 +118,32 @@ def parse_names(text: str) -> list[tuple[re.Pattern[str], str]]:
         line = re.sub(r"(^|\s)#.*", "", line).strip()
         if not line:
             continue
-        old, arrow, new = re.split(r"(\s+=>(?:\s+|$))", line, maxsplit=1) if "=>" in line else (line, "", "")
-        try:
-            rules.append((re.compile(old), new))
-        except re.error as error:
-            raise SassError(f"line {number} of the names: {error} in {old!r}") from error
-        if not arrow:
+        rule = re.fullmatch(r"(\S.*?)\s+=>(?:\s+(.*))?", line)
+        if rule is None:
             raise SassError(f"line {number} of the names is not OLD_REGEX => NEW: {line!r}")
+        old, new = rule[1], rule[2] or ""
+        rules.append((_compiled(old, new, number), new))
     return rules
+
+
+def _compiled(old: str, new: str, number: int) -> re.Pattern[str]:
+    """The regex of a rule; SassError if it is none, or if the rule's name refers to a group that it lacks."""
+    text = old
+    try:
+        pattern = re.compile(old)
+        text = new
+        pattern.sub(new, "")
+    except (re.error, IndexError) as error:
+        raise SassError(f"line {number} of the names: {error} in {text!r}") from error
+    return pattern
+
+
+def read_names(file: Path) -> list[tuple[re.Pattern[str], str]]:
+    """The rules of a file of names. Raises SassError."""
+    try:
+        return parse_names(file.read_text())
+    except (OSError, UnicodeError) as error:
+        raise SassError(f"{file} cannot be read: {error}") from error
 
 
 def renamed(functions: Iterable[Function], rules: Sequence[tuple[re.Pattern[str], str]]) -> list[Function]:
@@ -215,6 +234,8 @@ class Reader:
             arch = path.suffixes[-2].removeprefix(".")
             usage = parse_usage(device_code.run(self.program, path, "-res-usage"))
             for symbol, code in cubin.functions(path.read_bytes()).items():
+                if symbol not in usage:
+                    raise SassError(f"cuobjdump says nothing about {symbol} in {path.name} of {file}")
                 found.append(Function(arch, symbol, code, usage[symbol], symbol, path))
         return found
 
@@ -234,6 +255,7 @@ def demangled(symbols: Sequence[str]) -> dict[str, str]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `python -m benchmarks sass`."""
     parser.add_argument("old", type=Path, help="a libflash_attn.so, or a folder of a build or of its objects")
     parser.add_argument("new", type=Path, help="the same of the build that is compared with it")
     parser.add_argument(
@@ -244,12 +266,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Compare and print.
+
+    The exit status is 0 if every function has an identical partner, 1 if one has none, 2 if the builds cannot
+    be compared.
+    """
     try:
-        rules = parse_names(args.names.read_text()) if args.names else []
+        rules = read_names(args.names) if args.names else []
         with tempfile.TemporaryDirectory() as folder:
             reader = Reader(Path(folder))
             pairs = compare(renamed(reader.read(args.old), rules), reader.read(args.new))
             pairs = [pair for pair in pairs if re.search(args.only, pair.name)]
+            if not pairs:
+                raise SassError("no function has such a name")
             _print(pairs, reader if args.verbose else None)
     except (SassError, CiError) as error:
         print(error)

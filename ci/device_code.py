@@ -19,7 +19,7 @@ def find_cuobjdump() -> Path | None:
     home = os.environ.get("CUDA_HOME")
     path = os.pathsep.join([*([f"{home}/bin"] if home else []), os.environ.get("PATH", "")])
     found = shutil.which("cuobjdump", path=path)
-    return Path(found) if found else toolchain.newest_of_wheels("cuobjdump")
+    return Path(found).resolve() if found else toolchain.newest_of_wheels("cuobjdump")
 
 
 def read(library: Path) -> frozenset[str] | None:
@@ -31,11 +31,15 @@ def read(library: Path) -> frozenset[str] | None:
 
 
 def run(program: Path, binary: Path, *options: str, folder: Path | None = None) -> str:
-    """What cuobjdump prints about a library or an object, run in ``folder``: nothing of one without device
-    code. Raises CiError.
+    """What cuobjdump, run in ``folder``, prints about a library or an object.
+
+    It is empty if it holds no device code. Raises CiError.
     """
     command = [str(program), *options, str(binary.resolve())]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
+    except OSError as error:
+        raise CiError(f"cuobjdump failed: {error}") from error
     if not done.returncode:
         return done.stdout
     if "does not contain device code" in done.stdout + done.stderr:
@@ -46,8 +50,15 @@ def run(program: Path, binary: Path, *options: str, folder: Path | None = None) 
 def expected(kernels: Iterable[str], targets: Iterable[str]) -> frozenset[str]:
     """Each kernel for each target of its family: ``forward_sm80_bf16_d128_full sm_90``; raises CiError."""
     codes = [_code(target) for target in targets]
-    keys = filter(None, map(KernelKey.parse, kernels))
+    keys = [_key(kernel) for kernel in kernels]
     return frozenset(f"{key} {code}" for key in keys for family, code in codes if family == key.family)
+
+
+def _key(kernel: str) -> KernelKey:
+    key = KernelKey.parse(kernel)
+    if key is None:
+        raise CiError(f"unknown kernel {kernel!r} in its manifest")
+    return key
 
 
 def _code(target: str) -> tuple[str, str]:

@@ -57,6 +57,10 @@ def _glibc(library: ELFFile) -> tuple[int, int]:
     section = library.get_section_by_name(".gnu.version_r")
     if not isinstance(section, GNUVerNeedSection):
         return 0, 0
-    names = [version.name for _, versions in section.iter_versions() for version in versions]
+    return newest_glibc(version.name for _, versions in section.iter_versions() for version in versions)
+
+
+def newest_glibc(names: Iterable[str]) -> tuple[int, int]:
+    """The newest glibc among names of versions such as GLIBC_2.17; (0, 0) if none is glibc's."""
     found = [re.fullmatch(r"GLIBC_(\d+)\.(\d+)(?:\.\d+)?", name) for name in names]
     return max(((int(match[1]), int(match[2])) for match in found if match), default=(0, 0))

@@ -176,8 +176,11 @@ OPTIONAL = ("roomy", "short", "narrow", "rows128")
 def find_tiles(direction: str, family: str, head_dim: int, mask: str) -> dict[str, Tile | None]:
     """The checked tiles of one kernel by member; raises TileError if one is missing or does not fit."""
     row = TABLES[direction].get(family, {}).get(head_dim, {})
+    design = axes.FAMILIES[family].directions[direction]
+    if (design, direction) not in MEMBERS:
+        raise TileError(f"design {design} has no members for {direction} kernels: add them to MEMBERS")
     found: dict[str, Tile | None] = {}
-    for member in MEMBERS[axes.FAMILIES[family].directions[direction], direction]:
+    for member in MEMBERS[design, direction]:
         tile = row.get(mask if member == "default" and mask in row else member)
         if tile is not None:
             check_tile(tile, axes.FAMILIES[family], head_dim, mask, resident=member != "roomy")

@@ -57,9 +57,11 @@ class Unit:
 
     @property
     def tile(self) -> Tile:
-        """The tile of calls for which no other one is better."""
-        named = (self.tiles.get(name) for name in ("default", "rows128", "rows64"))
-        return next(tile for tile in named if tile is not None)
+        """The tile of calls for which no other one is better; raises TileError if there is none."""
+        for name in ("default", "rows128", "rows64"):
+            if tile := self.tiles.get(name):
+                return tile
+        raise tiles.TileError(f"{self.key} has no tile default, rows128 or rows64")
 
     @property
     def smem_bytes(self) -> int:

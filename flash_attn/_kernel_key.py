@@ -4,7 +4,7 @@
 import re
 from dataclasses import dataclass
 
-_TEXT = re.compile(r"([a-z]+)_(sm\d+)_([a-z]+\d+)_d(\d+)_([a-z]+)")
+_TEXT = re.compile(r"([a-z]+)_(sm\d+)_([a-z]+\d+)_d([1-9]\d*)_([a-z]+)", re.ASCII)
 
 
 @dataclass(frozen=True)

@@ -163,7 +163,7 @@ def plan(
 
 
 KEY_BLOCK = 128
-"""Keys of a backward's thread block; some kernels have half as many."""
+"""Keys of a backward's thread block, of the widest tile; others have half or a quarter as many."""
 
 ENOUGH_THREAD_BLOCKS = {False: 0.9, True: 15.0}
 """Thread blocks of a backward for each multiprocessor from which on splitting costs more than it brings.

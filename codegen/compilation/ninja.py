@@ -116,7 +116,9 @@ def build_file(
 
 
 def _writer(output: io.StringIO) -> Any:
-    """ninja's own writer of its files, which breaks no line: two spaces of a path stay two."""
+    """ninja's own writer of its files, with lines never wrapped, since wrapping would merge double spaces
+    in a path.
+    """
     try:
         from ninja import ninja_syntax
     except ImportError:
@@ -126,7 +128,9 @@ def _writer(output: io.StringIO) -> Any:
 
 
 def _path(path: Path) -> str:
-    """The path for the writer: that escapes spaces, colons and dollars before spaces, but no other ones."""
+    """The path as the writer expects it: it escapes spaces, colons and a dollar before a space; other
+    dollars are doubled here.
+    """
     return re.sub(r"\$(?! )", "$$", str(path))
 
 

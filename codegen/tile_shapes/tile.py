@@ -36,6 +36,7 @@ class Tile(ABC):
         """
 
     def smem_bytes(self, head_dim: int) -> int:
+        """The value of ``smem``: what a launch asks for."""
         return self.smem(head_dim).value
 
     def constants(self, head_dim: int) -> dict[str, int]:

@@ -13,10 +13,14 @@ MANIFEST = "flash_attn/_build.json"
 PYTHON = "py3-none"
 """Any Python and any ABI will do."""
 
+BUILD = re.compile(r"\d\w*", re.ASCII)
+VERSION = re.compile(r"[\w.!+]+", re.ASCII)
+PLATFORMS = re.compile(r"\w+(\.\w+)*", re.ASCII)
+
 
 @dataclass(frozen=True)
 class WheelName:
-    """Version, build tag ("130" for CUDA 13.0, "" without one) and platform tags of a wheel."""
+    """Version, build tag ("130" for CUDA 13.0, "" without one) and platform tags of a wheel, as written."""
 
     version: str
     build: str
@@ -26,16 +30,20 @@ class WheelName:
     def parse(cls, name: str) -> "WheelName":
         """The file name taken apart; raises CodegenError, which says why it is none of this project's."""
         try:
-            project, version, _, _ = parse_wheel_filename(name)
+            parse_wheel_filename(name)
         except InvalidWheelFilename:
             raise CodegenError("not the name of a wheel") from None
-        if project != PROJECT:
+        # Taken from the text: packaging normalises versions, drops a build tag's leading zeros and the order
+        # of the platforms, and lets through characters that belong in neither.
+        project, version, *build, python, abi, platforms = name.removesuffix(".whl").split("-")
+        parts = (VERSION, version), (PLATFORMS, platforms), *((BUILD, tag) for tag in build)
+        if not all(pattern.fullmatch(part) for pattern, part in parts):
+            raise CodegenError("not the name of a wheel")
+        if project != PROJECT.replace("-", "_"):
             raise CodegenError("another project")
-        # Taken from the text: packaging drops a build tag's leading zeros and the order of the platforms.
-        _, _, *build, python, abi, platforms = name.removesuffix(".whl").split("-")
         if f"{python}-{abi}" != PYTHON:
             raise CodegenError(f"for {python}-{abi}, not {PYTHON}")
-        return cls(str(version), "".join(build), tuple(platforms.split(".")))
+        return cls(version, "".join(build), tuple(platforms.split(".")))
 
     @property
     def cuda(self) -> tuple[int, int] | None:

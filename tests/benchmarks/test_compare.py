@@ -14,8 +14,8 @@ from benchmarks.providers import Call
 from benchmarks.settings import TABLES
 
 
-def said(us, total=1.0, setting="forward d64 full 512"):
-    return {setting: Sample(us, total)}
+def said(us, total=1.0, setting="forward d64 full 512", projections=(0.5, -1.2)):
+    return {setting: Sample(us, total, projections)}
 
 
 def test_a_time_is_the_median_over_the_rounds():
@@ -31,6 +31,13 @@ def test_results_must_agree(total):
         compare.rows_of({OLD: [said(1.0)], NEW: [said(1.0, total)]})
 
 
+@pytest.mark.parametrize("projections", [(0.5, 0.3), (-0.5, -1.2), (0.5, math.nan), (0.5,)])
+def test_where_results_lie_must_agree(projections):
+    assert compare.rows_of({OLD: [said(1.0)], NEW: [said(1.0, projections=(0.501, -1.201))]})
+    with pytest.raises(CompareError, match=r"forward d64 full 512: the projections .* differ: old 0\.5"):
+        compare.rows_of({OLD: [said(1.0)], NEW: [said(1.0, projections=projections)]})
+
+
 def test_the_second_measurement_replaces_the_first():
     first = [Row("forward a", 90, 100), Row("decode b", 100, 100)]
     rows = compare.merged(first, [Row("forward a", 101, 100, again=True)])
@@ -41,8 +48,10 @@ def test_the_second_measurement_replaces_the_first():
 def test_means_are_of_each_table_and_must_not_be_low():
     rows = [Row("forward a", 100, 50), Row("forward b", 50, 100), Row("decode c", 99, 100)]
     assert compare.means(rows) == pytest.approx({"forward": 1, "decode": 0.99, "all": 0.99 ** (1 / 3)})
-    assert compare.complaints(rows[::2], 0.98) == ["mean of decode: 0.9900 is below 0.995"]
-    assert compare.complaints(rows[:2], 0.98) == ["forward b: 0.500 is below 0.98"]
+    assert compare.complaints(rows[::2], 0.98) == ["mean of decode: 0.990000 is below 0.995"]
+    assert compare.complaints(rows[:2], 0.98) == ["forward b: 0.500000 is below 0.98"]
+    barely = compare.complaints([Row("forward a", 97.996, 100), Row("forward b", 105, 100)], 0.98)
+    assert barely == ["forward a: 0.979960 is below 0.98"]
 
 
 def test_the_table():
@@ -66,7 +75,20 @@ def test_settings_are_those_of_the_tables():
 def test_a_setting_is_timed_and_its_results_summed():
     results = torch.tensor([1.0, -2.0]), torch.tensor([3.0])
     task = compare_child.Task("backward", "d64", lambda: Call(lambda: results))
-    assert compare_child.measure(task, lambda calls: dict.fromkeys(calls, 0.25)) == (250.0, 6.0)
+    us, total, projections = compare_child.measure(task, lambda calls: dict.fromkeys(calls, 0.25))
+    assert (us, total, len(projections)) == (250.0, 6.0, 2)
+
+
+def test_a_projection_tells_orders_apart_but_not_roundings():
+    torch.manual_seed(0)
+    x = torch.randn(64, 128)
+    here = compare_child.projection(x)
+    assert compare_child.projection(x.bfloat16()) == pytest.approx(here, abs=0.01)
+    assert compare_child.projection(3 * x) == pytest.approx(here)
+    others = (x.flip(0), x.roll(1, 1), -x)
+    assert all(abs(compare_child.projection(other) - here) > compare.PROJECTION_AGREEMENT for other in others)
+    assert compare_child.projection(torch.zeros(3)) == 0
+    assert math.isnan(compare_child.projection(torch.tensor([math.nan, 1.0])))
 
 
 @pytest.fixture
@@ -108,7 +130,7 @@ def answers(package, monkeypatch, tmp_path):
             return {"commit": folder.name, "rows": say(folder.name, len(asked))}
 
         monkeypatch.setattr(compare, "ask", ask)
-        monkeypatch.setattr(report, "environment", lambda: {"device": "GPU"})
+        monkeypatch.setattr(report, "machine", lambda: {"device": "GPU"})
         words = ["compare", str(old), str(new), "--output", str(tmp_path), *options]
         args: argparse.Namespace = parser("compare").parse_args(words)
         return compare.run(args), asked
@@ -121,8 +143,8 @@ def test_packages_take_turns_and_slow_settings_are_measured_again(answers, tmp_p
 
     def say(side, number):
         slow = 1.1 if side == NEW and number <= first else 1.0
-        again = {} if number > first else {"decode b": (7.0, 3.0)}
-        return {"forward a": (slow, 2.0), **again}
+        again = {} if number > first else {"decode b": (7.0, 3.0, [])}
+        return {"forward a": (slow, 2.0, [0.1]), **again}
 
     status, asked = answers(say, "--rounds", "3", "--repeat-rounds", "2", "--only", "a|b")
     assert status == 0
@@ -134,9 +156,9 @@ def test_packages_take_turns_and_slow_settings_are_measured_again(answers, tmp_p
 
 
 def test_what_stays_slow_fails(answers, capsys):
-    status, _ = answers(lambda side, _: {"decode b": (1.0 + (side == NEW), 1.0)}, "--rounds", "1")
+    status, _ = answers(lambda side, _: {"decode b": (1.0 + (side == NEW), 1.0, [])}, "--rounds", "1")
     assert status == 1
-    assert "decode b: 0.500 is below 0.98" in capsys.readouterr().out
+    assert "decode b: 0.500000 is below 0.98" in capsys.readouterr().out
 
 
 def test_what_cannot_be_compared(answers, capsys, tmp_path):
@@ -144,5 +166,26 @@ def test_what_cannot_be_compared(answers, capsys, tmp_path):
     assert "no setting has such a name" in capsys.readouterr().out
     with pytest.raises(CompareError, match="does not hold the package flash_attn"):
         compare.Comparison(tmp_path, tmp_path, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "says"),
+    [
+        ("--tables", "forward,both", "both: not of forward"),
+        ("--rounds", "0", "must be a whole number from 1 on, not '0'"),
+        ("--rounds", "-1", "must be a whole number from 1 on, not '-1'"),
+        ("--rounds", "1.5", "must be a whole number from 1 on, not '1.5'"),
+        ("--repeat-rounds", "-1", "must be a whole number from 0 on, not '-1'"),
+    ],
+)
+def test_wrong_options(option, value, says, capsys):
     with pytest.raises(SystemExit):
-        parser("compare").parse_args(["compare", "old", "new", "--tables", "forward,both"])
+        parser("compare").parse_args(["compare", "old", "new", f"{option}={value}"])
+    assert says in capsys.readouterr().err
+
+
+def test_no_second_measurement(answers):
+    status, asked = answers(
+        lambda side, _: {"decode b": (1.0 + (side == NEW), 1.0, [])}, "--rounds=1", "--repeat-rounds=0"
+    )
+    assert (status, len(asked)) == (1, 2)

@@ -2,10 +2,16 @@
 
 import struct
 
+import pytest
+
 from benchmarks import cubin
+from ci import CiError
 
 BRANCH, ADD, FILLING = 0x947, 0x210, cubin.NOP
-PROGBITS, REL = 1, 9
+PROGBITS, RELA, REL, CUDA = 1, 4, 9, 190
+
+
+ENTRY_BYTES = {REL: 16, RELA: 24}
 
 
 def elf(*sections):
@@ -15,10 +21,14 @@ def elf(*sections):
     sections[-1] = (".shstrtab", 3, names)
     body, headers, at = b"", b"", 0
     for name, kind, data in sections:
-        headers += struct.pack("<IIQQQQIIQQ", at, kind, 0, 0, 64 + len(body), len(data), 0, 0, 1, 0)
+        headers += struct.pack(
+            "<IIQQQQIIQQ", at, kind, 0, 0, 64 + len(body), len(data), 0, 0, 1, ENTRY_BYTES.get(kind, 0)
+        )
         body, at = body + data, at + len(name) + 1
     count = len(sections)
-    header = struct.pack("<40xQ10xHHH", 64 + len(body), 64, count, count - 1)
+    ident = b"\x7fELF" + bytes([2, 1, 1]) + bytes(9)
+    table = 64 + len(body)
+    header = ident + struct.pack("<HHIQQQIHHHHHH", 2, CUDA, 1, 0, 0, table, 0, 64, 0, 0, 64, count, count - 1)
     return header + body + headers
 
 
@@ -51,6 +61,11 @@ def test_what_a_function_refers_to_counts_but_not_its_name():
     assert relocated(7) == relocated(8) != code(ADD)
     assert relocated(7, offset=32) != relocated(7)
 
+    def added(addend, symbol=7):
+        return code(ADD, extra=[(".rela.text.f", RELA, struct.pack("<QQq", 0, symbol << 32 | 56, addend))])
+
+    assert added(4) == added(4, symbol=8) != added(-4)
+
 
 def test_constants_count_but_not_the_room_for_arguments():
     def constants(bank, data):
@@ -58,3 +73,9 @@ def test_constants_count_but_not_the_room_for_arguments():
 
     assert constants(0, b"1") == constants(0, b"22") == code(ADD)
     assert constants(2, b"1") != constants(2, b"2")
+
+
+@pytest.mark.parametrize("content", [b"", b"no cubin", elf(("", 0, b""))[:80]])
+def test_a_file_that_is_none(content):
+    with pytest.raises(CiError, match="not a cubin"):
+        cubin.functions(content)

@@ -1,8 +1,10 @@
 """Tables, statistics, JSON, the plot and the README's table, from made-up measurements."""
 
 import json
+import sys
 
 import pytest
+import torch
 
 from benchmarks import report
 from benchmarks.report import Row
@@ -141,3 +143,22 @@ def test_plot_of_memory(tmp_path):
     records[1]["forward"]["standard"] = None
     report.plot_memory(tmp_path / "memory.png", records, FACTS)
     assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_machine_is_described_without_the_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU")
+    monkeypatch.setattr(report.shutil, "which", lambda name: None)
+    facts = report.machine()
+    assert set(facts) == {"device", "driver", "torch", "cudnn", "date"}
+    assert (facts["device"], facts["driver"]) == ("GPU", "unknown")
+
+
+def test_the_version_of_the_driver(monkeypatch, tmp_path):
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\nprintf '580.1\\n580.1\\n'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert report.driver_version() == "580.1"
+    program.write_text("#!/bin/sh\nexit 9\n")
+    assert report.driver_version() == "unknown"

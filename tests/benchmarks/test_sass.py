@@ -80,7 +80,19 @@ def test_rules_apply_in_order():
     assert names == ["mma::k<A", "s9::k"]
 
 
-@pytest.mark.parametrize(("line", "says"), [("sm80", "not OLD_REGEX => NEW"), ("( => b", "in '\\('")])
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("sm80", "not OLD_REGEX => NEW"),
+        ("A=>B", "not OLD_REGEX => NEW"),
+        ("A =>B", "not OLD_REGEX => NEW"),
+        ("=> new", "not OLD_REGEX => NEW"),
+        ("=>", "not OLD_REGEX => NEW"),
+        ("( => b", "in '\\('"),
+        (r"foo => \3", r"invalid group reference 3 .* in '\\\\3'"),
+        (r"foo => \g<bar>", "unknown group name 'bar' in "),
+    ],
+)
 def test_a_line_that_is_no_rule(line, says):
     with pytest.raises(sass.SassError, match=f"line 2 of the names.*{says}"):
         sass.parse_names(f"a => b\n{line}\n")
@@ -167,6 +179,25 @@ def test_the_command(builds, tmp_path, capsys):
     names.write_text("sm80 => mma")
     assert main(["sass", old, new, "--only", "::f", "--verbose", "--names", str(names)]) == 0
     assert "renamed:" not in capsys.readouterr().out
+    assert main(["sass", old, new, "--only", "typo"]) == 2
+    assert "no function has such a name" in capsys.readouterr().out
+    assert main(["sass", old, new, "--names", str(tmp_path / "missing")]) == 2
+    assert "missing cannot be read: " in capsys.readouterr().out
+
+
+def test_a_function_whose_usage_nobody_tells(monkeypatch, tmp_path):
+    monkeypatch.setattr(sass.device_code, "find_cuobjdump", lambda: Path("cuobjdump"))
+    monkeypatch.setattr(sass.cubin, "functions", lambda _: {"_Z5otherv": Code("c0de", "bare", 1)})
+
+    def run(program, binary, *options, folder=None):
+        if folder:
+            (folder / "unit.sm_90.cubin").touch()
+        return USAGE
+
+    monkeypatch.setattr(sass.device_code, "run", run)
+    (tmp_path / "a.o").touch()
+    with pytest.raises(sass.SassError, match=r"nothing about _Z5otherv in .*a\.o"):
+        sass.Reader(tmp_path).read(tmp_path)
 
 
 def test_what_cannot_be_compared(monkeypatch, tmp_path, capsys):

@@ -7,6 +7,8 @@ import pytest
 from ci import CiError, audit, device_code
 from ci.__main__ import main
 
+A, B, C = (f"forward_sm80_bf16_d{head_dim}_full" for head_dim in (64, 96, 128))
+
 
 @pytest.fixture
 def facts(exported):
@@ -18,8 +20,8 @@ def facts(exported):
         exported=exported,
         needed=frozenset({"libc.so.6", "libstdc++.so.6", "ld-linux-x86-64.so.2"}),
         glibc=(2, 28),
-        manifest_kernels=("a", "b"),
-        library_kernels=("b", "a"),
+        manifest_kernels=(A, B),
+        library_kernels=(B, A),
     )
 
 
@@ -42,12 +44,12 @@ def test_a_good_wheel(facts):
         ),
         ({"needed": frozenset({"libcudart.so.13", "libc.so.6"})}, "its library needs libcudart.so.13"),
         ({"size": 100_000_001}, "its size of 100.0 MB is above 100 MB"),
-        ({"library_kernels": ("a",)}, "its library lacks kernels of the manifest: b"),
-        ({"library_kernels": ("a", "b", "c")}, "its manifest lacks kernels of the library: c"),
+        ({"library_kernels": (A,)}, f"its library lacks kernels of the manifest: {B}"),
+        ({"library_kernels": (A, B, C)}, f"its manifest lacks kernels of the library: {C}"),
         ({"library_targets": ("sm80:80",)}, "its manifest lacks targets of the library: sm80:80"),
         (
-            {"device_kernels": frozenset({"c sm_80"})},
-            "its manifest lacks device code of the library: c sm_80",
+            {"device_kernels": frozenset({f"{C} sm_80"})},
+            f"its manifest lacks device code of the library: {C} sm_80",
         ),
     ],
 )

@@ -37,6 +37,12 @@ def test_a_manifest_with_a_wrong_target(target):
         device_code.expected(["forward_sm80_bf16_d128_full"], [target])
 
 
+@pytest.mark.parametrize("kernel", ["dispatch", "forward_sm80_bf16_d0128_full", ""])
+def test_a_manifest_with_a_wrong_kernel(kernel):
+    with pytest.raises(CiError, match=f"unknown kernel '{kernel}' in its manifest"):
+        device_code.expected(["forward_sm80_bf16_d128_full", kernel], ["sm80:80"])
+
+
 @pytest.fixture
 def cuobjdump(tmp_path, monkeypatch):
     """Puts a program that stands in for cuobjdump into CUDA_HOME."""
@@ -60,6 +66,21 @@ def test_reading_a_library(cuobjdump, tmp_path):
     cuobjdump("echo broken >&2; exit 1")
     with pytest.raises(CiError, match="cuobjdump failed: broken"):
         device_code.read(tmp_path / "library.so")
+
+
+def test_a_relative_home_serves_in_any_folder(cuobjdump, monkeypatch, tmp_path):
+    cuobjdump("pwd -P")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_HOME", ".")
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    said = device_code.run(device_code.find_cuobjdump(), tmp_path / "library.so", folder=folder)
+    assert said.strip() == str(folder.resolve())
+
+
+def test_a_cuobjdump_that_does_not_run(tmp_path):
+    with pytest.raises(CiError, match=r"cuobjdump failed: .*No such file"):
+        device_code.run(tmp_path / "cuobjdump", tmp_path / "library.so")
 
 
 def test_no_cuobjdump(monkeypatch, tmp_path):

@@ -43,6 +43,17 @@ def test_versions_of_symbols_are_not_part_of_their_names(library, tmp_path):
     assert elf.read(library(f"-Wl,--version-script={tmp_path}/exports.map")).exported == {"shown", "V1"}
 
 
+@pytest.mark.parametrize(
+    ("names", "newest"),
+    [
+        (["GLIBC_2.2.5", "GLIBC_2.17", "GLIBCXX_3.4.30", "GLIBC_2.4"], (2, 17)),
+        (["GLIBCXX_3.4.30", "CXXABI_1.3", "GCC_3.0", "GLIBC_PRIVATE"], (0, 0)),
+    ],
+)
+def test_the_newest_glibc_that_is_named(names, newest):
+    assert elf.newest_glibc(names) == newest
+
+
 def test_a_library_that_needs_nothing(library):
     found = elf.read(library("-nostdlib", "-Wl,-z,undefs"))
     assert (found.needed, found.glibc) == (frozenset(), (0, 0))

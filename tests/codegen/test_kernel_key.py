@@ -17,6 +17,17 @@ def test_the_key_of_every_unit_is_read_back():
         assert key == KernelKey(unit.direction, unit.family, unit.dtype, unit.head_dim, unit.mask)
 
 
-@pytest.mark.parametrize("text", ["", "dispatch", "library", "forward_sm80_bf16_d128", "a_sm80_bf16_dx_full"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "dispatch",
+        "library",
+        "forward_sm80_bf16_d128",
+        "a_sm80_bf16_dx_full",
+        "forward_sm80_bf16_d0128_full",
+        "forward_sm80_bf16_d0_full",
+    ],
+)
 def test_names_of_other_files(text):
     assert KernelKey.parse(text) is None

@@ -126,6 +126,13 @@ def test_missing_row(monkeypatch):
     assert tiles.find_tiles("backward", "sm80", 96, "full")
 
 
+def test_a_design_without_members_for_a_direction(monkeypatch):
+    monkeypatch.delitem(tiles.MEMBERS, ("wgmma", "forward"))
+    with pytest.raises(TileError, match=r"design wgmma has no members for forward kernels: add .* MEMBERS"):
+        tiles.find_tiles("forward", "sm90", 128, "full")
+    assert tiles.find_tiles("forward", "sm80", 128, "full")
+
+
 def test_mask_override(monkeypatch):
     special = MmaForwardTile(64, 64, 4, 1)
     monkeypatch.setitem(tiles.FORWARD_TILES["sm80"][64], "windowed", special)

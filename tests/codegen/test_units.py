@@ -1,7 +1,10 @@
+from dataclasses import replace
+
 import pytest
 
 from codegen import CodegenError, axes, targets, units
 from codegen.compilation import selection
+from codegen.tiles import TileError
 
 FULL = units.list_units(targets.full_selection())
 
@@ -59,6 +62,13 @@ def test_a_unit_names_the_tiles_for_which_its_launcher_asks():
     assert list(unit.tiles) == ["default", "short", "narrow"]
     assert unit.tiles["short"] is None and unit.tile is unit.tiles["default"]
     assert unit.designs == ["wgmma"]
+
+
+def test_a_unit_without_a_tile_for_all_calls():
+    unit = next(u for u in FULL if u.key == "split_sm80_bf16_d64_windowed")
+    few_rows = replace(unit, tiles={"rows16": unit.tiles["rows16"], "rows64": None})
+    with pytest.raises(TileError, match=f"{unit.key} has no tile default, rows128 or rows64"):
+        _ = few_rows.tile
 
 
 def test_nothing_selected():

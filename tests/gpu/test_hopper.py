@@ -8,9 +8,11 @@ from conftest import cuda_problem, kernels
 from oracle import Options, assert_lse, assert_within, attention, varlen_attention
 
 from flash_attn import flash_attn_func, flash_attn_varlen_func
+from flash_attn._kernel_key import KernelKey
 
+KEYS = list(filter(None, map(KernelKey.parse, kernels())))
 MISSING = cuda_problem() or (
-    "" if any("_sm90_" in key for key in kernels()) else "no kernels of the sm90 family"
+    "" if "sm90" in {key.family for key in KEYS} else "no kernels of the sm90 family"
 )
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(MISSING), reason=MISSING or "")]
 

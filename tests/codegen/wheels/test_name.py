@@ -12,6 +12,11 @@ def test_a_name_is_taken_apart():
     assert parsed.dist_info == "flash_attn-2.8.3.dist-info"
 
 
+def test_a_version_stays_as_it_is_written():
+    parsed = WheelName.parse("flash_attn-02.8.3-130-py3-none-linux_x86_64.whl")
+    assert (parsed.version, parsed.dist_info) == ("02.8.3", "flash_attn-02.8.3.dist-info")
+
+
 @pytest.mark.parametrize("build", ["", "-1", "-13", "-130a", "-1300", "-013"])
 def test_a_build_tag_that_names_no_cuda(build):
     parsed = WheelName.parse(f"flash_attn-2.8.3{build}-py3-none-linux_x86_64.whl")
@@ -27,6 +32,13 @@ def test_a_build_tag_that_names_no_cuda(build):
         ("../flash_attn-2.8.3-130-py3-none-linux_x86_64.whl", "not the name of a wheel"),
         ("flash_attn-2.8.x-130-py3-none-linux_x86_64.whl", "not the name of a wheel"),
         ("flash_attn-2.8.3-130-a-py3-none-linux_x86_64.whl", "not the name of a wheel"),
+        ("flash_attn-2.8.3-1.0-py3-none-linux_x86_64.whl", "not the name of a wheel"),
+        ("flash_attn-2.8.3-1٣-py3-none-linux_x86_64.whl", "not the name of a wheel"),
+        ("flash_attn-2.8.3-py3-none-linux x86.whl", "not the name of a wheel"),
+        ("flash_attn-2.8.3-py3-none-linux_x86_64@evil.whl", "not the name of a wheel"),
+        ("flash_attn-2.8.3-py3-none-linux_x86_64..whl", "not the name of a wheel"),
+        ("flash_attn- 2.8.3-py3-none-linux_x86_64.whl", "not the name of a wheel"),
+        ("Flash.Attn-2.8.3-py3-none-linux_x86_64.whl", "another project"),
         ("torch-2.8.3-130-py3-none-linux_x86_64.whl", "another project"),
         ("flash_attn-2.8.3-130-cp311-cp311-linux_x86_64.whl", "for cp311-cp311, not py3-none"),
     ],
