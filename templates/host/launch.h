@@ -5,6 +5,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <type_traits>
 
 #include "abi.h"
 
@@ -25,6 +26,17 @@ constexpr int kReservedSharedBytes = 1024;
 // Whether a multiprocessor has shared memory for so many thread blocks at a time.
 inline bool holds_blocks(const Device& device, int blocks, int shared_bytes) {
   return blocks * (shared_bytes + kReservedSharedBytes) <= device.shared_bytes_per_multiprocessor;
+}
+
+// Calls `launch` with an object of the tile's type: Tiles::Roomy, which is for devices with more shared
+// memory than the family counts on, where there is one and the device has it; else Tiles::Default.
+template <class Tiles, class Function>
+Status with_tile(const Device& device, Function launch) {
+  using Roomy = typename Tiles::Roomy;
+  if constexpr (!std::is_void_v<Roomy>) {
+    if (holds_blocks(device, Roomy::Tile::kMinBlocks, Roomy::kSharedBytes)) return launch(Roomy{});
+  }
+  return launch(typename Tiles::Default{});
 }
 
 // How a kernel is launched; `name` is that of the error text.

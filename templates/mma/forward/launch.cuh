@@ -5,7 +5,6 @@
 
 #include <atomic>
 #include <cstdint>
-#include <type_traits>
 
 #include "host/launch.h"
 #include "mma/forward/kernel.cuh"
@@ -28,17 +27,11 @@ Status launch_tile(const ForwardParams& params, const Device& device, cudaStream
                        Config::kSharedBytes, stream, arguments, prepared[modified]);
 }
 
-// Tiles: Default, and Roomy for devices with more shared memory than the family counts on.
 template <class Tiles>
 Status launch_forward(const ForwardParams& params, const Device& device, cudaStream_t stream,
                       const char* name) {
-  using Roomy = typename Tiles::Roomy;
-  if constexpr (!std::is_void_v<Roomy>) {
-    if (holds_blocks(device, Roomy::Tile::kMinBlocks, Roomy::kSharedBytes)) {
-      return launch_tile<Roomy>(params, device, stream, name);
-    }
-  }
-  return launch_tile<typename Tiles::Default>(params, device, stream, name);
+  return with_tile<Tiles>(
+      device, [&](auto config) { return launch_tile<decltype(config)>(params, device, stream, name); });
 }
 
 }  // namespace flash_attn::mma
