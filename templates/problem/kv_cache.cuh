@@ -1,4 +1,5 @@
-// Where the keys of a sequence lie in a KV cache: a row of it, or pages named by a block table.
+// Where the keys of a sequence lie in a KV cache: a row of it, or pages named by a block table; and which
+// tile computes a call over it.
 #pragma once
 
 #include <algorithm>
@@ -24,6 +25,34 @@ inline bool cache_aligned(const CacheParams& params) {
                       forward.head_dim) &&
          rows_aligned(forward.v, forward.v_batch_stride, forward.v_row_stride, forward.v_head_stride,
                       forward.head_dim_v);
+}
+
+// Rows, which are queries x heads that share keys, and keys of a block; rows 0: the kernel lacks the tile.
+struct TileShape {
+  int rows;
+  int keys;
+};
+
+// The tiles of a kernel over a KV cache: three of the mma design, named by their rows, and one of the wgmma
+// design.
+struct CacheTiles {
+  TileShape rows16;
+  TileShape rows64;
+  TileShape rows128;
+  TileShape wgmma;
+};
+
+// The mma design's tile for calls with more rows than any tile has.
+constexpr const TileShape& largest_mma_tile(const CacheTiles& tiles) {
+  return tiles.rows128.rows > 0 ? tiles.rows128 : tiles.rows64;
+}
+
+// The mma design's tile for `rows` rows of each sequence and KV head: the smallest that holds them all, else
+// the largest. A cache that is not `aligned` has a kernel with rows64 alone, for any number of rows.
+constexpr const TileShape& mma_tile(const CacheTiles& tiles, int64_t rows, bool aligned) {
+  if (!aligned) return tiles.rows64;
+  if (rows <= tiles.rows16.rows) return tiles.rows16;
+  return rows <= tiles.rows64.rows ? tiles.rows64 : largest_mma_tile(tiles);
 }
 
 struct CachedSequence : Sequence {

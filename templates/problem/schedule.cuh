@@ -3,7 +3,8 @@
 // Tiles are numbered in one dimension, so that batch x heads may exceed 65,535. Under a causal mask heads
 // come in sections whose keys and values fit into L2 together, and inside a section the last, longest, tiles
 // of all heads run first, so that short ones fill the end. Otherwise heads run one after the other. Where
-// thread blocks of a backward take turns, heads come in sections under every mask.
+// thread blocks of a backward take turns, heads come in sections under every mask. Query heads that share
+// keys may be packed into a tile.
 #pragma once
 
 #include <algorithm>
@@ -52,6 +53,30 @@ inline TileSchedule make_sections(const ForwardParams& params, int64_t tiles_m, 
   schedule.batch_heads = batches * num_heads;
   schedule.section_heads = sections ? std::min(std::max<int64_t>(heads, 1) * group, schedule.batch_heads) : 1;
   return schedule;
+}
+
+// Plain softmax(scale Q K^T) V runs the kernel without score modifiers. A scale that is not positive needs
+// them, because the plain kernel takes the maximum before it scales; a large one, because the exponents are
+// off by what rounding the scaled maximum leaves.
+constexpr bool needs_modifiers(const ForwardParams& params) {
+  constexpr float kMaxPlainScale = 256.0f;
+  return params.alibi_slopes != nullptr || params.softcap > 0.0f || params.dropout_p > 0.0f ||
+         !(params.softmax_scale > 0.0f && params.softmax_scale <= kMaxPlainScale);
+}
+
+// Rows of each sequence and KV head: queries x heads that share keys.
+constexpr int64_t group_rows(const ForwardParams& params) {
+  return int64_t{params.seqlen_q} * (params.num_heads / params.num_heads_k);
+}
+
+// How many query heads to pack into the rows of a tile: the whole group that shares keys, or 1. It pays where
+// a tile has more rows than there are queries: if tiles without packing are filled to less than 0.9 of what
+// they would be (FlashAttention-3's rule).
+constexpr int group_to_pack(const ForwardParams& params, int block_m) {
+  const int group = params.num_heads / params.num_heads_k;
+  if (block_m % group != 0 || needs_modifiers(params)) return 1;
+  const auto tiles = [&](int64_t rows) { return (rows + block_m - 1) / block_m; };
+  return 10 * tiles(group_rows(params)) < 9 * group * tiles(params.seqlen_q) ? group : 1;
 }
 
 // The forward's schedule: tiles of `block_m` queries. `section_bytes` of keys and values may form a section:

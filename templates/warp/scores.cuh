@@ -21,15 +21,6 @@
 
 namespace flash_attn {
 
-// Plain softmax(scale Q K^T) V runs the kernel without score modifiers. A scale that is not positive needs
-// them, because the plain kernel takes the maximum before it scales; a large one, because the exponents are
-// off by what rounding the scaled maximum leaves.
-inline bool needs_modifiers(const ForwardParams& params) {
-  constexpr float kMaxPlainScale = 256.0f;
-  return params.alibi_slopes != nullptr || params.softcap > 0.0f || params.dropout_p > 0.0f ||
-         !(params.softmax_scale > 0.0f && params.softmax_scale <= kMaxPlainScale);
-}
-
 // softmax(scale Q K^T).
 struct PlainScores {
   static constexpr bool kFolded = true;

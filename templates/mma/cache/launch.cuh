@@ -14,6 +14,7 @@
 #include "ops/append.h"
 #include "ops/combine.h"
 #include "problem/kv_cache.cuh"
+#include "problem/schedule.cuh"
 #include "warp/scores.cuh"
 
 namespace flash_attn::mma {
@@ -23,7 +24,7 @@ Status launch_scores(const CacheParams& params, const Device& device, cudaStream
   const ForwardParams& forward = params.forward;
   if (forward.total_q == 0) return Status::kOk;
   const int group = forward.num_heads / forward.num_heads_k;
-  const int64_t rows = int64_t{forward.seqlen_q} * group;
+  const int64_t rows = group_rows(forward);
   // The rows past the last sequence need at least one.
   const int64_t tiles_m = std::max<int64_t>((rows + Config::kBlockM - 1) / Config::kBlockM, 1);
   const int64_t batches = int64_t{forward.batch} + (forward.cu_seqlens_q != nullptr ? 1 : 0);
@@ -45,26 +46,32 @@ Status launch_tile(const CacheParams& params, const Device& device, cudaStream_t
   return launch(params, device, stream, name);
 }
 
-// Tiles Rows16, Rows64 and Rows128, if the family has it, are named by the rows that they hold. The smallest
-// one that holds all rows of a sequence computes the call; else the largest. For a cache that is not aligned
-// Rows64 serves any number, with modifiers or not.
+template <class Config>
+constexpr TileShape shape_of() {
+  if constexpr (std::is_void_v<Config>) {
+    return {};
+  } else {
+    return {Config::kBlockM, Config::kBlockN};
+  }
+}
+
+// Tiles: Rows16, Rows64, and Rows128 where the family has it; mma_tile chooses. Only Rows64 has a kernel for
+// a cache that is not aligned, with modifiers or not.
 template <class Tiles>
 Status launch_attention(const CacheParams& params, const Device& device, cudaStream_t stream,
                         const char* name) {
-  const ForwardParams& forward = params.forward;
-  if (!cache_aligned(params)) {
-    return launch_scores<typename Tiles::Rows64, ModifiedScores, false>(params, device, stream, name);
+  using Rows16 = typename Tiles::Rows16;
+  using Rows64 = typename Tiles::Rows64;
+  using Rows128 = typename Tiles::Rows128;
+  constexpr CacheTiles kTiles{shape_of<Rows16>(), shape_of<Rows64>(), shape_of<Rows128>(), {}};
+  const bool aligned = cache_aligned(params);
+  const int rows = mma_tile(kTiles, group_rows(params.forward), aligned).rows;
+  if (rows == kTiles.rows16.rows) return launch_tile<Rows16>(params, device, stream, name);
+  if constexpr (!std::is_void_v<Rows128>) {
+    if (rows == kTiles.rows128.rows) return launch_tile<Rows128>(params, device, stream, name);
   }
-  const int64_t rows = int64_t{forward.seqlen_q} * (forward.num_heads / forward.num_heads_k);
-  if (rows <= Tiles::Rows16::kBlockM) {
-    return launch_tile<typename Tiles::Rows16>(params, device, stream, name);
-  }
-  if constexpr (!std::is_void_v<typename Tiles::Rows128>) {
-    if (rows > Tiles::Rows64::kBlockM) {
-      return launch_tile<typename Tiles::Rows128>(params, device, stream, name);
-    }
-  }
-  return launch_tile<typename Tiles::Rows64>(params, device, stream, name);
+  if (aligned) return launch_tile<Rows64>(params, device, stream, name);
+  return launch_scores<Rows64, ModifiedScores, false>(params, device, stream, name);
 }
 
 template <class Tiles>

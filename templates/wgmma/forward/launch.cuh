@@ -52,16 +52,6 @@ Status make_tensor_maps(TensorMaps& maps, const ForwardParams& params, const Key
   return status;
 }
 
-// How many query heads to pack into the rows of a tile: the whole group that shares keys, or 1. It pays where
-// a tile has more rows than there are queries: if tiles without packing are filled to less than 0.9 of what
-// they would be (FlashAttention-3's rule).
-inline int group_to_pack(const ForwardParams& params, int block_m) {
-  const int group = params.num_heads / params.num_heads_k;
-  if (block_m % group != 0 || needs_modifiers(params)) return 1;
-  const auto tiles = [&](int64_t rows) { return (rows + block_m - 1) / block_m; };
-  return 10 * tiles(int64_t{params.seqlen_q} * group) < 9 * group * tiles(params.seqlen_q) ? group : 1;
-}
-
 // Completes a key source that holds the parameters, and launches the kernel that suits them.
 template <class Config, class KeySource>
 Status launch_tile(KeySource& source, const Device& device, cudaStream_t stream, const char* name) {
