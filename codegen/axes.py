@@ -14,6 +14,10 @@ PASSES = {"forward": "forward", "backward": "backward", "split": "cache"}
 """What the kernels of a direction are called in C++: folder, launcher and parameter struct."""
 
 
+DRAWING_DESIGNS = frozenset({"wgmma"})
+"""Kernel designs whose thread blocks draw tiles from a counter in the GPU's memory."""
+
+
 @dataclass(frozen=True)
 class Family:
     """GPUs that share kernels and tiles, and their limits.
@@ -33,6 +37,11 @@ class Family:
     regs_per_thread: int = 255
     smem_reserved_per_block: int = 1 * KIB
     code_suffix: str = ""
+
+    @property
+    def draws_tiles(self) -> bool:
+        """Whether a kernel of the family draws tiles from a counter."""
+        return not DRAWING_DESIGNS.isdisjoint(self.directions.values())
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ def _environment() -> jinja2.Environment:
     )
     environment.filters["constant"] = abi.cpp_constant
     environment.filters["cpp"] = lambda value: str(value).lower()
+    environment.filters["braces"] = lambda numbers: str(numbers).replace("[", "{").replace("]", "}")
     environment.filters["fields"] = dataclasses.asdict
     environment.filters["members"] = lambda tiles: {
         name: dataclasses.asdict(tile) for name, tile in tiles.items() if tile
@@ -34,7 +35,13 @@ def _environment() -> jinja2.Environment:
     environment.filters["wrap"] = lambda text, prefix: "\n".join(
         textwrap.wrap(text, 105, initial_indent=prefix, subsequent_indent=prefix)
     )
+    environment.filters["docstring"] = _docstring
     return environment
+
+
+def _docstring(text: str) -> str:
+    lines = textwrap.wrap(f'"""{text}', 105, initial_indent="    ", subsequent_indent="    ")
+    return "\n".join(lines) + ('"""' if len(lines) == 1 else '\n    """')
 
 
 def _render(template: str, **variables: object) -> str:
@@ -68,15 +75,10 @@ def render_sources(selection: Selection, units: Sequence[Unit] | None = None) ->
 def render_abi_module() -> str:
     """Text of ``flash_attn/_abi.py``: axes, limits, enums, ctypes mirror, packers, function signatures."""
     capabilities = tuple(sorted(target.capability for target in all_targets()))
-    cache_rows, cache_keys = tiles.cache_shape()
     return _render(
         "abi.py.j2",
         head_dims=axes.HEAD_DIMS,
         capabilities=capabilities,
-        cache_rows=cache_rows,
-        cache_keys=cache_keys,
-        wgmma_shapes=tiles.wgmma_shapes(),
-        wgmma_cost=tiles.WGMMA_COST,
         **_abi_variables(),
     )
 
@@ -92,6 +94,7 @@ def _abi_variables() -> dict[str, object]:
     return {
         "limits": abi.LIMITS,
         "structs": abi.STRUCTS,
+        "params": abi.PARAMS,
         "enums": abi.enums(),
         "functions": abi.FUNCTIONS,
         "layout_hash": _hex(abi.layout_hash()),

@@ -147,12 +147,9 @@ CACHE_TILES: Table = {
     },
 }
 
-# Hopper's forward kernel takes many rows: flash_attn/_splits.py decides.
+# Hopper's forward kernel takes many rows: templates/host/plan.cu decides.
 for _head_dim, _row in CACHE_TILES["sm90"].items():
     _row["wgmma"] = FORWARD_TILES["sm90"][_head_dim]["default"]
-
-WGMMA_COST = 0.5
-"""Time of a row in that kernel over that in the largest tile of the mma design, measured on an H200."""
 
 TABLES = {"forward": FORWARD_TILES, "backward": BACKWARD_TILES, "split": CACHE_TILES}
 
@@ -205,20 +202,20 @@ def check_tile(tile: Tile, family: axes.Family, head_dim: int, mask: str, reside
         )
 
 
-def cache_shape() -> tuple[tuple[int, ...], int]:
-    """Rows of the mma design's tiles over a KV cache, in ascending order, and keys of their blocks."""
-    tiles = [tile for family in CACHE_TILES.values() for row in family.values() for tile in row.values()]
-    mma = [tile for tile in tiles if isinstance(tile, MmaCacheTile)]
-    keys = {tile.block_n for tile in mma}
+def planned(direction: str, tiles: dict[str, Tile | None], head_dim: int) -> list[list[int]] | list[int]:
+    """What a plan reads of a kernel's tiles: the members of PlannedTiles in templates/host/plan.h.
+
+    Raises TileError for a backward whose tiles differ in keys, as a plan does not know which one will run.
+    """
+    if direction == "split":
+        chosen = [tiles.get(name) for name in MEMBERS["wgmma", "split"]]
+        return [[tile.block_m, tile.block_n] if tile else [0, 0] for tile in chosen]
+    if direction == "forward":
+        return []
+    keys = sorted({tile.block_n for tile in tiles.values() if tile})
     if len(keys) != 1:
-        raise TileError(f"block_n differs between the tiles of CACHE_TILES: {sorted(keys)}")
-    return tuple(sorted({tile.block_m for tile in mma})), keys.pop()
-
-
-def wgmma_shapes() -> dict[int, tuple[int, int]]:
-    """The rows and keys of the wgmma design's tiles over a KV cache, by head dim."""
-    tiles = {d: row["wgmma"] for d, row in CACHE_TILES["sm90"].items()}
-    return {d: (tile.block_m, tile.block_n) for d, tile in tiles.items()}
+        raise TileError(f"block_n differs between backward tiles of one kernel, head_dim {head_dim}: {keys}")
+    return [*keys, head_dim]
 
 
 def wgmma_columns() -> list[int]:

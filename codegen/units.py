@@ -64,6 +64,11 @@ class Unit:
         raise tiles.TileError(f"{self.key} has no tile default, rows128 or rows64")
 
     @property
+    def planned_tiles(self) -> list[list[int]] | list[int]:
+        """What a plan reads of the tiles, in the order of the C++ members."""
+        return tiles.planned(self.direction, self.tiles, self.head_dim)
+
+    @property
     def smem_bytes(self) -> int:
         """Dynamic shared memory that a block of ``tile`` needs, in bytes."""
         return self.tile.smem_bytes(self.head_dim)

@@ -31,7 +31,11 @@ REBUILD = "pip install --force-reinstall --no-deps ."
 
 @dataclass(frozen=True, slots=True)
 class Library:
-    """The loaded library; an operation takes packed parameters (of `PARAMS`) and a stream."""
+    """The loaded library; an operation takes packed parameters (of `PARAMS`) and a stream.
+
+    A planner takes packed parameters and the struct into which it writes. `draws_tiles` says whether kernels
+    for a device may want a tile counter.
+    """
 
     path: Path
     forward: Callable[[bytes, int], int]
@@ -42,6 +46,9 @@ class Library:
     forward_kernel: Callable[[bytes], bytes | None]
     backward_kernel: Callable[[bytes], bytes | None]
     cache_kernel: Callable[[bytes], bytes | None]
+    plan_backward: Callable[[bytes, _abi.BackwardPlan], int]
+    plan_cache: Callable[[bytes, _abi.CachePlan], int]
+    draws_tiles: Callable[[int], int]
     last_error: Callable[[], bytes]
     kernels: tuple[str, ...]
     targets: tuple[str, ...]
@@ -149,6 +156,10 @@ def _check_layout(library: ctypes.CDLL) -> None:
         )
 
 
+def _planner(function: Callable[..., int]) -> Callable[[bytes, ctypes.Structure], int]:
+    return lambda packed, plan: function(packed, ctypes.byref(plan))
+
+
 def open_library(path: Path) -> Library:
     """Load the library at `path`.
 
@@ -170,6 +181,9 @@ def open_library(path: Path) -> Library:
         forward_kernel=library.flash_attn_forward_kernel,
         backward_kernel=library.flash_attn_backward_kernel,
         cache_kernel=library.flash_attn_cache_kernel,
+        plan_backward=_planner(library.flash_attn_plan_backward),
+        plan_cache=_planner(library.flash_attn_plan_cache),
+        draws_tiles=library.flash_attn_draws_tiles,
         last_error=library.flash_attn_last_error,
         kernels=tuple(library.flash_attn_kernel_key(i).decode() for i in range(count)),
         targets=tuple(filter(None, targets.split(","))),

@@ -10,17 +10,26 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import NamedTuple
 
-from flash_attn._abi import (
-    CACHE_KEYS,
-    CACHE_ROWS,
-    MAX_SPLITS,
-    MERGED_AT_ONCE,
-    MERGING_WARPS,
-    WGMMA_COST,
-    WGMMA_SHAPES,
-    Design,
-)
+from flash_attn._abi import MAX_SPLITS, Design
 from flash_attn._library import kernel_head_dim
+
+CACHE_ROWS = (16, 64, 128)
+"""Rows of the mma design's tiles; a family may lack the last."""
+
+CACHE_KEYS = 64
+"""Keys of their blocks."""
+
+WGMMA_SHAPES = {32: (192, 128), 64: (192, 128), 96: (192, 96), 128: (192, 80), 192: (128, 96), 256: (128, 80)}
+"""Rows and keys of the wgmma design's tiles, by the kernel's head dim."""
+
+WGMMA_COST = 0.5
+"""Time of a row in that design over that in the largest of the other's tiles."""
+
+MERGED_AT_ONCE = 8
+"""Parts of a row of the result that a warp reads at once."""
+
+MERGING_WARPS = 8
+"""Warps that share a row of a call with few rows to merge."""
 
 START_COST = 0.5
 """What a thread block costs besides its blocks of keys, in blocks of keys."""

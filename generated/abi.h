@@ -7,15 +7,13 @@
 
 namespace flash_attn {
 
-constexpr uint64_t kLayoutHash = 0xB54CD6BEFD5249BEu;
+constexpr uint64_t kLayoutHash = 0xA164A292BFBD60BAu;
 
 constexpr int kMaxHeadDim = 256;  // Elements per head, at most.
 constexpr int kHeadDimMultiple = 8;  // Divides head dims of kernels: rows are whole 16 bytes.
 constexpr int kRotaryMultiple = 16;  // Divides rotary_dim; or its half does, if interleaved without cache.
 constexpr int kKeyGroup = 16;  // Keys that lie side by side in a cache: pages hold whole groups.
 constexpr int kMaxSplits = 128;  // Parts that the keys of a call over a KV cache are split into, at most.
-constexpr int kMergedAtOnce = 8;  // Parts of a row of the result that a warp reads at once.
-constexpr int kMergingWarps = 8;  // Warps that share a row of a call with few rows to merge.
 constexpr int kWorkspaceRows = 128;  // Rows of a block of a backward's workspace; a sequence has whole ones.
 constexpr int kProbsBlock = 128;  // Divides both lengths of what flash_attn_dropout_probs writes.
 constexpr int kMaxSeqlen = 2147483520;  // Rows of a sequence, at most: int32 also when rounded up to blocks.
@@ -224,6 +222,15 @@ static_assert(offsetof(BackwardParams, rows) == 488);
 static_assert(offsetof(BackwardParams, key_rows) == 496);
 static_assert(offsetof(BackwardParams, key_parts) == 504);
 
+// How a backward call is best computed, and what the sizes of its workspaces follow from.
+struct BackwardPlan {
+  int32_t key_parts;  // of the heads that share keys, a divisor of their number
+  int32_t head_dim;  // the kernel's: columns of dq_accumulator and key_partials
+};
+static_assert(sizeof(BackwardPlan) == 8);
+static_assert(offsetof(BackwardPlan, key_parts) == 0);
+static_assert(offsetof(BackwardPlan, head_dim) == 4);
+
 // Arguments of one attention call over a KV cache. Keys that the call appends are written to the cache
 // first; what would lie outside of it is dropped, and read as zero. In forward, k and v are the cache,
 // (cache_entries, rows, num_heads_k, cache_head_dim), of any strides, seqlen_k is the room for one
@@ -289,6 +296,15 @@ static_assert(offsetof(CacheParams, num_splits) == 476);
 static_assert(offsetof(CacheParams, design) == 480);
 static_assert(offsetof(CacheParams, cache_head_dim) == 484);
 static_assert(offsetof(CacheParams, cache_head_dim_v) == 486);
+
+// How a call over a KV cache is best computed.
+struct CachePlan {
+  int32_t num_splits;  // as the call gives it, or chosen where it gives 0
+  int32_t design;  // Design that is to compute the call
+};
+static_assert(sizeof(CachePlan) == 8);
+static_assert(offsetof(CachePlan, num_splits) == 0);
+static_assert(offsetof(CachePlan, design) == 4);
 
 // Arguments of one rotation of heads by their position. Sequences are packed iff cu_seqlens is not null:
 // then batch strides are ignored, and rows past the last sequence stay as they are. Strides are in
@@ -377,6 +393,14 @@ const char* flash_attn_backward_kernel(const flash_attn::BackwardParams* params)
 // Key of the kernel that flash_attn_cache would run, or null (see flash_attn_last_error).
 const char* flash_attn_cache_kernel(const flash_attn::CacheParams* params);
 
+// Writes the plan of a call of flash_attn_backward; returns a Status. Workspaces may be null, as their
+// sizes follow from the plan.
+int32_t flash_attn_plan_backward(const flash_attn::BackwardParams* params, flash_attn::BackwardPlan* plan);
+
+// Writes the plan of a call of flash_attn_cache; returns a Status. Workspaces may be null, as their
+// sizes follow from the plan.
+int32_t flash_attn_plan_cache(const flash_attn::CacheParams* params, flash_attn::CachePlan* plan);
+
 // Text of this thread's last error.
 const char* flash_attn_last_error();
 
@@ -400,6 +424,10 @@ int32_t flash_attn_kernel_count();
 
 // Key of one kernel.
 const char* flash_attn_kernel_key(int32_t index);
+
+// 1 if the library holds kernels for the device that draw their tiles from a counter, else 0; 0 also if
+// CUDA does not tell what the device is.
+int32_t flash_attn_draws_tiles(int32_t device);
 
 // Compiled targets, such as "sm80:80,sm80:90+ptx".
 const char* flash_attn_targets();

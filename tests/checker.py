@@ -14,6 +14,7 @@ from codegen import TEMPLATES, render, targets
 CHECKS = {
     "forward": "ForwardParams", "backward": "BackwardParams", "cache": "CacheParams",
     "rotary": "RotaryParams", "dropout_probs": "ForwardParams", "choice": "ForwardParams",
+    "plan_backward": "BackwardParams", "plan_cache": "CacheParams",
 }  # fmt: skip
 SOURCE = """
 #include <cstdarg>
@@ -27,6 +28,16 @@ flash_attn::Status flash_attn::fail(Status status, const char* format, ...) {
   std::vsnprintf(text, sizeof(text), format, arguments);
   va_end(arguments);
   return status;
+}
+namespace flash_attn {
+Status check_plan_backward(const char* function, const BackwardParams* params) {
+  BackwardPlan plan{};
+  return check_plan_backward(function, params, &plan);
+}
+Status check_plan_cache(const char* function, const CacheParams* params) {
+  CachePlan plan{};
+  return check_plan_cache(function, params, &plan);
+}
 }
 """
 

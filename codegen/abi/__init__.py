@@ -8,7 +8,10 @@ from codegen.abi.description import Enum
 from codegen.abi.description import cpp_constant as cpp_constant
 from codegen.abi.limits import LIMITS as LIMITS
 
-STRUCTS = (forward.PARAMS, backward.PARAMS, cache.PARAMS, rotary.PARAMS)
+PARAMS = (forward.PARAMS, backward.PARAMS, cache.PARAMS, rotary.PARAMS)
+"""Structs that the caller packs; the library writes the others."""
+
+STRUCTS = (forward.PARAMS, backward.PARAMS, backward.PLAN, cache.PARAMS, cache.PLAN, rotary.PARAMS)
 
 FUNCTIONS = (
     forward.LAUNCHER,
@@ -19,7 +22,9 @@ FUNCTIONS = (
     forward.KERNEL_QUERY,
     backward.KERNEL_QUERY,
     cache.KERNEL_QUERY,
-    *library.functions(STRUCTS),
+    backward.PLANNER,
+    cache.PLANNER,
+    *library.functions(PARAMS),
 )
 
 

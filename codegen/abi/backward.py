@@ -3,7 +3,7 @@
 from codegen.abi import forward
 from codegen.abi.description import Field, Struct
 from codegen.abi.limits import WORKSPACE_ROWS
-from codegen.abi.parts import kernel_query, launcher, strides
+from codegen.abi.parts import kernel_query, launcher, planner, strides
 
 PARAMS = Struct(
     "BackwardParams",
@@ -33,5 +33,15 @@ PARAMS = Struct(
     ),
 )
 
+PLAN = Struct(
+    "BackwardPlan",
+    "How a backward call is best computed, and what the sizes of its workspaces follow from.",
+    (
+        Field("key_parts", "int32", "of the heads that share keys, a divisor of their number"),
+        Field("head_dim", "int32", "the kernel's: columns of dq_accumulator and key_partials"),
+    ),
+)
+
 LAUNCHER = launcher("backward", PARAMS, "Launches the backward kernels")
 KERNEL_QUERY = kernel_query("backward", PARAMS)
+PLANNER = planner("backward", PARAMS, PLAN)

@@ -3,7 +3,7 @@
 from codegen.abi import forward
 from codegen.abi.description import Field, Struct
 from codegen.abi.limits import KEY_GROUP, ROTARY_MULTIPLE
-from codegen.abi.parts import kernel_query, launcher, strides
+from codegen.abi.parts import kernel_query, launcher, planner, strides
 
 PARAMS = Struct(
     "CacheParams",
@@ -42,5 +42,15 @@ PARAMS = Struct(
     ),
 )
 
+PLAN = Struct(
+    "CachePlan",
+    "How a call over a KV cache is best computed.",
+    (
+        Field("num_splits", "int32", "as the call gives it, or chosen where it gives 0"),
+        Field("design", "int32", "Design that is to compute the call"),
+    ),
+)
+
 LAUNCHER = launcher("cache", PARAMS, "Launches the kernels of a call over a KV cache")
 KERNEL_QUERY = kernel_query("cache", PARAMS)
+PLANNER = planner("cache", PARAMS, PLAN)

@@ -54,7 +54,7 @@ class Field:
 
 @dataclass(frozen=True)
 class Struct:
-    """A parameter struct, laid out as in C: fields at multiples of their alignment, the whole of 8."""
+    """A struct, laid out as in C: fields at multiples of their alignment, the whole at multiples of 8."""
 
     name: str
     doc: str

@@ -12,8 +12,6 @@ KEY_GROUP = Limit("key_group", 16, "Keys that lie side by side in a cache: pages
 MAX_SPLITS = Limit(
     "max_splits", 128, "Parts that the keys of a call over a KV cache are split into, at most."
 )
-MERGED_AT_ONCE = Limit("merged_at_once", 8, "Parts of a row of the result that a warp reads at once.")
-MERGING_WARPS = Limit("merging_warps", 8, "Warps that share a row of a call with few rows to merge.")
 WORKSPACE_ROWS = Limit(
     "workspace_rows", 128, "Rows of a block of a backward's workspace; a sequence has whole ones."
 )
@@ -30,8 +28,6 @@ LIMITS = (
     ROTARY_MULTIPLE,
     KEY_GROUP,
     MAX_SPLITS,
-    MERGED_AT_ONCE,
-    MERGING_WARPS,
     WORKSPACE_ROWS,
     PROBS_BLOCK,
     MAX_SEQLEN,

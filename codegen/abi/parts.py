@@ -28,5 +28,16 @@ def kernel_query(operation: str, params: Struct) -> Function:
     )
 
 
+def planner(operation: str, params: Struct, plan: Struct) -> Function:
+    """The function that plans the operation's call."""
+    return Function(
+        f"flash_attn_plan_{operation}",
+        "int32",
+        (_argument(params), Field("plan", f"flash_attn::{plan.name}*")),
+        f"Writes the plan of a call of flash_attn_{operation}; returns a Status. Workspaces may be null, as"
+        " their sizes follow from the plan.",
+    )
+
+
 def _argument(params: Struct) -> Field:
     return Field("params", f"const flash_attn::{params.name}*")

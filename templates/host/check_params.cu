@@ -231,6 +231,17 @@ void require_cache_call(Requirements& require, const CacheParams& params) {
   require_rotation(require, params);
 }
 
+void require_planned_backward(Requirements& require, const BackwardParams& params) {
+  require_choice(require, params.forward);
+  require_sizes(require, params.forward, 1);
+}
+
+void require_planned_cache(Requirements& require, const CacheParams& params) {
+  require_choice(require, params.forward);
+  require_sizes(require, params.forward, 0);
+  require.between(0, kMaxSplits, "num_splits", params.num_splits);
+}
+
 void require_dropout_probs(Requirements& require, const ForwardParams& params) {
   require_call(require, params);
   require.given(params.rng_state, "rng_state");
@@ -269,6 +280,15 @@ Status check(const char* function, const Params* params, void (*rules)(Requireme
   return require.status();
 }
 
+// The same of a function that writes a plan.
+template <class Params>
+Status check_plan(const char* function, const Params* params, const void* plan,
+                  void (*rules)(Requirements&, const Params&)) {
+  Requirements require(function);
+  require.given(plan, "plan");
+  return require.status() != Status::kOk ? require.status() : check(function, params, rules);
+}
+
 }  // namespace
 
 Status check_choice(const char* function, const ForwardParams* params) {
@@ -285,6 +305,14 @@ Status check_backward(const char* function, const BackwardParams* params) {
 
 Status check_cache(const char* function, const CacheParams* params) {
   return check(function, params, require_cache_call);
+}
+
+Status check_plan_backward(const char* function, const BackwardParams* params, const BackwardPlan* plan) {
+  return check_plan(function, params, plan, require_planned_backward);
+}
+
+Status check_plan_cache(const char* function, const CacheParams* params, const CachePlan* plan) {
+  return check_plan(function, params, plan, require_planned_cache);
 }
 
 Status check_dropout_probs(const char* function, const ForwardParams* params) {

@@ -13,6 +13,10 @@ Status check_cache(const char* function, const CacheParams* params);
 Status check_rotary(const char* function, const RotaryParams* params);
 Status check_dropout_probs(const char* function, const ForwardParams* params);
 
+// Only what a plan reads, which is made before there are workspaces.
+Status check_plan_backward(const char* function, const BackwardParams* params, const BackwardPlan* plan);
+Status check_plan_cache(const char* function, const CacheParams* params, const CachePlan* plan);
+
 // Only what the choice of a kernel depends on.
 Status check_choice(const char* function, const ForwardParams* params);
 

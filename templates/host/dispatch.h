@@ -5,6 +5,7 @@
 
 #include "abi.h"
 #include "host/launch.h"
+#include "host/plan.h"
 
 namespace flash_attn {
 
@@ -18,6 +19,7 @@ struct Kernel {
   Mask mask;
   int shared_bytes;
   Status (*launch)(const Params&, const Device&, cudaStream_t);
+  typename PlannedTiles<Params>::Type tiles;
 };
 
 template <class Params>
@@ -38,6 +40,7 @@ struct FamilyInfo {
   Family family;
   const char* name;
   int shared_bytes;  // per thread block, on the devices that the family's tiles are made for
+  bool draws_tiles;  // some kernels do, from ForwardParams::tile_counter
 };
 
 extern const KernelTable<ForwardParams> kForwardKernels;
@@ -52,6 +55,9 @@ extern const int kNumHeadDims;
 
 // The family's row; that of an unknown family has the name "auto".
 const FamilyInfo& family_info(Family family);
+
+// Whether a family of this library that the device can run draws tiles.
+bool draws_tiles(const Device& device);
 
 // The table's kernel for `params` on `device`, or null with the reason in `status` and
 // flash_attn_last_error().

@@ -91,6 +91,14 @@ Status fail_without_kernel(Status status, Direction direction, const ForwardPara
 
 }  // namespace
 
+bool draws_tiles(const Device& device) {
+  for (int i = 0; i < kNumTargets; ++i) {
+    const bool draws = family_info(kTargets[i].family).draws_tiles;
+    if (draws && runs_on(kTargets[i], device.capability)) return true;
+  }
+  return false;
+}
+
 template <class Params>
 const Kernel<Params>* find_kernel(const KernelTable<Params>& table, const ForwardParams& params,
                                   const Device& device, Status& status) {

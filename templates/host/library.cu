@@ -122,6 +122,25 @@ const char* kernel_key(const char* function, const KernelTable<Params>& table, c
   return kernel == nullptr ? nullptr : kernel->key;
 }
 
+CachePlan make_plan(const CacheParams& params, const CacheTiles& tiles, const Device& device) {
+  return plan_cache(params, tiles, device.multiprocessors);
+}
+
+BackwardPlan make_plan(const BackwardParams& params, const BackwardTiles& tiles, const Device& device) {
+  return plan_backward(params, tiles, device.multiprocessors);
+}
+
+// Writes the plan of a call whose check gave `checked`.
+template <class Params, class Plan>
+int32_t plan_call(Status checked, const KernelTable<Params>& table, const Params* params, Plan* plan) {
+  if (checked != Status::kOk) return static_cast<int32_t>(checked);
+  Device device{};
+  Status status;
+  const Kernel<Params>* kernel = kernel_for(table, *forward_of(params), device, status);
+  if (kernel != nullptr) *plan = make_plan(*params, kernel->tiles, device);
+  return static_cast<int32_t>(status);
+}
+
 // The key of kernel `index` of the table; past its end null, and `index` counts on in the next table.
 template <class Params>
 const char* key_in(const KernelTable<Params>& table, int32_t& index) {
@@ -176,6 +195,14 @@ const char* flash_attn_cache_kernel(const CacheParams* params) {
   return kernel_key(__func__, kCacheKernels, params);
 }
 
+int32_t flash_attn_plan_backward(const BackwardParams* params, BackwardPlan* plan) {
+  return plan_call(check_plan_backward(__func__, params, plan), kBackwardKernels, params, plan);
+}
+
+int32_t flash_attn_plan_cache(const CacheParams* params, CachePlan* plan) {
+  return plan_call(check_plan_cache(__func__, params, plan), kCacheKernels, params, plan);
+}
+
 const char* flash_attn_last_error() { return last_error; }
 
 uint64_t flash_attn_layout_hash() { return kLayoutHash; }
@@ -198,6 +225,11 @@ const char* flash_attn_kernel_key(int32_t index) {
   if (key == nullptr) key = key_in(kBackwardKernels, index);
   if (key == nullptr) key = key_in(kCacheKernels, index);
   return key;
+}
+
+int32_t flash_attn_draws_tiles(int32_t index) {
+  Device device{};
+  return device_properties(index, device) == Status::kOk && draws_tiles(device) ? 1 : 0;
 }
 
 const char* flash_attn_targets() {

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "host/launch.h"
+#include "problem/work.cuh"
 #include "ptx/arithmetic.cuh"
 #include "ptx/grid_dependency.cuh"
 #include "warp/softmax.cuh"
@@ -190,9 +191,8 @@ auto kernel_of(int head_dim) {
 Status launch_combine(const CacheParams& params, const Device& device, cudaStream_t stream) {
   const ForwardParams& forward = params.forward;
   const int64_t rows = forward.total_q * forward.num_heads;
-  // Few rows with many parts would leave most of the GPU idle.
-  const bool few = rows <= kMergingWarps * device.multiprocessors;
-  const int warps_per_row = few && params.num_splits > kMergedAtOnce ? kMergingWarps : 1;
+  const int warps_per_row =
+      merging_warps(static_cast<double>(rows), params.num_splits, device.multiprocessors);
   const CombineArguments arguments{params, rows, warps_per_row};
   const int rows_per_block = kMergingWarps / warps_per_row;
   const auto kernel = static_cast<Dtype>(forward.dtype) == Dtype::kBf16

@@ -23,6 +23,17 @@ struct KeyPart {
   }
 };
 
+// Merging of the parts of a row: how many of them a warp reads at once, and the warps of a thread block.
+constexpr int kMergedAtOnce = 8;
+constexpr int kMergingWarps = 8;
+
+// Warps that share each of `rows` rows to merge: all of a thread block where so few rows have so many parts
+// that most of the GPU would be idle otherwise.
+constexpr int merging_warps(double rows, int parts, int multiprocessors) {
+  const bool few = rows <= double{kMergingWarps} * multiprocessors;
+  return few && parts > kMergedAtOnce ? kMergingWarps : 1;
+}
+
 template <Mask kMask, int kBlockN>
 struct Work {
   QueryBlock queries;

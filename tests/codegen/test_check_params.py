@@ -46,10 +46,13 @@ OF_CHOICE = {
     "dtype": (-1, 2), "head_dim": (-8, 0, 3, 60, 264), "head_dim_v": (0, 65, 512), "window_left": (-2,),
     "window_right": (-INT_MAX,),
 }  # fmt: skip
-OF_CALL = OF_CHOICE | {
+OF_SIZES = OF_CHOICE | {
     "window_left": (-2, INT_MAX, INT_MAX - 8), "window_right": (-INT_MAX, INT_MAX, INT_MAX - 12),
     "batch": (-1,), "seqlen_q": (-1, INT_MAX), "seqlen_k": (-5, INT_MAX - 126), "total_q": (-1,),
-    "total_k": (-1,), "num_heads_k": (0, -1), "num_heads": (-2, 3, 1), "softmax_scale": (NAN, float("inf")),
+    "total_k": (-1,), "num_heads_k": (0, -1), "num_heads": (-2, 3, 1),
+}  # fmt: skip
+OF_CALL = OF_SIZES | {
+    "softmax_scale": (NAN, float("inf")),
     "softcap": (-1.0, NAN), "dropout_p": (-0.1, 1.0, NAN), "dropout_rescale": (0.0, 0.5, NAN, float("inf")),
 }  # fmt: skip
 NULLS = {
@@ -61,6 +64,8 @@ NULLS = {
     "rotary": ("x", "out", "cos", "sin"),
     "dropout_probs": ("q", "k", "softmax_lse", "rng_state", "probs"),
     "choice": (),
+    "plan_backward": (),
+    "plan_cache": (),
 }  # fmt: skip
 WRONG = {
     "forward": OF_CALL | {"num_heads": (0, *OF_CALL["num_heads"])},
@@ -77,13 +82,15 @@ WRONG = {
     },
     "dropout_probs": OF_CALL,
     "choice": OF_CHOICE,
+    "plan_backward": OF_SIZES | {"num_heads": (0, *OF_SIZES["num_heads"])},
+    "plan_cache": OF_SIZES | {"num_splits": (-1, 129)},
 }  # fmt: skip
 
 
 def make(mirror, operation, **changes):
     """Return right parameters of an operation, but for `changes`."""
     of_forward = FORWARD | (DROPOUT if operation == "dropout_probs" else {})
-    more = {"backward": BACKWARD, "cache": CACHE, "rotary": ROTARY}.get(operation)
+    more = {"backward": BACKWARD, "cache": CACHE}.get(operation.removeprefix("plan_"))
     if operation == "rotary":
         return mirror["RotaryParams"](**(ROTARY | changes))
     own = set(more or ())
@@ -150,6 +157,11 @@ def test_dropout_needs_its_state(checker, mirror):
 NOTHING = {"batch": 0, "total_q": 0, "total_k": 0}
 
 
+def nulls(fields):
+    """Return None for each field that is an address."""
+    return {name: None for name, value in fields.items() if value == SOME}
+
+
 @pytest.mark.parametrize(
     "operation, changes",
     [
@@ -169,6 +181,8 @@ NOTHING = {"batch": 0, "total_q": 0, "total_k": 0}
         ("cache", {"seqlen_new": 0, "k_new": None, "v_new": None}),
         ("cache", {"rotary_cos": None, "rotary_sin": None, "q_rotated": None, "rotary_dim": 0}),
         ("cache", {"num_heads": 0, "q": None, "out": None}),
+        ("plan_backward", {"key_parts": 0, "rows": 0, **nulls(FORWARD | BACKWARD)}),
+        ("plan_cache", {"num_splits": 0, "design": 7, **nulls(FORWARD | CACHE)}),
         ("rotary", {"x": None, "out": None, "rows": 0}),
         ("rotary", {"cos": None, "sin": None, "table_rows": 0}),
         ("rotary", {"rotary_dim": 8, "interleaved": 1}),

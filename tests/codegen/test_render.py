@@ -96,7 +96,7 @@ def test_a_new_family_is_data(monkeypatch):
     files = render.render_sources(chosen)
     assert '#include "tcgen05/forward/launch.cuh"' in files["sm95/forward_bf16_d64_full.cu"]
     assert not any("fp16" in path or "backward" in path for path in files)
-    assert '{Family::kSm95, "sm95", 204800},' in files["dispatch.cu"]
+    assert '{Family::kSm95, "sm95", 204800, false},' in files["dispatch.cu"]
     assert "{Family::kSm95, 95, false}," in files["dispatch.cu"]
     assert "kSm95 = 95," in files["abi.h"]
     assert "SM95 = 95" in render.render_abi_module()

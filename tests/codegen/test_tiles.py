@@ -1,6 +1,6 @@
 import pytest
 
-from codegen import axes, tiles
+from codegen import axes, targets, tiles, units
 from codegen.tile_shapes import MmaBackwardTile, MmaCacheTile, MmaForwardTile, WgmmaForwardTile, mma, wgmma
 from codegen.tile_shapes.formula import Sum, Term
 from codegen.tiles import TileError
@@ -252,6 +252,21 @@ def test_hopper_arithmetic():
 )
 def test_wrong_hopper_tiles(tile, words):
     assert words in refusal(tile, SM90, 128)
+
+
+def test_a_plan_reads_the_tiles_of_each_unit():
+    found = {u.key: u.planned_tiles for u in units.list_units(targets.full_selection())}
+    assert found["split_sm90_bf16_d256_windowed"] == [[16, 64], [64, 64], [128, 64], [128, 80]]
+    assert found["split_sm86_bf16_d64_windowed"] == [[16, 64], [64, 64], [0, 0], [0, 0]]
+    assert found["backward_sm80_fp16_d64_causal"] == [128, 64]
+    assert found["forward_sm90_bf16_d128_full"] == []
+
+
+def test_backward_tiles_of_a_kernel_have_equally_many_keys(monkeypatch):
+    monkeypatch.setitem(tiles.BACKWARD_TILES["sm80"][64], "roomy", MmaBackwardTile(64, 64, 4, 2, 2))
+    found = tiles.find_tiles("backward", "sm80", 64, "full")
+    with pytest.raises(TileError, match=r"block_n differs .* head_dim 64: \[64, 128\]"):
+        tiles.planned("backward", found, 64)
 
 
 def test_every_width_of_wgmma_has_an_instruction():

@@ -32,6 +32,7 @@ def test_a_family_can_use_the_kernels_of_another():
 def test_hopper_has_a_forward_kernel_of_its_own():
     hopper = {unit.direction: unit.design for unit in FULL if unit.family == "sm90"}
     assert hopper == {"forward": "wgmma", "backward": "mma", "split": "wgmma"}
+    assert [family.name for family in axes.built_families() if family.draws_tiles] == ["sm90"]
 
 
 def test_one_kernel_with_split_keys_serves_every_mask():

@@ -28,6 +28,7 @@ ALLOWED = {
     "warp/": KERNEL_PARTS,
     "ops/": rf"{KERNEL_PARTS}|ops/.*|host/.*\.h",
     r"host/library\.cu": r"abi.h|host/.*|ops/.*\.h",
+    r"host/plan\.(h|cu)": "abi.h|host/plan.h|problem/.*",
     "host/": "abi.h|host/.*",
     "mma/[^/]*$": rf"{KERNEL_PARTS}|mma/[^/]*",
     "mma/(?P<kernel>[^/]*)/": rf"{KERNEL_PARTS}|{LAUNCH_PARTS}|mma/[^/]*|mma/<kernel>/.*",

@@ -87,9 +87,8 @@ def fake_toolkit(tmp_path, monkeypatch):
 def small_templates(tmp_path):
     """A tree of CUDA sources that compiles in a second per file and needs no kernel of the project."""
     folder = tmp_path / "templates"
-    files = {
-        "host/launch.h": (TEMPLATES / "host/launch.h").read_text(),
-        "host/dispatch.h": (TEMPLATES / "host/dispatch.h").read_text(),
+    own = "host/launch.h", "host/dispatch.h", "host/plan.h", "problem/kv_cache.cuh", "problem/sequence.cuh"
+    files = {name: (TEMPLATES / name).read_text() for name in own} | {
         "host/library.cu": LIBRARY,
         "mma/forward/launch.cuh": kernel("forward", "Default", "out", BYTES=FORWARD_BYTES),
         "mma/backward/launch.cuh": kernel(

@@ -172,7 +172,7 @@ def test_trimmed_library_depends_on_the_system_only(trimmed):
 def test_trimmed_library_loads_without_a_gpu_and_knows_its_kernels(trimmed):
     library = ctypes.CDLL(str(trimmed / "out" / "libflash_attn.so"))
     library.flash_attn_layout_hash.restype = ctypes.c_uint64
-    for struct in abi.STRUCTS:
+    for struct in abi.PARAMS:
         size = getattr(library, f"flash_attn_{struct.constant.lower()}_size")
         size.restype = ctypes.c_int64
         assert size() == struct.size
@@ -181,6 +181,16 @@ def test_trimmed_library_loads_without_a_gpu_and_knows_its_kernels(trimmed):
     keys = [library.flash_attn_kernel_key(i).decode() for i in range(library.flash_attn_kernel_count())]
     assert keys == json.loads((trimmed / "out" / "_build.json").read_text())["kernels"]
     assert library.flash_attn_targets() == b"sm80:80"
+
+
+def test_trimmed_library_refuses_to_plan_nothing(trimmed):
+    library = ctypes.CDLL(str(trimmed / "out" / "libflash_attn.so"))
+    library.flash_attn_last_error.restype = ctypes.c_char_p
+    for function in (library.flash_attn_plan_backward, library.flash_attn_plan_cache):
+        room = ctypes.create_string_buffer(512)
+        assert function(None, room) == 4 and b": params must not" in library.flash_attn_last_error()
+        assert function(room, None) == 4 and b": plan must not" in library.flash_attn_last_error()
+    assert library.flash_attn_draws_tiles(-1) == 0
 
 
 def test_trimmed_build_keeps_within_the_limits_of_a_unit(trimmed):

@@ -4,7 +4,7 @@ import ctypes
 import struct
 from enum import IntEnum
 
-LAYOUT_HASH = 0xB54CD6BEFD5249BE
+LAYOUT_HASH = 0xA164A292BFBD60BA
 """Must equal flash_attn_layout_hash() of the library."""
 
 HEAD_DIMS = (32, 64, 96, 128, 192, 256)
@@ -12,18 +12,6 @@ HEAD_DIMS = (32, 64, 96, 128, 192, 256)
 
 CAPABILITIES = (80, 86, 89, 90, 100, 110, 120)
 """Compute capabilities (90 for 9.0) that kernels can be built for by name."""
-
-CACHE_ROWS = (16, 64, 128)
-"""Rows, queries x heads that share keys, of tiles of calls over a KV cache; a family may lack the last."""
-
-CACHE_KEYS = 64
-"""Keys in a block of such a call."""
-
-WGMMA_SHAPES = {32: (192, 128), 64: (192, 128), 96: (192, 96), 128: (192, 80), 192: (128, 96), 256: (128, 80)}
-"""Rows and keys of the wgmma design's tiles for such a call, by the kernel's head dim."""
-
-WGMMA_COST = 0.5
-"""Time of a row in that design over that in the largest of the other's tiles."""
 
 MAX_HEAD_DIM = 256
 """Elements per head, at most."""
@@ -39,12 +27,6 @@ KEY_GROUP = 16
 
 MAX_SPLITS = 128
 """Parts that the keys of a call over a KV cache are split into, at most."""
-
-MERGED_AT_ONCE = 8
-"""Parts of a row of the result that a warp reads at once."""
-
-MERGING_WARPS = 8
-"""Warps that share a row of a call with few rows to merge."""
 
 WORKSPACE_ROWS = 128
 """Rows of a block of a backward's workspace; a sequence has whole ones."""
@@ -208,6 +190,15 @@ BACKWARD_PARAMS = struct.Struct("<312s10Q14q1i4x")
 """Packs the fields of BackwardParams, in order, into 512 bytes; a pointer is an int, null is 0."""
 
 
+class BackwardPlan(ctypes.Structure):
+    """How a backward call is best computed, and what the sizes of its workspaces follow from."""
+
+    _fields_ = (
+        ("key_parts", ctypes.c_int32),  # of the heads that share keys, a divisor of their number
+        ("head_dim", ctypes.c_int32),  # the kernel's: columns of dq_accumulator and key_partials
+    )
+
+
 class CacheParams(ctypes.Structure):
     """Arguments of one attention call over a KV cache. Keys that the call appends are written to the
     cache first; what would lie outside of it is dropped, and read as zero. In forward, k and v are the
@@ -250,6 +241,15 @@ class CacheParams(ctypes.Structure):
 
 CACHE_PARAMS = struct.Struct("<312s10Q7q9i2h")
 """Packs the fields of CacheParams, in order, into 488 bytes; a pointer is an int, null is 0."""
+
+
+class CachePlan(ctypes.Structure):
+    """How a call over a KV cache is best computed."""
+
+    _fields_ = (
+        ("num_splits", ctypes.c_int32),  # as the call gives it, or chosen where it gives 0
+        ("design", ctypes.c_int32),  # Design that is to compute the call
+    )
 
 
 class RotaryParams(ctypes.Structure):
@@ -299,6 +299,8 @@ FUNCTIONS: dict[str, tuple[type, tuple[type, ...]]] = {
     "flash_attn_forward_kernel": (ctypes.c_char_p, (ctypes.c_void_p,)),
     "flash_attn_backward_kernel": (ctypes.c_char_p, (ctypes.c_void_p,)),
     "flash_attn_cache_kernel": (ctypes.c_char_p, (ctypes.c_void_p,)),
+    "flash_attn_plan_backward": (ctypes.c_int32, (ctypes.c_void_p, ctypes.c_void_p)),
+    "flash_attn_plan_cache": (ctypes.c_int32, (ctypes.c_void_p, ctypes.c_void_p)),
     "flash_attn_last_error": (ctypes.c_char_p, ()),
     "flash_attn_layout_hash": (ctypes.c_uint64, ()),
     "flash_attn_forward_params_size": (ctypes.c_int64, ()),
@@ -307,6 +309,7 @@ FUNCTIONS: dict[str, tuple[type, tuple[type, ...]]] = {
     "flash_attn_rotary_params_size": (ctypes.c_int64, ()),
     "flash_attn_kernel_count": (ctypes.c_int32, ()),
     "flash_attn_kernel_key": (ctypes.c_char_p, (ctypes.c_int32,)),
+    "flash_attn_draws_tiles": (ctypes.c_int32, (ctypes.c_int32,)),
     "flash_attn_targets": (ctypes.c_char_p, ()),
 }
 """Name -> (result type, argument types) of each exported function; structs are passed by address."""

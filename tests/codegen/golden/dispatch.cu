@@ -19,35 +19,35 @@ Status backward_sm86_bf16_d64_causal(const BackwardParams&, const Device&, cudaS
 Status backward_sm86_bf16_d64_windowed(const BackwardParams&, const Device&, cudaStream_t);
 Status split_sm86_bf16_d64_windowed(const CacheParams&, const Device&, cudaStream_t);
 
-// key, family, dtype, head_dim, mask, dynamic shared memory in bytes, launcher
+// key, family, dtype, head_dim, mask, dynamic shared memory in bytes, launcher, what plans read of its tiles
 static const Kernel<ForwardParams> forward_kernels[] = {
-    {"forward_sm80_bf16_d64_full", Family::kSm80, Dtype::kBf16, 64, Mask::kFull, 32768, forward_sm80_bf16_d64_full},
-    {"forward_sm80_bf16_d64_causal", Family::kSm80, Dtype::kBf16, 64, Mask::kCausal, 32768, forward_sm80_bf16_d64_causal},
-    {"forward_sm80_bf16_d64_windowed", Family::kSm80, Dtype::kBf16, 64, Mask::kWindowed, 32768, forward_sm80_bf16_d64_windowed},
-    {"forward_sm86_bf16_d64_full", Family::kSm86, Dtype::kBf16, 64, Mask::kFull, 32768, forward_sm86_bf16_d64_full},
-    {"forward_sm86_bf16_d64_causal", Family::kSm86, Dtype::kBf16, 64, Mask::kCausal, 16384, forward_sm86_bf16_d64_causal},
-    {"forward_sm86_bf16_d64_windowed", Family::kSm86, Dtype::kBf16, 64, Mask::kWindowed, 32768, forward_sm86_bf16_d64_windowed},
-    {nullptr, Family::kAuto, Dtype::kFp16, 0, Mask::kFull, 0, nullptr},
+    {"forward_sm80_bf16_d64_full", Family::kSm80, Dtype::kBf16, 64, Mask::kFull, 32768, forward_sm80_bf16_d64_full, {}},
+    {"forward_sm80_bf16_d64_causal", Family::kSm80, Dtype::kBf16, 64, Mask::kCausal, 32768, forward_sm80_bf16_d64_causal, {}},
+    {"forward_sm80_bf16_d64_windowed", Family::kSm80, Dtype::kBf16, 64, Mask::kWindowed, 32768, forward_sm80_bf16_d64_windowed, {}},
+    {"forward_sm86_bf16_d64_full", Family::kSm86, Dtype::kBf16, 64, Mask::kFull, 32768, forward_sm86_bf16_d64_full, {}},
+    {"forward_sm86_bf16_d64_causal", Family::kSm86, Dtype::kBf16, 64, Mask::kCausal, 16384, forward_sm86_bf16_d64_causal, {}},
+    {"forward_sm86_bf16_d64_windowed", Family::kSm86, Dtype::kBf16, 64, Mask::kWindowed, 32768, forward_sm86_bf16_d64_windowed, {}},
+    {nullptr, Family::kAuto, Dtype::kFp16, 0, Mask::kFull, 0, nullptr, {}},
 };
 const KernelTable<ForwardParams> kForwardKernels{Direction::kForward, forward_kernels, 6};
 
-// key, family, dtype, head_dim, mask, dynamic shared memory in bytes, launcher
+// key, family, dtype, head_dim, mask, dynamic shared memory in bytes, launcher, what plans read of its tiles
 static const Kernel<BackwardParams> backward_kernels[] = {
-    {"backward_sm80_bf16_d64_full", Family::kSm80, Dtype::kBf16, 64, Mask::kFull, 66048, backward_sm80_bf16_d64_full},
-    {"backward_sm80_bf16_d64_causal", Family::kSm80, Dtype::kBf16, 64, Mask::kCausal, 66048, backward_sm80_bf16_d64_causal},
-    {"backward_sm80_bf16_d64_windowed", Family::kSm80, Dtype::kBf16, 64, Mask::kWindowed, 66048, backward_sm80_bf16_d64_windowed},
-    {"backward_sm86_bf16_d64_full", Family::kSm86, Dtype::kBf16, 64, Mask::kFull, 66048, backward_sm86_bf16_d64_full},
-    {"backward_sm86_bf16_d64_causal", Family::kSm86, Dtype::kBf16, 64, Mask::kCausal, 66048, backward_sm86_bf16_d64_causal},
-    {"backward_sm86_bf16_d64_windowed", Family::kSm86, Dtype::kBf16, 64, Mask::kWindowed, 66048, backward_sm86_bf16_d64_windowed},
-    {nullptr, Family::kAuto, Dtype::kFp16, 0, Mask::kFull, 0, nullptr},
+    {"backward_sm80_bf16_d64_full", Family::kSm80, Dtype::kBf16, 64, Mask::kFull, 66048, backward_sm80_bf16_d64_full, {128, 64}},
+    {"backward_sm80_bf16_d64_causal", Family::kSm80, Dtype::kBf16, 64, Mask::kCausal, 66048, backward_sm80_bf16_d64_causal, {128, 64}},
+    {"backward_sm80_bf16_d64_windowed", Family::kSm80, Dtype::kBf16, 64, Mask::kWindowed, 66048, backward_sm80_bf16_d64_windowed, {128, 64}},
+    {"backward_sm86_bf16_d64_full", Family::kSm86, Dtype::kBf16, 64, Mask::kFull, 66048, backward_sm86_bf16_d64_full, {128, 64}},
+    {"backward_sm86_bf16_d64_causal", Family::kSm86, Dtype::kBf16, 64, Mask::kCausal, 66048, backward_sm86_bf16_d64_causal, {128, 64}},
+    {"backward_sm86_bf16_d64_windowed", Family::kSm86, Dtype::kBf16, 64, Mask::kWindowed, 66048, backward_sm86_bf16_d64_windowed, {128, 64}},
+    {nullptr, Family::kAuto, Dtype::kFp16, 0, Mask::kFull, 0, nullptr, {}},
 };
 const KernelTable<BackwardParams> kBackwardKernels{Direction::kBackward, backward_kernels, 6};
 
-// key, family, dtype, head_dim, mask, dynamic shared memory in bytes, launcher
+// key, family, dtype, head_dim, mask, dynamic shared memory in bytes, launcher, what plans read of its tiles
 static const Kernel<CacheParams> cache_kernels[] = {
-    {"split_sm80_bf16_d64_windowed", Family::kSm80, Dtype::kBf16, 64, Mask::kWindowed, 24576, split_sm80_bf16_d64_windowed},
-    {"split_sm86_bf16_d64_windowed", Family::kSm86, Dtype::kBf16, 64, Mask::kWindowed, 24576, split_sm86_bf16_d64_windowed},
-    {nullptr, Family::kAuto, Dtype::kFp16, 0, Mask::kFull, 0, nullptr},
+    {"split_sm80_bf16_d64_windowed", Family::kSm80, Dtype::kBf16, 64, Mask::kWindowed, 24576, split_sm80_bf16_d64_windowed, {{16, 64}, {64, 64}, {0, 0}, {0, 0}}},
+    {"split_sm86_bf16_d64_windowed", Family::kSm86, Dtype::kBf16, 64, Mask::kWindowed, 24576, split_sm86_bf16_d64_windowed, {{16, 64}, {64, 64}, {0, 0}, {0, 0}}},
+    {nullptr, Family::kAuto, Dtype::kFp16, 0, Mask::kFull, 0, nullptr, {}},
 };
 const KernelTable<CacheParams> kCacheKernels{Direction::kSplit, cache_kernels, 2};
 
@@ -59,12 +59,12 @@ const FamilyTarget kTargets[] = {
 };
 const int kNumTargets = 2;
 
-// family, name, shared memory per block in bytes
+// family, name, shared memory per block in bytes, draws tiles
 const FamilyInfo kFamilies[] = {
-    {Family::kSm80, "sm80", 166912},
-    {Family::kSm86, "sm86", 101376},
-    {Family::kSm90, "sm90", 232448},
-    {Family::kAuto, "auto", 0},
+    {Family::kSm80, "sm80", 166912, false},
+    {Family::kSm86, "sm86", 101376, false},
+    {Family::kSm90, "sm90", 232448, true},
+    {Family::kAuto, "auto", 0, false},
 };
 const int kNumFamilies = 3;
 
