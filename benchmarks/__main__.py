@@ -49,7 +49,11 @@ def parser(chosen: str) -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    args = parser(argv[0] if argv else "").parse_args(argv)
+    try:
+        args = parser(argv[0] if argv else "").parse_args(argv)
+    except ModuleNotFoundError as error:
+        print(f"{error}: pip install -e '.[benchmark]'")
+        return 2
     if args.command not in WITHOUT_GPU:
         import torch
 

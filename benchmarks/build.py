@@ -46,9 +46,7 @@ def run(args: argparse.Namespace) -> int:
     except CodegenError as error:
         print(error)
         return 2
-    print(report.aligned(COLUMNS))
-    for cost in costs:
-        print(report.aligned([str(value) for value in cost.values()]))
+    print(report.table([dict(zip(COLUMNS, map(str, cost.values()), strict=True)) for cost in costs]))
     library = folder / ninja.LIBRARY
     size = library.stat().st_size if library.is_file() else 0
     print(f"{library.name}: {size / 2**20:.2f} MiB")

@@ -16,12 +16,13 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+from tqdm import tqdm
 
 from benchmarks import report
 from benchmarks.settings import TABLES
@@ -119,15 +120,15 @@ def complaints(rows: Sequence[Row], bar: float) -> list[str]:
     return [*slow, *(f"mean of {table}: {mean:.6f} is below {MEAN_BAR}" for table, mean in low.items())]
 
 
-def lines(rows: Sequence[Row]) -> list[str]:
-    """The table as text, with the means below it; a star marks what was measured again."""
-    width = max(len(row.setting) for row in rows)
-    titles = report.aligned([f"us {OLD}", f"us {NEW}", f"{OLD}/{NEW}"], 10)
-    text = [f"{'setting'.ljust(width)}  {titles}"]
-    for row in rows:
-        cells = report.aligned([f"{row.old_us:.1f}", f"{row.new_us:.1f}", f"{row.ratio:.3f}"], 10)
-        text.append(f"{row.setting.ljust(width)}  {cells}{' *' if row.again else ''}")
-    return [*text, *(f"geometric mean, {table}: {mean:.4f}" for table, mean in means(rows).items())]
+def cells(row: Row) -> report.Cells:
+    """The row as text; a star marks what was measured again."""
+    return {
+        "setting": row.setting,
+        f"us {OLD}": f"{row.old_us:.1f}",
+        f"us {NEW}": f"{row.new_us:.1f}",
+        f"{OLD}/{NEW}": f"{row.ratio:.3f}",
+        "": "*" if row.again else "",
+    }
 
 
 def child_environment() -> dict[str, str]:
@@ -149,11 +150,14 @@ def ask(folder: Path, only: Sequence[str], seconds: float) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-class Comparison:
-    """The two packages, and what their processes said of themselves."""
+Ask = Callable[[Path, Sequence[str], float], dict[str, Any]]
 
-    def __init__(self, old: Path, new: Path, seconds: float) -> None:
-        self.folders, self.seconds = {OLD: old, NEW: new}, seconds
+
+class Comparison:
+    """The two packages, how their processes are asked, and what these said of themselves."""
+
+    def __init__(self, old: Path, new: Path, seconds: float, ask: Ask = ask) -> None:
+        self.folders, self.seconds, self.ask = {OLD: old, NEW: new}, seconds, ask
         self.commits: dict[str, str | None] = {}
         for folder in (old, new):
             if not (folder / "flash_attn" / "__init__.py").is_file():
@@ -162,17 +166,15 @@ class Comparison:
     def measure(self, rounds: int, only: Sequence[str], again: bool = False) -> list[Row]:
         """Rows from that many processes of either package, which start in turn."""
         said: dict[str, list[Round]] = {OLD: [], NEW: []}
-        for number in range(rounds):
-            for side in (OLD, NEW) if number % 2 == 0 else (NEW, OLD):
-                start = time.monotonic()
-                answer = ask(self.folders[side], only, self.seconds)
+        turns = [*(OLD, NEW, NEW, OLD) * (rounds // 2), *(OLD, NEW) * (rounds % 2)]
+        with tqdm(turns, desc="again" if again else "compare", unit="process", disable=None) as bar:
+            for side in bar:
+                bar.set_postfix_str(side)
+                answer = self.ask(self.folders[side], only, self.seconds)
+                if not answer["rows"]:
+                    raise CompareError("no setting has such a name")
                 self.commits[side] = answer["commit"]
-                said[side].append({setting: Sample(*pair) for setting, pair in answer["rows"].items()})
-                took = time.monotonic() - start
-                count = len(answer["rows"])
-                print(f"round {number + 1} of {rounds}, {side}: {count} settings in {took:.0f} s", flush=True)
-            if not said[OLD][0]:
-                raise CompareError("no setting has such a name")
+                said[side].append({setting: Sample(*told) for setting, told in answer["rows"].items()})
         return rows_of(said, again)
 
 
@@ -219,14 +221,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> int:
+def run(
+    args: argparse.Namespace, ask: Ask = ask, machine: Callable[[], dict[str, str]] = report.machine
+) -> int:
     """Measure, print and write the table.
 
     The exit status is 0 if NEW is fast enough, 1 if it is not, 2 if the two cannot be compared.
     """
-    facts: dict[str, Any] = {**report.machine(), **report.choices(args.family, "bf16")}
+    facts: dict[str, Any] = {**machine(), **report.choices(args.family, "bf16")}
     try:
-        comparison = Comparison(args.old, args.new, args.seconds)
+        comparison = Comparison(args.old, args.new, args.seconds, ask)
         rows = comparison.measure(args.rounds, [f"^({'|'.join(args.tables)}) ", args.only])
         below = [row for row in rows if row.ratio < args.bar]
         if below and args.repeat_rounds:
@@ -234,9 +238,10 @@ def run(args: argparse.Namespace) -> int:
     except CompareError as error:
         print(error)
         return 2
-    found = complaints(rows, args.bar)
-    print("\n".join([*lines(rows), *found]))
-    facts |= {"commits": comparison.commits, "means": means(rows)}
+    found, averages = complaints(rows, args.bar), means(rows)
+    print(report.table([cells(row) for row in rows]))
+    print("\n".join([*(f"geometric mean, {table}: {mean:.4f}" for table, mean in averages.items()), *found]))
+    facts |= {"commits": comparison.commits, "means": averages}
     records = [{**asdict(row), "ratio": round(row.ratio, 4)} for row in rows]
     report.write_json(args.output / "compare.json", facts, records)
     return int(bool(found))

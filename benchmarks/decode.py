@@ -1,5 +1,5 @@
 """Decoding beside torch's FlashAttention-2 and cuDNN: one query token over a KV cache, as CUDA graph replays
-with a cold L2. The table has microseconds and the KV bytes read per second.
+with a cold L2. The table has our microseconds and KV bytes read per second, and the time of others over ours.
 """
 
 from __future__ import annotations
@@ -102,45 +102,41 @@ def measure(problem: Problem, tensors: Tensors, splits: list[int], pages: bool) 
     return {name: 1e3 * ms for name, ms in cold_medians(calls).items()}
 
 
-def _line(problem: Problem, times: dict[str, float]) -> list[str]:
-    sizes = [f"{problem.num_heads}/{problem.num_heads_k}", str(problem.batch), str(problem.seqlen)]
-    bandwidth = problem.kv_bytes / times[OURS] * 1e-6
-    peers = [f"{times[peer] / times[OURS]:.2f}" if peer in times else "-" for peer in (TORCH_FA2, CUDNN)]
-    others = [f"{name} {time:.1f}" for name, time in times.items()]
-    return [*sizes, f"{times[OURS]:.1f}", f"{bandwidth:.2f}", *peers, *others]
+def cells(record: Mapping[str, Any]) -> report.Cells:
+    """A row of the table: sizes, our time and bandwidth, the time of others over ours."""
+    problem = Problem(*(record[field.name] for field in fields(Problem)))
+    times = record["us"]
+    return {
+        "heads": f"{problem.num_heads}/{problem.num_heads_k}",
+        "batch": str(problem.batch),
+        "keys": str(problem.seqlen),
+        f"{OURS}, us": f"{times[OURS]:.1f}",
+        "TB/s": f"{problem.kv_bytes / times[OURS] * 1e-6:.2f}",
+        **{name: f"{time / times[OURS]:.2f}" for name, time in times.items() if name != OURS},
+    }
 
 
 def markdown(records: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> str:
     """The table with its circumstances, for the README."""
-    names = [name for name in records[0]["us"] if name != OURS]
-    header = ["heads", "batch", "keys", f"{OURS}, us", "TB/s", *names]
     lines = [
         f"{facts['device']}, driver {facts['driver']}, torch {facts['torch']}, {facts['dtype']}, head dim "
         f"{HEAD_DIM}, {facts['date']}, commit {report.short_commit(facts['commit'])}. Microseconds of one "
         "call with one query token, KV bytes read per second, and the time of others over ours (pages: ours, "
         "of that many keys, in random order):",
         "",
-        f"| {' | '.join(header)} |",
-        "|" + "---|" * len(header),
+        report.table([cells(record) for record in records], "github"),
     ]
-    for record in records:
-        problem = Problem(*(record[field.name] for field in fields(Problem)))
-        ours_us = record["us"][OURS]
-        others = [f"{record['us'][name] / ours_us:.2f}" if name in record["us"] else "-" for name in names]
-        sizes = [f"{problem.num_heads}/{problem.num_heads_k}", str(problem.batch), str(problem.seqlen)]
-        speed = [f"{ours_us:.1f}", f"{problem.kv_bytes / ours_us * 1e-6:.2f}"]
-        lines.append(f"| {' | '.join([*sizes, *speed, *others])} |")
     return "\n".join(lines)
 
 
 def run(args: argparse.Namespace) -> int:
     tensors = Tensors()
-    records: list[dict[str, Any]] = []
-    print(report.aligned(["heads", "batch", "keys", "us", "TB/s", "x FA2", "x cuDNN"], 7))
-    for problem in problems():
+
+    def record(problem: Problem) -> dict[str, Any]:
         times = measure(problem, tensors, args.splits, not args.no_pages)
-        print(report.aligned(_line(problem, times), 7), flush=True)
-        records.append({**asdict(problem), "us": {name: round(time, 2) for name, time in times.items()}})
+        return {**asdict(problem), "us": {name: round(time, 2) for name, time in times.items()}}
+
+    records = report.measured(problems(), record, cells)
     facts = report.circumstances(args.family, "bf16")
     report.write_json(args.output / "decode.json", facts, records)
     if args.readme:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 
 import torch
 
@@ -41,10 +42,15 @@ def calls() -> dict[str, Call]:
     }
 
 
+def cells(name: str, medians: Mapping[str, float]) -> report.Cells:
+    """A row of the table: the call, its microseconds, and these over those of torch's own function."""
+    us = medians[name]
+    return {"call": name, "us": f"{us:.2f}", f"over {TORCH_SDPA}": f"{us / medians[TORCH_SDPA]:.2f}"}
+
+
 def run(args: argparse.Namespace) -> int:
     medians = host_medians(calls(), args.batches)
-    for name, microseconds in medians.items():
-        print(f"{name:<19} {microseconds:7.2f} us  {microseconds / medians[TORCH_SDPA]:5.2f} of {TORCH_SDPA}")
+    print(report.table([cells(name, medians) for name in medians]))
     records = [{"name": name, "microseconds": round(value, 2)} for name, value in medians.items()]
     report.write_json(args.output / "host.json", report.environment(), records)
     return 0

@@ -7,6 +7,7 @@ the gradient of the output) is not counted.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -59,15 +60,15 @@ def measure(seqlen: int) -> dict[str, Any]:
     return record
 
 
+def cells(record: Mapping[str, Any]) -> report.Cells:
+    """A row of the table: MiB by direction, then by what is measured."""
+    sizes = {f"{direction}, {name}": record[direction][name] for direction in DIRECTIONS for name in NAMES}
+    texts = {key: "no room" if size is None else f"{size / MIB:.2f}" for key, size in sizes.items()}
+    return {"MiB by seqlen": str(record["seqlen"]), **texts}
+
+
 def run(args: argparse.Namespace) -> int:
-    records = []
-    print(report.aligned(["MiB", *DIRECTIONS[:1], "", "", *DIRECTIONS[1:], "", ""]))
-    print(report.aligned(["seqlen", *NAMES * len(DIRECTIONS)]), flush=True)
-    for seqlen in args.seqlens:
-        records.append(measure(seqlen))
-        sizes = [records[-1][direction][name] for direction in DIRECTIONS for name in NAMES]
-        texts = ["no room" if size is None else f"{size / MIB:.2f}" for size in sizes]
-        print(report.aligned([str(seqlen), *texts]), flush=True)
+    records = report.measured(args.seqlens, measure, cells)
     facts = report.environment()
     report.write_json(args.output / "memory.json", facts, records)
     report.plot_memory(args.output / "memory.png", records, facts)

@@ -1,13 +1,15 @@
 """Chunked prefill beside torch's FlashAttention-2: the queries of a chunk of a prompt over all keys so far,
-in a KV cache, contiguous and in pages, as CUDA graph replays with a cold L2.
+in a KV cache, contiguous and in pages, as CUDA graph replays with a cold L2. The table has our microseconds
+and TFLOP/s, and the time of others over ours.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,20 +72,26 @@ def measure(chunk: Chunk, pages: bool) -> dict[str, float]:
     return {name: 1e3 * ms for name, ms in cold_medians(calls).items()}
 
 
-def _line(chunk: Chunk, times: dict[str, float]) -> list[str]:
-    sizes = [f"{chunk.num_heads}/{chunk.num_heads_k}", str(chunk.queries), str(chunk.keys)]
-    speed = [f"{times[OURS]:.1f}", f"{chunk.flops / times[OURS] * 1e-6:.0f}"]
-    ratios = [f"{name} {time / times[OURS]:.2f}" for name, time in times.items() if name != OURS]
-    return [*sizes, *speed, *ratios]
+def cells(record: Mapping[str, Any]) -> report.Cells:
+    """A row of the table: sizes, our time and speed, the time of others over ours."""
+    chunk = Chunk(*(record[field.name] for field in fields(Chunk)))
+    times = record["us"]
+    return {
+        "heads": f"{chunk.num_heads}/{chunk.num_heads_k}",
+        "queries": str(chunk.queries),
+        "keys": str(chunk.keys),
+        f"{OURS}, us": f"{times[OURS]:.1f}",
+        "TFLOP/s": f"{chunk.flops / times[OURS] * 1e-6:.0f}",
+        **{name: f"{time / times[OURS]:.2f}" for name, time in times.items() if name != OURS},
+    }
 
 
 def run(args: argparse.Namespace) -> int:
-    records = []
-    print(report.aligned(["heads", "queries", "keys", "us", "TFLOP/s", "time of others over ours"], 7))
-    for chunk in chunks():
+    def record(chunk: Chunk) -> dict[str, Any]:
         times = measure(chunk, not args.no_pages)
-        print(report.aligned(_line(chunk, times), 7), flush=True)
-        records.append({**asdict(chunk), "us": {name: round(time, 2) for name, time in times.items()}})
+        return {**asdict(chunk), "us": {name: round(time, 2) for name, time in times.items()}}
+
+    records = report.measured(chunks(), record, cells)
     facts = report.circumstances(args.family, "bf16")
     report.write_json(args.output / "prefill.json", facts, records)
     return 0

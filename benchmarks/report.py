@@ -8,13 +8,20 @@ import math
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from tabulate import tabulate
+from tqdm import tqdm
 
 from benchmarks.settings import Setting
 
+Case = TypeVar("Case")
+Result = TypeVar("Result")
+Cells = dict[str, str]
+"""A row of a table: text by the title of its column."""
 DIRECTIONS = {"forward": "Forward", "backward": "Backward", "both": "Forward and backward"}
 
 
@@ -52,23 +59,51 @@ def ratios(rows: Iterable[Row], name: str, peer: str) -> list[float]:
     return [ratio for row in rows if (ratio := row.ratio(name, peer)) is not None]
 
 
-def titles(names: Sequence[str]) -> list[str]:
-    """Column titles of a table of speeds: setting, TFLOP/s by provider, ratio of the first to each peer."""
-    return ["d", "mask", "s", *names, *(f"vs {peer}" for peer in names[1:])]
+def table(rows: Sequence[Cells], form: str = "simple") -> str:
+    """The rows as a table, in a form of tabulate, such as "github"; a dash is in columns that a row lacks."""
+    if not rows:
+        return ""
+    return tabulate(
+        rows,
+        headers="keys",
+        tablefmt=form,
+        stralign="right",
+        colalign=["left"],
+        missingval="-",
+        disable_numparse=True,
+    )
 
 
-def cells(row: Row, names: Sequence[str]) -> list[str]:
-    """One row of a table of speeds as text, in the order of `titles`; what is missing is a dash."""
+def measured(
+    cases: Iterable[Case], measure: Callable[[Case], Result], cells: Callable[[Result], Cells]
+) -> list[Result]:
+    """What `measure` gives of each case; prints the rows that `cells` makes of it as a table.
+
+    On a terminal a bar shows the newest row. The table comes once its widths are known: at the end, which may
+    be an error or Ctrl-C.
+    """
+    results: list[Result] = []
+    try:
+        with tqdm(list(cases), unit="row", disable=None) as bar:
+            for case in bar:
+                results.append(measure(case))
+                bar.set_postfix(cells(results[-1]))
+    finally:
+        print(table([cells(result) for result in results]), flush=True)
+    return results
+
+
+def cells(row: Row, names: Sequence[str]) -> Cells:
+    """A row of the table of speeds: setting, TFLOP/s by provider, ratio of the first to each peer."""
     setting = row.setting
-    speeds = [f"{row.tflops[name]:.0f}" if name in row.tflops else "-" for name in names]
-    against = [row.ratio(names[0], peer) for peer in names[1:]]
-    quotients = ["-" if ratio is None else f"{ratio:.2f}" for ratio in against]
-    return [str(setting.head_dim), setting.mask, str(setting.seqlen), *speeds, *quotients]
-
-
-def aligned(cells: Sequence[str], width: int = 13) -> str:
-    """Right-aligned columns for a terminal."""
-    return "  ".join(cell.rjust(width) for cell in cells)
+    against = {peer: row.ratio(names[0], peer) for peer in names[1:]}
+    return {
+        "d": str(setting.head_dim),
+        "mask": setting.mask,
+        "s": str(setting.seqlen),
+        **{name: f"{row.tflops[name]:.0f}" if name in row.tflops else "-" for name in names},
+        **{f"vs {peer}": "-" if ratio is None else f"{ratio:.2f}" for peer, ratio in against.items()},
+    }
 
 
 def summary(rows: Sequence[Row], names: Sequence[str]) -> list[str]:
@@ -101,29 +136,25 @@ def markdown(rows: Sequence[Row], names: Sequence[str], facts: Mapping[str, Any]
 
     A cell has our TFLOP/s and in brackets the ratio to each peer.
     """
-    seqlens = sorted({row.setting.seqlen for row in rows})
-    cells_of: dict[tuple[int, str], dict[int, str]] = {}
+    empty = {str(seqlen): "-" for seqlen in sorted({row.setting.seqlen for row in rows})}
+    lines: dict[str, Cells] = {}
     for row in rows:
         setting, ratios = row.setting, [row.ratio(names[0], peer) for peer in names[1:]]
         texts = ["-" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
-        line = cells_of.setdefault((setting.head_dim, setting.mask), {})
-        line[setting.seqlen] = f"{row.tflops[names[0]]:.0f} ({', '.join(texts)})"
-    lines = [
+        title = f"{setting.head_dim}, {setting.mask}"
+        line = lines.setdefault(title, {"head dim, mask": title, **empty})
+        line[str(setting.seqlen)] = f"{row.tflops[names[0]]:.0f} ({', '.join(texts)})"
+    parts = [
         f"{facts['device']}, driver {facts['driver']}, torch {facts['torch']}, {facts['dtype']}, "
         f"kernel family {facts['family']}, {facts['date']}, commit {short_commit(facts['commit'])}. "
         f"{DIRECTIONS[facts['direction']]}, TFLOP/s by sequence length, in brackets our speed over that of "
         f"{' and '.join(names[1:])}:",
         "",
-        "| head dim, mask | " + " | ".join(map(str, seqlens)) + " |",
-        "|---|" + "---|" * len(seqlens),
-        *(
-            f"| {head_dim}, {mask} | " + " | ".join(line.get(s, "-") for s in seqlens) + " |"
-            for (head_dim, mask), line in cells_of.items()
-        ),
+        table(list(lines.values()), "github"),
         "",
         *(f"- {sentence}" for sentence in summary(rows, names)),
     ]
-    return "\n".join(lines)
+    return "\n".join(parts)
 
 
 def replace_between_markers(text: str, name: str, replacement: str) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,15 +39,31 @@ def measure(seqlen: int, interleaved: bool, inplace: bool) -> dict[str, float]:
     return {name: 2 * x.nbytes / ms * 1e-9 for name, ms in medians.items()}
 
 
+def record(seqlen: int, interleaved: bool, inplace: bool) -> dict[str, Any]:
+    """What was measured, and of what."""
+    return {
+        "megabytes": seqlen * HEADS * HEAD_DIM * 2 >> 20,
+        "pairs": "adjacent" if interleaved else "halves",
+        "inplace": inplace,
+        "tb_s": measure(seqlen, interleaved, inplace),
+    }
+
+
+def cells(record: Mapping[str, Any]) -> report.Cells:
+    """A row of the table."""
+    ours, copy = (record["tb_s"][name] for name in (OURS, COPY))
+    return {
+        "MB": str(record["megabytes"]),
+        "pairs": record["pairs"],
+        "in place": "yes" if record["inplace"] else "no",
+        "TB/s": f"{ours:.2f}",
+        COPY: f"{copy:.2f}",
+        "ratio": f"{ours / copy:.2f}",
+    }
+
+
 def run(args: argparse.Namespace) -> int:
-    records = []
-    print(report.aligned(["MB", "pairs", "in place", "TB/s", "copy", "ratio"]))
-    for seqlen, interleaved, inplace in product(args.seqlens, (False, True), (False, True)):
-        speeds = measure(seqlen, interleaved, inplace)
-        megabytes = seqlen * HEADS * HEAD_DIM * 2 >> 20
-        pairs = "adjacent" if interleaved else "halves"
-        figures = (*(f"{speeds[name]:.2f}" for name in (OURS, COPY)), f"{speeds[OURS] / speeds[COPY]:.2f}")
-        print(report.aligned([str(megabytes), pairs, "yes" if inplace else "no", *figures]), flush=True)
-        records.append({"megabytes": megabytes, "pairs": pairs, "inplace": inplace, "tb_s": speeds})
+    cases = product(args.seqlens, (False, True), (False, True))
+    records = report.measured(cases, lambda case: record(*case), cells)
     report.write_json(args.output / "rotary.json", report.environment(), records)
     return 0

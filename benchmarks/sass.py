@@ -16,13 +16,14 @@ import shutil
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from benchmarks import cubin
-from benchmarks.report import aligned
+from tqdm import tqdm
+
+from benchmarks import cubin, report
 from ci import CiError, device_code
 
 IDENTICAL, RENAMED, CHANGED = "identical", "renamed", "changed"
@@ -180,14 +181,14 @@ def compare(old: Iterable[Function], new: Iterable[Function]) -> list[Pair]:
     return sorted(pairs, key=lambda pair: (pair.arch, pair.name))
 
 
-def summary(pairs: Sequence[Pair]) -> list[str]:
-    """The table: how many functions of each target are of each kind."""
-    counts = Counter((pair.arch, pair.kind) for pair in pairs)
-    lines = [aligned(["target", *KINDS], 9)]
-    for arch in sorted({pair.arch for pair in pairs}):
-        lines.append(aligned([arch, *(str(counts[arch, kind]) for kind in KINDS)], 9))
-    totals = Counter(pair.kind for pair in pairs)
-    return [*lines, aligned(["all", *(str(totals[kind]) for kind in KINDS)], 9)]
+def summary(pairs: Sequence[Pair]) -> list[report.Cells]:
+    """The rows of the table: how many functions of each target, then of all, are of each kind."""
+    groups = {arch: [pair for pair in pairs if pair.arch == arch] for arch in sorted({p.arch for p in pairs})}
+    rows = []
+    for target, group in [*groups.items(), ("all", list(pairs))]:
+        counts = Counter(pair.kind for pair in group)
+        rows.append({"target": target, **{kind: str(counts[kind]) for kind in KINDS}})
+    return rows
 
 
 def difference(pair: Pair) -> str:
@@ -219,7 +220,9 @@ class Reader:
         if not files:
             raise SassError(f"{build} is neither a library nor a folder with objects (*.o)")
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            found = [function for group in pool.map(self._functions, files) for function in group]
+            groups = pool.map(self._functions, files)
+            bar = tqdm(groups, desc=build.name, total=len(files), unit="file", disable=None)
+            found = [function for group in bar for function in group]
         if not found:
             raise SassError(f"{build} holds no device code")
         names = demangled([function.name for function in found])
@@ -265,7 +268,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--verbose", action="store_true", help="list renamed functions; diff changed ones")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace, make_reader: Callable[[Path], Reader] = Reader) -> int:
     """Compare and print.
 
     The exit status is 0 if every function has an identical partner, 1 if one has none, 2 if the builds cannot
@@ -274,7 +277,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         rules = read_names(args.names) if args.names else []
         with tempfile.TemporaryDirectory() as folder:
-            reader = Reader(Path(folder))
+            reader = make_reader(Path(folder))
             pairs = compare(renamed(reader.read(args.old), rules), reader.read(args.new))
             pairs = [pair for pair in pairs if re.search(args.only, pair.name)]
             if not pairs:
@@ -288,7 +291,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _print(pairs: Sequence[Pair], reader: Reader | None) -> None:
     """The table, then what is not identical; with a reader, the changed instructions as well."""
-    print("\n".join(summary(pairs)))
+    print(report.table(summary(pairs)))
     for pair in (pair for pair in pairs if pair.kind == CHANGED):
         print(difference(pair))
         if reader and pair.old and pair.new:

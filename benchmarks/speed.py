@@ -6,6 +6,7 @@ A backward is dq, dk and dv together, by autograd from an output made beforehand
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from benchmarks.providers import (
     DETERMINISTIC,
     OURS,
     TORCH_FA2,
+    Call,
     Problem,
     check_agreement,
     providers,
@@ -52,32 +54,44 @@ def make_problem(setting: Setting, dtype: torch.dtype) -> Problem:
 
 
 def measure(
-    setting: Setting, dtype: torch.dtype, direction: str, names: list[str], budget_seconds: float
+    setting: Setting,
+    dtype: torch.dtype,
+    direction: str,
+    names: list[str],
+    budget_seconds: float,
+    make: Callable[[Setting, torch.dtype], Problem] = make_problem,
+    medians: Callable[[Mapping[str, Call], float], dict[str, float]] = device_medians,
 ) -> report.Row:
     """TFLOP/s of every provider that runs here; AssertionError if our result disagrees with a peer's."""
-    problem, known = make_problem(setting, dtype), providers()
+    problem, known = make(setting, dtype), providers()
     calls = runnable({name: getattr(known[name], direction)(problem) for name in names})
     check_agreement(calls)
-    medians = device_medians(calls, budget_seconds)
-    return report.Row(setting, {name: setting.tflops(ms, direction) for name, ms in medians.items()})
+    times = medians(calls, budget_seconds)
+    return report.Row(setting, {name: setting.tflops(ms, direction) for name, ms in times.items()})
 
 
-def run(args: argparse.Namespace) -> int:
+def run(
+    args: argparse.Namespace,
+    measure: Callable[..., report.Row] = measure,
+    peers: Sequence[str] = (TORCH_FA2, CUDNN),
+    circumstances: Callable[[str | None, str], dict[str, str]] = report.circumstances,
+) -> int:
+    """Measure our speed beside that of the peers, print and write the table."""
     direction = args.command
     seqlens = args.seqlens or (QUICK_SEQLENS if args.quick else SEQLENS)
     budget = min(args.budget, QUICK_BUDGET_S) if args.quick else args.budget
-    names = [*([DETERMINISTIC] if args.deterministic else []), OURS, TORCH_FA2, CUDNN]
+    names = [*([DETERMINISTIC] if args.deterministic else []), OURS, *peers]
     name = f"{direction}-{DETERMINISTIC}" if args.deterministic else direction
     if args.readme:
         report.replace_between_markers(args.readme.read_text(), name, "")  # fails before the measuring
-    rows = []
-    print(report.aligned(report.titles(names)), flush=True)
-    for setting in all_settings(args.head_dims, args.masks, seqlens):
-        rows.append(measure(setting, DTYPES[args.dtype], direction, names, budget))
-        print(report.aligned(report.cells(rows[-1], names)), flush=True)
+    rows = report.measured(
+        all_settings(args.head_dims, args.masks, seqlens),
+        lambda setting: measure(setting, DTYPES[args.dtype], direction, names, budget),
+        lambda row: report.cells(row, names),
+    )
     for text in report.summary(rows, names):
         print(text)
-    facts = {**report.circumstances(args.family, args.dtype), "direction": direction}
+    facts = {**circumstances(args.family, args.dtype), "direction": direction}
     report.write_json(args.output / f"{name}.json", facts, [row.as_record() for row in rows])
     report.plot_speed(args.output / f"{name}.png", rows, names, facts)
     if args.readme:

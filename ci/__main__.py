@@ -12,7 +12,7 @@ from codegen import CodegenError
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command. Returns 0; 1 if tests failed; 2 for a request or input that is refused."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     try:
         result: int = options.run(options)
         return result
@@ -21,70 +21,87 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m ci", description=__doc__)
-    parser.add_argument("--matrix", type=Path, default=matrix.FILE, help="another matrix.toml")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+def parser() -> argparse.ArgumentParser:
+    """The commands, each with its arguments and the function that runs it."""
+    top = argparse.ArgumentParser(prog="python -m ci", description=__doc__)
+    top.add_argument("--matrix", type=Path, default=matrix.FILE, help="another matrix.toml")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+    for name, summary, add_arguments, run in (
+        ("matrix", "check the matrix and list its pairs", _matrix_arguments, list_matrix),
+        ("build", "compile the library of a CUDA and make its wheel", _build_arguments, build_wheel),
+        ("audit", "check tag, symbols, needs, size and manifest of wheels", _audit_arguments, audit_wheels),
+        ("test", "test a wheel in a fresh environment and write the record", _test_arguments, test_wheel),
+        ("publish", "admit the wheels that records prove to a site", _publish_arguments, publish_wheels),
+        ("index", "write the index of a site", _index_arguments, write_index),
+        ("report", "the proofs as a table", _report_arguments, write_report),
+    ):
+        command = commands.add_parser(name, help=summary)
+        add_arguments(command)
+        command.set_defaults(run=run)
+    return top
 
-    listing = commands.add_parser("matrix", help="check the matrix and list its pairs")
-    form = listing.add_mutually_exclusive_group()
+
+def _matrix_arguments(command: argparse.ArgumentParser) -> None:
+    form = command.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="builds and pairs as JSON")
     form.add_argument("--github", action="store_true", help="lines for GITHUB_OUTPUT")
-    listing.add_argument("--shards", type=int, default=4, help="with --github: shards per build")
-    listing.set_defaults(run=list_matrix)
+    command.add_argument("--shards", type=int, default=4, help="with --github: shards per build")
 
-    build = commands.add_parser("build", help="compile the library of a CUDA and make its wheel")
-    build.add_argument("--cuda", required=True, help="a build of the matrix, such as 13.0")
-    build.add_argument("--out", type=Path, required=True, help="folder for the wheel, or the shard's objects")
-    part = build.add_mutually_exclusive_group()
+
+def _build_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--cuda", required=True, help="a build of the matrix, such as 13.0")
+    command.add_argument(
+        "--out", type=Path, required=True, help="folder for the wheel, or the shard's objects"
+    )
+    part = command.add_mutually_exclusive_group()
     part.add_argument("--shard", metavar="I/N", help="compile a part of the library only")
     part.add_argument("--objects", type=Path, help="folder with the objects of all shards: link them")
     part.add_argument("--container", action="store_true", help="in cibuildwheel's manylinux container")
-    build.add_argument(
+    command.add_argument(
         "--repair", action="store_true", help="give the wheel its manylinux tag, by auditwheel"
     )
-    build.add_argument(
+    command.add_argument(
         "--fetch-compiler",
         action="store_true",
         help="get that CUDA's nvcc, from PyPI or by the matrix's `prepare` (as root, in its container)",
     )
-    build.add_argument("--no-isolation", action="store_true", help="use this environment's build tools")
-    build.set_defaults(run=build_wheel)
+    command.add_argument("--no-isolation", action="store_true", help="use this environment's build tools")
 
-    audit = commands.add_parser("audit", help="check tag, symbols, needs, size and manifest of wheels")
-    audit.add_argument("wheels", type=Path, nargs="+")
-    audit.add_argument("--policy", help="the newest platform allowed, such as manylinux_2_28")
-    audit.set_defaults(run=audit_wheels)
 
-    test = commands.add_parser("test", help="test a wheel in a fresh environment and write the record")
-    test.add_argument("--wheel", type=Path, help="default: the wheel that pip finds released")
-    test.add_argument("--torch", required=True, help="2.13.0, 2.13 for its newest patch, or newest")
-    test.add_argument("--cuda", help="the pair's CUDA, such as 13.0; newest goes without")
-    test.add_argument("--python", default=sys.executable, help="interpreter of the environment")
-    test.add_argument("--extra-index-url", action="append", default=[], help="where else pip looks for torch")
-    test.add_argument("--records", type=Path, required=True, help="folder for the record")
-    test.set_defaults(run=test_wheel)
+def _audit_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("wheels", type=Path, nargs="+")
+    command.add_argument("--policy", help="the newest platform allowed, such as manylinux_2_28")
 
-    publish = commands.add_parser("publish", help="admit the wheels that records prove to a site")
-    publish.add_argument("--wheels", type=Path, required=True)
-    publish.add_argument("--records", type=Path, required=True)
-    publish.set_defaults(run=publish_wheels)
 
-    index = commands.add_parser("index", help="write the index of a site")
-    index.set_defaults(run=write_index)
-    for command in (publish, index):
-        command.add_argument("--site", type=Path, required=True, help="folder of the static site")
-        command.add_argument(
-            "--accept-cpu-torch", action="store_true", help="let tests beside a CPU build of torch count"
-        )
+def _test_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--wheel", type=Path, help="default: the wheel that pip finds released")
+    command.add_argument("--torch", required=True, help="2.13.0, 2.13 for its newest patch, or newest")
+    command.add_argument("--cuda", help="the pair's CUDA, such as 13.0; newest goes without")
+    command.add_argument("--python", default=sys.executable, help="interpreter of the environment")
+    command.add_argument(
+        "--extra-index-url", action="append", default=[], help="where else pip looks for torch"
+    )
+    command.add_argument("--records", type=Path, required=True, help="folder for the record")
 
-    report = commands.add_parser("report", help="the proofs as a table")
-    report.add_argument("--records", type=Path, required=True)
-    form = report.add_mutually_exclusive_group()
+
+def _publish_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--wheels", type=Path, required=True)
+    command.add_argument("--records", type=Path, required=True)
+    _index_arguments(command)
+
+
+def _index_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--site", type=Path, required=True, help="folder of the static site")
+    command.add_argument(
+        "--accept-cpu-torch", action="store_true", help="let tests beside a CPU build of torch count"
+    )
+
+
+def _report_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--records", type=Path, required=True)
+    form = command.add_mutually_exclusive_group()
     form.add_argument("--html", action="store_true", help="HTML instead of Markdown")
     form.add_argument("--compatibility", action="store_true", help="docs/compatibility.md instead")
-    report.set_defaults(run=write_report)
-    return parser
 
 
 def list_matrix(options: argparse.Namespace) -> int:
@@ -140,7 +157,7 @@ def audit_wheels(options: argparse.Namespace) -> int:
 
 def test_wheel(options: argparse.Namespace) -> int:
     """Test a wheel; returns 1 if a test failed, after the record is written."""
-    from ci import publish, trial, wheel
+    from ci import publish, report, trial, wheel
 
     read = matrix.read(options.matrix)
     newest = options.torch == trial.NEWEST
@@ -152,8 +169,7 @@ def test_wheel(options: argparse.Namespace) -> int:
         path = options.wheel or trial.download(Path(folder), indexes)
         request = trial.Request(wheel.open_wheel(path), options.torch, pair, options.python, indexes)
         record = trial.run(request, read)
-    for test in record.tests:
-        print(f"{'passed' if test.passed else 'FAILED'}  {test.name}: {test.detail}")
+    print(report.outcomes(record))
     print(f"{publish.write_record(record, options.records)}\t{record.seconds:.0f} s")
     return 0 if record.passed else 1
 

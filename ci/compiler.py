@@ -34,8 +34,9 @@ def fetch_wheels(cuda: Version, folder: Path) -> Path:
     if not (home / "bin" / "nvcc").is_file():
         partial = folder.with_name(f".{folder.name}")
         shutil.rmtree(partial, ignore_errors=True)
-        pip = (sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
-        _run(*pip, "--target", str(partial), toolchain.wheel_requirement(f"{cuda}.*"))
+        pip = (sys.executable, "-m", "pip", "install", "--disable-pip-version-check")
+        quiet = () if sys.stdout.isatty() else ("--quiet",)  # pip's own bars, for a person
+        _run(*pip, *quiet, "--target", str(partial), toolchain.wheel_requirement(f"{cuda}.*"))
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
     return home

@@ -7,18 +7,19 @@ from ci.matrix import Matrix
 
 
 def table(matrix: Matrix) -> str:
-    """The pairs as aligned text."""
-    rows = [("torch", "CUDA", "build", "Python", "index")]
-    for pair in matrix.pairs:
-        pythons = f"{pair.pythons[0]}-{pair.pythons[-1]}"
-        rows.append((str(pair.torch), str(pair.cuda), pair.build.digits, pythons, pair.folder))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    """The pairs as a table, then the builds."""
+    from tabulate import tabulate  # a workflow lists the matrix before it installs any package
+
+    columns = ("torch", "CUDA", "build", "Python", "index")
+    rows = [
+        (p.torch, p.cuda, p.build.digits, f"{p.pythons[0]}-{p.pythons[-1]}", p.folder) for p in matrix.pairs
+    ]
+    listed = tabulate(rows, columns, tablefmt="plain", disable_numparse=True)
     builds = [
         f"build {build.cuda.digits}: CUDA {build.cuda}, {' '.join(build.archs)}{', for PyPI' * build.pypi}"
         for build in matrix.builds
     ]
-    return "\n".join([*lines, "", *builds, f"platforms: {', '.join(matrix.platforms)}"]) + "\n"
+    return "\n".join([listed, "", *builds, f"platforms: {', '.join(matrix.platforms)}"]) + "\n"
 
 
 def builds(matrix: Matrix) -> list[dict[str, Any]]:

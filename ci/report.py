@@ -1,7 +1,8 @@
 """The proofs as tables: every record of every pair of the matrix, and for users what goes with what."""
 
 from collections.abc import Iterable, Sequence
-from html import escape
+
+from tabulate import tabulate
 
 from ci.matrix import Matrix, Pair, Version
 from ci.proof import Record
@@ -66,14 +67,18 @@ def compatibility(matrix: Matrix, records: Iterable[Record]) -> str:
     return COMPATIBILITY + markdown(table, columns)
 
 
+def outcomes(record: Record) -> str:
+    """The tests of a record, one a line, for the terminal."""
+    rows = [("passed" if test.passed else "FAILED", test.name, test.detail) for test in record.tests]
+    return str(tabulate(rows, tablefmt="plain", disable_numparse=True))
+
+
 def markdown(table: Iterable[Sequence[str]], columns: Sequence[str] = COLUMNS) -> str:
     """The rows as a Markdown table."""
-    lines = [columns, ["---"] * len(columns), *table]
-    return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
+    rows = [[cell.replace("|", "\\|") for cell in row] for row in table]
+    return f"{tabulate(rows, columns, tablefmt='github', disable_numparse=True)}\n"
 
 
 def html(table: Iterable[Sequence[str]]) -> str:
     """The rows as an HTML table."""
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in COLUMNS)
-    body = "".join(f"<tr>{''.join(f'<td>{escape(c)}</td>' for c in line)}</tr>\n" for line in table)
-    return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>\n"
+    return f"{tabulate(table, COLUMNS, tablefmt='html', disable_numparse=True)}\n"

@@ -6,10 +6,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from ci import CiError
 from ci.matrix import Matrix, Pair
@@ -19,6 +23,8 @@ from codegen import PROJECT
 
 CHECKS = Path(__file__).with_name("checks.py")
 NEWEST = "newest"
+STEPS = 5
+"""Environment, torch, wheel, tests, ``python -m flash_attn``."""
 PIP = ("-I", "-m", "pip", "--quiet", "--disable-pip-version-check")
 """Isolated from ``PYTHONPATH``: pip would take a source folder that is on it for the installed package."""
 
@@ -49,11 +55,27 @@ def run(request: Request, matrix: Matrix) -> Record:
     """Install and test in a temporary environment; raises CiError if the installation fails."""
     check(request, matrix)
     start = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        python = environment(request, Path(folder))
-        answer = run_checks(python, Path(folder))
-        doctor = run_doctor(python, Path(folder))
+    with tempfile.TemporaryDirectory() as name, steps() as begin:
+        folder = Path(name)
+        python = environment(request, folder, begin)
+        begin("tests")
+        answer = run_checks(python, folder)
+        begin("python -m flash_attn")
+        doctor = run_doctor(python, folder)
     return record(request, answer, doctor, time.monotonic() - start)
+
+
+@contextmanager
+def steps() -> Iterator[Callable[[str], None]]:
+    """What is to be called with the name of each step of a trial, which it shows on a terminal."""
+    form = "ci test: {desc} ({n_fmt} of {total_fmt})"
+    with tqdm(total=STEPS, bar_format=form, leave=False, disable=None) as bar:
+
+        def begin(step: str) -> None:
+            bar.update()
+            bar.set_description_str(step)
+
+        yield begin
 
 
 def download(folder: Path, indexes: tuple[str, ...]) -> Path:
@@ -79,15 +101,21 @@ def check(request: Request, matrix: Matrix) -> None:
         raise CiError(f"{wheel.name}: cannot be tested on {platform.machine()}")
 
 
-def environment(request: Request, folder: Path) -> str:
-    """Make a fresh environment with torch, then the wheel; returns its interpreter."""
+def environment(request: Request, folder: Path, begin: Callable[[str], None] = lambda step: None) -> str:
+    """Make a fresh environment with torch, then the wheel; returns its interpreter.
+
+    ``begin`` is told the name of each step.
+    """
     venv = folder / "venv"
     python = str(venv / "bin" / "python")
+    begin("a fresh environment")
     _step("no environment could be made", request.python, "-m", "venv", str(venv))
     indexes = [f"--extra-index-url={index}" for index in request.indexes]
     pip = (python, *PIP, "install", *indexes)
+    begin(f"installing {request.requirement}")
     _step(f"{request.requirement} could not be installed", *pip, request.requirement, "numpy")
     before = _version_of_torch(python, folder)
+    begin(f"installing {request.wheel.name}")
     _step(f"{request.wheel.name} could not be installed", *pip, str(request.wheel.path.resolve()))
     after = _version_of_torch(python, folder)
     if before != after:

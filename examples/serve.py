@@ -9,7 +9,6 @@ without a cache.
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections import deque
 from collections.abc import Callable
@@ -21,8 +20,12 @@ from torch import Tensor, nn
 from flash_attn import flash_attn_func, flash_attn_with_kvcache
 from flash_attn.layers.rotary import apply_rotary_emb
 
+try:
+    from tqdm import tqdm
+except ImportError as error:
+    raise SystemExit(f"{error}: pip install '.[examples]'") from None
+
 VOCABULARY = 256
-BAR_WIDTH = 24
 ARRIVALS_PER_STEP = 0.5
 CHECKED = 4
 """Requests that are computed again without a cache."""
@@ -194,30 +197,24 @@ def make_requests(args: argparse.Namespace) -> deque[Request]:
     return deque(requests)
 
 
-def progress(done: int, total: int, server: Server, speed: float) -> None:
-    """Redraw a bar on a terminal; in a file or a pipe, write a line at the end only."""
-    terminal = sys.stderr.isatty()
-    if not terminal and done < total:
-        return
-    bar = ("#" * (done * BAR_WIDTH // total)).ljust(BAR_WIDTH, ".")
-    state = f"{len(server.running):3} running, {len(server.pages.free):4} pages free"
-    line = f"[{bar}] {done}/{total} requests, {state}"
-    start, end = ("\r", "\n" if done == total else "") if terminal else ("", "\n")
-    print(f"{start}{line}, {speed:,.0f} tokens/s ", end=end, file=sys.stderr, flush=True)
-
-
 def serve(args: argparse.Namespace) -> tuple[Server, list[Request]]:
-    """Run until every request is done; return the server and the requests."""
+    """Run until every request is done and print the speed; return the server and the requests."""
     server, pending, waiting = Server(args), make_requests(args), deque[Request]()
     finished: list[Request] = []
-    step, tokens, began = 0, 0, time.perf_counter()
-    while len(finished) < args.requests:
-        while pending and pending[0].arrival <= step:
-            waiting.append(pending.popleft())
-        finished += server.step(waiting)
-        tokens = sum(len(request.generated) for request in (*finished, *server.running))
-        progress(len(finished), args.requests, server, tokens / (time.perf_counter() - began))
-        step += 1
+    step, began = 0, time.perf_counter()
+    with tqdm(total=args.requests, unit="request", disable=None) as bar:
+        while len(finished) < args.requests:
+            while pending and pending[0].arrival <= step:
+                waiting.append(pending.popleft())
+            done = server.step(waiting)
+            finished += done
+            state = f"{len(server.running)} running, {len(server.pages.free)} pages free"
+            bar.set_postfix_str(state, refresh=False)
+            bar.update(len(done))
+            step += 1
+    tokens = sum(len(request.generated) for request in finished)
+    speed = tokens / (time.perf_counter() - began)
+    print(f"{len(finished)} requests, {tokens} tokens, {speed:,.0f} tokens/s")
     return server, finished
 
 

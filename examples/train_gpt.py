@@ -7,7 +7,6 @@ the same at every step. The defaults take about a minute on a CPU (fp32); on a G
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,11 +19,16 @@ from torch.nn import functional as F
 
 from flash_attn import flash_attn_func, flash_attn_varlen_func
 
+try:
+    from tabulate import tabulate
+    from tqdm import tqdm
+except ImportError as error:
+    raise SystemExit(f"{error}: pip install '.[examples]'") from None
+
 VOCABULARY = 256
 LARGEST_HEAD_DIM = 256
 LARGEST_SEQLEN = 65536  # shorter than the text of every Python
 WARMUP_STEPS = 20
-BAR_WIDTH = 24
 
 
 @dataclass(frozen=True)
@@ -158,17 +162,6 @@ class Run:
     tokens_per_second: float
 
 
-def progress(name: str, step: int, steps: int, loss: float, speed: float) -> None:
-    """Redraw a bar on a terminal; in a file or a pipe, where that is unreadable, write ten lines instead."""
-    terminal = sys.stderr.isatty()
-    if not terminal and step * 10 // steps == (step - 1) * 10 // steps:
-        return
-    bar = ("#" * (step * BAR_WIDTH // steps)).ljust(BAR_WIDTH, ".")
-    start, end = ("\r", "\n" if step == steps else "") if terminal else ("", "\n")
-    line = f"{name:5} [{bar}] {step}/{steps}  loss {loss:.3f}  {speed:,.0f} tokens/s "
-    print(start + line, end=end, file=sys.stderr, flush=True)
-
-
 def train(name: str, args: argparse.Namespace) -> Run:
     """Train from the weights and with the batches that `args.seed` determines, whatever the attention."""
     device, text = torch.device(args.device), Text(args)
@@ -179,7 +172,8 @@ def train(name: str, args: argparse.Namespace) -> Run:
     losses: list[float] = []
     speed, began = 0.0, time.perf_counter()
     first_ended = began
-    for step in range(1, args.steps + 1):
+    bar = tqdm(range(1, args.steps + 1), desc=name, unit="step", disable=None)
+    for step in bar:
         batch = text.batch().to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             loss = model(batch)
@@ -192,7 +186,7 @@ def train(name: str, args: argparse.Namespace) -> Run:
             first_ended = time.perf_counter()
         else:
             speed = (step - 1) * batch.tokens.numel() / (time.perf_counter() - first_ended)
-        progress(name, step, args.steps, losses[-1], speed)
+        bar.set_postfix_str(f"loss {losses[-1]:.3f}, {speed:,.0f} tokens/s", refresh=False)
     return Run(losses, time.perf_counter() - began, speed)
 
 
@@ -271,6 +265,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def table(runs: dict[str, Run]) -> str:
+    """What training gave, a row for each attention."""
+    columns = ("attention", "nats per byte at first", "in the end", "tokens/s", "seconds")
+    rows = [
+        (name, run.losses[0], run.losses[-1], run.tokens_per_second, run.seconds)
+        for name, run in runs.items()
+    ]
+    return tabulate(rows, columns, floatfmt=("", ".3f", ".3f", ",.0f", ".1f"))
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     layout = "packed paragraphs of at most" if args.packed else f"{args.batch} windows of"
@@ -280,11 +284,7 @@ def main(argv: list[str] | None = None) -> int:
         flush=True,  # before the bars, which go to stderr
     )
     runs = {name: train(name, args) for name in args.names}
-    for name, run in runs.items():
-        print(
-            f"{name:5} loss {run.losses[0]:.3f} -> {run.losses[-1]:.3f} nats per byte, "
-            f"{run.tokens_per_second:,.0f} tokens/s, {run.seconds:.1f} s"
-        )
+    print(table(runs))
     if len(runs) == 2:
         gaps = [abs(a - b) for a, b in zip(*(run.losses for run in runs.values()), strict=True)]
         print(f"largest difference of the two losses at a step: {max(gaps):.1e}")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stderr
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -131,6 +132,17 @@ def install() -> Iterator[Callable[..., None]]:
 
     with ExitStack() as stack:
         yield lambda *library, **options: stack.enter_context(_gpu.stand_in(*library, **options))
+
+
+@pytest.fixture
+def terminal() -> redirect_stderr[io.StringIO]:
+    """A context in which stderr, where progress is shown, is a terminal; it gives what was written there."""
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    return redirect_stderr(Terminal())
 
 
 @pytest.fixture(autouse=True)

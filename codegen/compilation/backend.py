@@ -1,6 +1,6 @@
 """The PEP 517 backend: a prebuilt wheel, or setuptools, with NVIDIA's compiler wheels if need be."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -56,16 +56,24 @@ def get_requires_for_build_editable(config_settings: dict[str, Any] | None = Non
     return [*build_meta.get_requires_for_build_editable(config_settings), *compiler_requirements()]
 
 
-def compiler_requirements(use_prebuilt: bool = False) -> list[str]:
-    """The compiler wheels, if kernels will be compiled and nvcc is neither in CUDA_HOME nor on PATH."""
+def compiler_requirements(
+    use_prebuilt: bool = False,
+    downloads: Path = prebuilt.DOWNLOADS,
+    detect: Callable[[], list[int]] = selection.detect_gpus,
+    driver: Callable[[], cuda_driver.Cuda | None] = cuda_driver.driver_cuda,
+) -> list[str]:
+    """The compiler wheels, if kernels will be compiled and nvcc is neither in CUDA_HOME nor on PATH.
+
+    ``detect`` and ``driver`` tell the GPUs of this machine and the CUDA of its driver.
+    """
     with _one_line_errors():
-        chosen = selection.from_environment()
+        chosen = selection.from_environment(detect=detect)
         if not chosen.targets or toolchain.find_nvcc():
             return []
-        if use_prebuilt and prebuilt.find(chosen):
+        if use_prebuilt and prebuilt.find(chosen, None, downloads, driver):
             return []
         if selection.is_native():
-            toolchain.check_driver(cuda_driver.driver_cuda())
+            toolchain.check_driver(driver())
     return [toolchain.wheel_requirement()]
 
 

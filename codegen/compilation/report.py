@@ -23,15 +23,15 @@ def table(records: Sequence[Record]) -> str:
     """Units in order of name, totals per direction and family and for all, and the extremes."""
     groups = sorted({group_of(record) for record in records})
     totals = [_total(f"total {name}", [r for r in records if group_of(r) == name]) for name in groups]
-    rows = [COLUMNS, *(_row(record) for record in records), *totals, _total("total", records)]
-    return "\n".join([*_aligned(rows), "", *_extremes(records)]) + "\n"
+    rows = [*(_row(record) for record in records), *totals, _total("total", records)]
+    return "\n".join([_aligned(COLUMNS, rows), "", *_extremes(records)]) + "\n"
 
 
 def size_table(records: Sequence[Record]) -> str:
     """Size of the objects in KB: a row per family, a column per head dim."""
     families = sorted({family_of(record) for record in records})
     dims = sorted({head_dim_of(record) for record in records} - {None}, key=lambda dim: dim or 0)
-    rows = [("object KB", *(f"d{dim}" for dim in dims), "other", "total")]
+    rows = []
     for family in [*families, None]:
         chosen = [r for r in records if family in (None, family_of(r))]
         rows.append(
@@ -41,23 +41,21 @@ def size_table(records: Sequence[Record]) -> str:
                 _kilobytes(chosen),
             )
         )
-    return "\n".join(_aligned(rows)) + "\n"
+    return _aligned(("object KB", *(f"d{dim}" for dim in dims), "other", "total"), rows) + "\n"
 
 
 def _kilobytes(records: Iterable[Record]) -> str:
     return f"{sum(r['object_bytes'] for r in records) / 1024:.0f}"
 
 
-def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """The rows as lines: the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
+def _aligned(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """The rows as text: the first column to the left, the others to the right. Raises CodegenError."""
+    try:
+        from tabulate import tabulate  # no requirement of a build, which prints no table
+    except ImportError:
+        raise CodegenError("the Python package tabulate is missing: pip install -e '.[dev]'") from None
+    text: str = tabulate(rows, columns, stralign="right", colalign=["left"], disable_numparse=True)
+    return text
 
 
 def _key(record: Record) -> KernelKey | None:

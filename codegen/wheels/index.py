@@ -4,13 +4,14 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 from urllib.error import HTTPError
 from urllib.parse import unquote, urldefrag, urljoin, urlsplit
 from urllib.request import Request, url2pathname, urlopen
@@ -175,21 +176,28 @@ def download(file: Listed, folder: Path) -> Path:
 def _fetch(file: Listed, partial: Path) -> None:
     with _open(file.url) as answer, partial.open("wb") as output:
         total = int(answer.headers.get("Content-Length") or 0)
-        written = _copy(answer, output, total, file.name)
+        size = f", {total / 1e6:.1f} MB" if total else ""
+        print(f"flash-attn: downloading {file.name}{size}", flush=True)
+        with _shown(answer, total) as source:
+            shutil.copyfileobj(source, output, CHUNK)
+        written = output.tell()
     if total and written != total:
         raise WheelError(f"{file.url} ended after {written} of {total} bytes: nothing was installed")
 
 
-def _copy(source: Any, output: BinaryIO, total: int, name: str) -> int:
-    """Copy to the end and return the number of bytes; a line of progress per quarter."""
-    written = quarter = 0
-    while chunk := source.read(CHUNK):
-        output.write(chunk)
-        written += len(chunk)
-        if total and written * 4 // total > quarter:
-            quarter = written * 4 // total
-            print(f"flash-attn: {name}: {written / 1e6:.1f} of {total / 1e6:.1f} MB", flush=True)
-    return written
+def _shown(answer: Any, total: int) -> AbstractContextManager[Any]:
+    """The answer, whose reading is shown by a bar on a terminal where tqdm is installed.
+
+    A bar is no reason to require tqdm of a build: pip shows a build's output to no terminal.
+    """
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return nullcontext(answer)
+    bar: AbstractContextManager[Any] = tqdm.wrapattr(
+        answer, "read", total=total or None, unit="B", unit_scale=True, disable=None
+    )
+    return bar
 
 
 def sha256_of(path: Path) -> str:

@@ -5,7 +5,7 @@ import os
 import shutil
 import zipfile
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from email.parser import Parser
 from pathlib import Path
@@ -53,12 +53,15 @@ class Candidate:
 
 
 def find(
-    selection: Selection, environ: Mapping[str, str] | None = None, downloads: Path = DOWNLOADS
+    selection: Selection,
+    environ: Mapping[str, str] | None = None,
+    downloads: Path = DOWNLOADS,
+    driver: Callable[[], Cuda | None] = cuda_driver.driver_cuda,
 ) -> Path | None:
     """A verified wheel with the kernels of the selection, in ``downloads``; None, and why, if none matches.
 
-    Nothing is looked for without an index, with FLASH_ATTN_FORCE_BUILD, or with FLASH_ATTN_ARCHS=none. Raises
-    CodegenError for a damaged wheel or index.
+    Nothing is looked for without an index, with FLASH_ATTN_FORCE_BUILD, or with FLASH_ATTN_ARCHS=none.
+    ``driver`` tells the CUDA of the driver. Raises CodegenError for a damaged wheel or index.
     """
     environ = os.environ if environ is None else environ
     index = environ.get("FLASH_ATTN_WHEEL_INDEX", "").strip() or DEFAULT_INDEX
@@ -70,7 +73,7 @@ def find(
     except NoIndex as error:
         print(f"flash-attn: no prebuilt wheel: {error}", flush=True)
         return None
-    present = cuda_driver.driver_cuda()
+    present = driver()
     candidates, refusals = choose(files, list(platform_tags()), present)
     for candidate in candidates:
         wheel = download(candidate.file, downloads)

@@ -1,5 +1,7 @@
 """Cost per family from the records of a build."""
 
+import json
+
 from benchmarks.__main__ import main
 from benchmarks.build import COLUMNS, family_costs
 
@@ -34,6 +36,17 @@ def test_sums_and_maxima_per_family():
     assert (everything["units"], everything["cpu_s"], everything["object_kb"]) == (4, 6.5, 8)
     assert host["spill_bytes"] == 0
     assert len(sm86) == len(COLUMNS)
+
+
+def test_the_table(tmp_path, capsys):
+    (tmp_path / "objects").mkdir()
+    for name in ("forward_sm80_bf16_d64_full", "library"):
+        text = json.dumps(record(name, 2.0, 2.5, 300, 8))
+        (tmp_path / "objects" / f"{name}.json").write_text(text)
+    assert main(["build", "--build-dir", str(tmp_path), "--output", str(tmp_path)]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["sm80", "1", "2.0", "2.5", "300", "8", "2"] in rows
+    assert ["all", "2", "4.0", "2.5", "300", "8", "4"] in rows
 
 
 def test_without_a_build_it_says_how_to_make_one(tmp_path, capsys):

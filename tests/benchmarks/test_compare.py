@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from benchmarks import compare, compare_child, report
+from benchmarks import compare, compare_child
 from benchmarks.__main__ import parser
 from benchmarks.compare import NEW, OLD, CompareError, Row, Sample
 from benchmarks.providers import Call
@@ -55,13 +55,12 @@ def test_means_are_of_each_table_and_must_not_be_low():
 
 
 def test_the_table():
-    head, first, second, *means = compare.lines(
-        [Row("forward a", 90, 100, again=True), Row("decode long", 8, 4)]
+    again, once = (
+        compare.cells(row) for row in (Row("forward a", 90, 100, again=True), Row("decode b", 8, 4))
     )
-    assert head.split() == ["setting", "us", "old", "us", "new", "old/new"]
-    assert first.split() == ["forward", "a", "90.0", "100.0", "0.900", "*"]
-    assert second.endswith("2.000") and head.endswith("old/new") and len(head) == len(second)
-    assert means[0] == "geometric mean, forward: 0.9000" and len(means) == 3
+    assert list(again) == ["setting", "us old", "us new", "old/new", ""]
+    assert list(again.values()) == ["forward a", "90.0", "100.0", "0.900", "*"]
+    assert list(once.values()) == ["decode b", "8.0", "4.0", "2.000", ""]
 
 
 def test_settings_are_those_of_the_tables():
@@ -119,7 +118,7 @@ def test_a_process_imports_the_package_of_its_folder(package, tmp_path, monkeypa
 
 
 @pytest.fixture
-def answers(package, monkeypatch, tmp_path):
+def answers(package, tmp_path):
     """Runs the command on two packages; processes say what the test makes of the side and their number."""
     old, new = package("old"), package("new")
     asked = []
@@ -129,11 +128,9 @@ def answers(package, monkeypatch, tmp_path):
             asked.append((folder.name, only))
             return {"commit": folder.name, "rows": say(folder.name, len(asked))}
 
-        monkeypatch.setattr(compare, "ask", ask)
-        monkeypatch.setattr(report, "machine", lambda: {"device": "GPU"})
         words = ["compare", str(old), str(new), "--output", str(tmp_path), *options]
         args: argparse.Namespace = parser("compare").parse_args(words)
-        return compare.run(args), asked
+        return compare.run(args, ask, lambda: {"device": "GPU"}), asked
 
     return start
 
@@ -151,8 +148,16 @@ def test_packages_take_turns_and_slow_settings_are_measured_again(answers, tmp_p
     assert [side for side, _ in asked[:first]] == [OLD, NEW, NEW, OLD, OLD, NEW]
     assert asked[0][1] == ["^(forward|backward|decode|prefill) ", "a|b"]
     assert [only for _, only in asked[first:]] == [[r"^(?:forward\ a)$"]] * 4
-    assert "1.000 *" in capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert re.search(r"^forward a .* 1\.000 +\*$", out, re.M) and "geometric mean, forward: 1.0000" in out
+    assert err == ""
     assert '"again": true' in (tmp_path / "compare.json").read_text()
+
+
+def test_on_a_terminal_a_bar_counts_the_processes(answers, terminal):
+    with terminal as shown:
+        answers(lambda *_: {"decode b": (1.0, 1.0, [])}, "--rounds", "2")
+    assert "4/4" in shown.getvalue() and ", old]" in shown.getvalue()
 
 
 def test_what_stays_slow_fails(answers, capsys):

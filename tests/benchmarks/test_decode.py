@@ -30,7 +30,8 @@ def test_the_table_has_ratios_to_ours_and_dashes_for_what_does_not_run():
         {**sizes, "us": {OURS: 100.0, TORCH_FA2: 150.0}},
     ]
     *_, header, rule, first, second = decode.markdown(records, facts).splitlines()
-    assert header.split(" | ")[3:] == [f"{OURS}, us", "TB/s", TORCH_FA2, CUDNN, "page 16 |"]
-    assert rule.count("---") == 8
-    assert first == "| 32/8 | 64 | 4096 | 250.0 | 4.29 | 1.60 | 0.98 | 1.02 |"
-    assert second.endswith("| 1.50 | - | - |")
+    header, first, second = ([cell.strip() for cell in line.split("|")] for line in (header, first, second))
+    assert header[4:-1] == [f"{OURS}, us", "TB/s", TORCH_FA2, CUDNN, "page 16"]
+    assert set(rule) == {"|", "-"} and rule.count("|") == 9
+    assert first[1:-1] == ["32/8", "64", "4096", "250.0", "4.29", "1.60", "0.98", "1.02"]
+    assert second[-4:-1] == ["1.50", "-", "-"]

@@ -18,6 +18,12 @@ def test_needed_memory_is_linear(direction):
     assert memory.needed_bytes(4096, direction) == 8 * memory.needed_bytes(512, direction)
 
 
+def test_a_row_has_mib_and_says_where_there_was_no_room():
+    sizes = {memory.NEEDED: memory.MIB, memory.OURS: memory.MIB * 3 // 2, memory.STANDARD: None}
+    row = memory.cells({"seqlen": 512, "forward": sizes, "both": sizes})
+    assert list(row.values()) == ["512", *["1.00", "1.50", "no room"] * 2]
+
+
 @pytest.mark.gpu
 def test_our_memory_is_linear_and_the_standard_is_not(require_backward):
     if cuda_problem():

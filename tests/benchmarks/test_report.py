@@ -48,17 +48,41 @@ def test_ratios_skip_rows_without_the_peer(rows):
     assert rows[2].ratio("ours", "peer") is None
 
 
-def test_cells_match_titles_and_show_what_is_missing(rows):
-    assert report.titles(NAMES) == ["d", "mask", "s", "ours", "peer", "absent", "vs peer", "vs absent"]
-    assert report.cells(rows[0], NAMES) == ["64", "full", "512", "200", "100", "-", "2.00", "-"]
+def test_cells_show_what_is_missing(rows):
+    cells = report.cells(rows[0], NAMES)
+    assert list(cells) == ["d", "mask", "s", "ours", "peer", "absent", "vs peer", "vs absent"]
+    assert list(cells.values()) == ["64", "full", "512", "200", "100", "-", "2.00", "-"]
 
 
-def test_aligned_lines_have_one_width(rows):
-    lines = [
-        report.aligned(report.titles(NAMES)),
-        *(report.aligned(report.cells(row, NAMES)) for row in rows),
+def test_a_table_has_every_column_and_text_as_it_is():
+    rows = [{"name": "a", "us": "1.50"}, {"name": "b", "peer": "007"}]
+    head, _, first, second = report.table(rows).splitlines()
+    assert [line.split() for line in (head, first, second)] == [
+        ["name", "us", "peer"],
+        ["a", "1.50", "-"],
+        ["b", "-", "007"],
     ]
-    assert len({len(line) for line in lines}) == 1
+    assert len(head) == len(first) == len(second)
+    assert report.table(rows, "github").splitlines()[2].replace(" ", "") == "|a|1.50|-|"
+    assert report.table([]) == ""
+
+
+def test_measuring_is_quiet_without_a_terminal(capsys):
+    assert report.measured([1, 2], lambda case: 10 * case, lambda result: {"ms": str(result)}) == [10, 20]
+    out, err = capsys.readouterr()
+    assert (out.split(), err) == (["ms", "----", "10", "20"], "")
+
+
+def test_on_a_terminal_a_bar_shows_the_newest_row(terminal):
+    with terminal as shown:
+        report.measured([1, 2], lambda case: 10 * case, lambda result: {"ms": str(result)})
+    assert "2/2" in shown.getvalue() and "ms=20" in shown.getvalue()
+
+
+def test_what_was_measured_is_shown_after_an_error(capsys):
+    with pytest.raises(ZeroDivisionError):
+        report.measured([1, 0], lambda case: 10 // case, lambda result: {"ms": str(result)})
+    assert capsys.readouterr().out.split() == ["ms", "----", "10"]
 
 
 def test_summary(rows):
@@ -145,10 +169,10 @@ def test_plot_of_memory(tmp_path):
     assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_machine_is_described_without_the_package(monkeypatch):
+def test_the_machine_is_described_without_the_package(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU")
-    monkeypatch.setattr(report.shutil, "which", lambda name: None)
+    monkeypatch.setenv("PATH", str(tmp_path))
     facts = report.machine()
     assert set(facts) == {"device", "driver", "torch", "cudnn", "date"}
     assert (facts["device"], facts["driver"]) == ("GPU", "unknown")

@@ -1,11 +1,14 @@
 """The comparison of machine code: made-up functions, and cuobjdump's answers to what it is asked."""
 
+import sys
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
+from cubins import PROGBITS, elf
 
 from benchmarks import sass
-from benchmarks.__main__ import main
+from benchmarks.__main__ import main, parser
 from benchmarks.cubin import Code
 from benchmarks.sass import Function, Pair, Usage
 
@@ -141,8 +144,8 @@ def test_a_function_in_two_objects_is_one_unless_its_code_differs():
 
 def test_what_is_printed():
     pairs = sass.compare([function("f"), function("g", arch="sm_80")], [function("f"), function("h", "x")])
-    head, sm80, sm90, everything = [line.split() for line in sass.summary(pairs)]
-    assert head == ["target", "identical", "renamed", "changed", "only", "old", "only", "new"]
+    sm80, sm90, everything = ([*row.values()] for row in sass.summary(pairs))
+    assert list(sass.summary(pairs)[0])[1:] == list(sass.KINDS)
     assert (sm80, sm90) == (["sm_80", *"00010"], ["sm_90", *"10001"])
     assert everything == ["all", *"10011"]
     shorter = function("f", "x", unscheduled="other", instructions=90)
@@ -155,55 +158,78 @@ def test_what_is_printed():
     assert "the same instructions, registers 128 -> 96" in sass.difference(fewer)
 
 
-@pytest.fixture
-def builds(tmp_path, monkeypatch):
-    """Folders of objects, and functions that a build is made to hold."""
-    held = {}
-    monkeypatch.setattr(sass.device_code, "find_cuobjdump", lambda: Path("cuobjdump"))
-    monkeypatch.setattr(sass.Reader, "read", lambda self, build: held[build])
+class MadeUp:
+    """Stands in for a Reader: a build, named by its path, holds the functions that a test gives."""
 
-    def make(name, *functions):
-        held[tmp_path / name] = list(functions)
-        return str(tmp_path / name)
+    held: ClassVar = {
+        "old": [function("sm80::f")],
+        "new": [function("mma::f"), function("other", "x")],
+    }
 
-    return make
+    def __init__(self, folder):
+        pass
+
+    def read(self, build):
+        return self.held[build.name]
 
 
-def test_the_command(builds, tmp_path, capsys):
-    old, new = builds("old", function("sm80::f")), builds("new", function("mma::f"), function("other", "x"))
-    assert main(["sass", old, new]) == 1
+def run(*arguments):
+    return sass.run(parser("sass").parse_args(["sass", *map(str, arguments)]), MadeUp)
+
+
+def test_the_command(tmp_path, capsys):
+    assert run("old", "new") == 1
     assert "only new: sm_90 other" in capsys.readouterr().out
-    assert main(["sass", old, new, "--only", "::f", "--verbose"]) == 0
+    assert run("old", "new", "--only", "::f", "--verbose") == 0
     assert "renamed: sm_90 sm80::f => mma::f" in capsys.readouterr().out
     names = tmp_path / "names"
     names.write_text("sm80 => mma")
-    assert main(["sass", old, new, "--only", "::f", "--verbose", "--names", str(names)]) == 0
+    assert run("old", "new", "--only", "::f", "--verbose", "--names", names) == 0
     assert "renamed:" not in capsys.readouterr().out
-    assert main(["sass", old, new, "--only", "typo"]) == 2
+    assert run("old", "new", "--only", "typo") == 2
     assert "no function has such a name" in capsys.readouterr().out
-    assert main(["sass", old, new, "--names", str(tmp_path / "missing")]) == 2
+    assert run("old", "new", "--names", tmp_path / "missing") == 2
     assert "missing cannot be read: " in capsys.readouterr().out
 
 
-def test_a_function_whose_usage_nobody_tells(monkeypatch, tmp_path):
-    monkeypatch.setattr(sass.device_code, "find_cuobjdump", lambda: Path("cuobjdump"))
-    monkeypatch.setattr(sass.cubin, "functions", lambda _: {"_Z5otherv": Code("c0de", "bare", 1)})
+@pytest.fixture
+def read(cuobjdump, tmp_path):
+    """Reads a folder of one object, in which cuobjdump finds a function of that name and says USAGE of it."""
 
-    def run(program, binary, *options, folder=None):
-        if folder:
-            (folder / "unit.sm_90.cubin").touch()
-        return USAGE
+    def read(symbol):
+        cubin = elf((f".text.{symbol}", PROGBITS, bytes(16)))
+        (tmp_path / "cubin").write_bytes(cubin)
+        (tmp_path / "usage").write_text(USAGE)
+        cuobjdump(f"test $1 = -xelf && cp {tmp_path}/cubin unit.sm_90.cubin || cat {tmp_path}/usage")
+        (tmp_path / "a.o").touch()
+        return sass.Reader(tmp_path).read(tmp_path)
 
-    monkeypatch.setattr(sass.device_code, "run", run)
-    (tmp_path / "a.o").touch()
+    return read
+
+
+def test_a_build_is_read_quietly(read, capfd):
+    (found,) = read("_Z6secondv")
+    assert (found.arch, found.symbol, found.usage) == ("sm_90", "_Z6secondv", Usage(168, 0, 1024))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_on_a_terminal_a_bar_counts_the_files(read, terminal):
+    with terminal as shown:
+        read("_Z6secondv")
+    assert "1/1" in shown.getvalue()
+
+
+def test_a_function_whose_usage_nobody_tells(read):
     with pytest.raises(sass.SassError, match=r"nothing about _Z5otherv in .*a\.o"):
-        sass.Reader(tmp_path).read(tmp_path)
+        read("_Z5otherv")
 
 
-def test_what_cannot_be_compared(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(sass.device_code, "find_cuobjdump", lambda: Path("cuobjdump"))
+def test_what_cannot_be_compared(cuobjdump, monkeypatch, tmp_path, capsys):
+    cuobjdump()
     assert main(["sass", str(tmp_path), str(tmp_path)]) == 2
     assert "neither a library nor a folder with objects" in capsys.readouterr().out
-    monkeypatch.setattr(sass.device_code, "find_cuobjdump", lambda: None)
+    monkeypatch.delenv("CUDA_HOME")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "nvidia", None)
     assert main(["sass", str(tmp_path), str(tmp_path)]) == 2
     assert "no cuobjdump" in capsys.readouterr().out

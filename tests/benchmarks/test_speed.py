@@ -1,14 +1,15 @@
 """Results are compared before they are timed; a README that cannot take the table is refused first."""
 
 import argparse
+from functools import partial
 
 import pytest
 import torch
 from conftest import cuda_problem
 
-from benchmarks import report, speed
+from benchmarks import speed
 from benchmarks.__main__ import main, parser
-from benchmarks.providers import CUDNN, DETERMINISTIC, OURS, TORCH_FA2, Call, Problem
+from benchmarks.providers import CUDNN, DETERMINISTIC, OURS, STANDARD, TORCH_FA2, TORCH_SDPA, Call, Problem
 from benchmarks.settings import WORK
 
 
@@ -33,24 +34,24 @@ def test_every_result_must_agree(peer, name, at):
 
 
 @pytest.fixture
-def on_cpu(monkeypatch, tmp_path):
+def on_cpu(tmp_path):
     """Tiny problems on the CPU, where calls take the times that a test gives; returns `run(arguments)`."""
 
     def problem(setting, dtype):
         return Problem(*(torch.randn(1, 8, 2, 16) for _ in range(4)), causal=setting.causal)
 
-    facts = dict.fromkeys(("device", "driver", "torch", "cudnn", "project_version", "commit", "date"), "x")
-    monkeypatch.setattr(speed, "make_problem", problem)
-    monkeypatch.setattr(report, "environment", lambda: facts)
-    monkeypatch.setattr(speed, "CUDNN", "torch SDPA")  # what runs on the CPU
-    monkeypatch.setattr(speed, "TORCH_FA2", "standard")
-    times = {OURS: 1.0, DETERMINISTIC: 1.25, "torch SDPA": 2.0, "standard": 4.0}
-    monkeypatch.setattr(speed, "device_medians", lambda calls, budget: {name: times[name] for name in calls})
+    def circumstances(family, dtype):
+        known = ("device", "driver", "torch", "cudnn", "project_version", "commit", "date")
+        return {**dict.fromkeys(known, "x"), "dtype": dtype, "family": "chosen by the library"}
 
-    def run(*arguments: str) -> int:
+    times = {OURS: 1.0, DETERMINISTIC: 1.25, TORCH_SDPA: 2.0, STANDARD: 4.0}
+    timed = partial(
+        speed.measure, make=problem, medians=lambda calls, budget: {name: times[name] for name in calls}
+    )
+
+    def run(*arguments: str, measure=timed) -> int:
         args: argparse.Namespace = parser(arguments[0]).parse_args([*arguments, "--output", str(tmp_path)])
-        args.family = None
-        return speed.run(args)
+        return speed.run(args, measure, (STANDARD, TORCH_SDPA), circumstances)
 
     return run
 
@@ -60,8 +61,11 @@ def test_a_run_writes_the_table(on_cpu, tmp_path, capsys, direction):
     readme = tmp_path / "README.md"
     readme.write_text(f"a\n<!-- benchmark:{direction} -->\n<!-- /benchmark:{direction} -->\n")
     assert on_cpu(direction, "--quick", "--readme", str(readme)) == 0
-    assert "| 64, causal |" in readme.read_text()
-    assert "flash_attn / torch SDPA: geometric mean 2.000" in capsys.readouterr().out
+    assert "| 64, causal " in readme.read_text()
+    out = capsys.readouterr().out
+    assert "flash_attn / torch SDPA: geometric mean 2.000" in out
+    row = next(line.split() for line in out.splitlines() if line.startswith("128 "))
+    assert row[:3] == ["128", "full", "512"] and row[-2:] == ["4.00", "2.00"]
     assert (tmp_path / f"{direction}.json").is_file()
 
 
@@ -71,12 +75,11 @@ def test_the_cost_of_determinism(on_cpu, tmp_path, capsys):
     assert (tmp_path / "backward-deterministic.json").is_file()
 
 
-def test_a_readme_without_markers_is_refused_first(on_cpu, tmp_path, monkeypatch):
+def test_a_readme_without_markers_is_refused_first(on_cpu, tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text("no markers")
-    monkeypatch.setattr(speed, "measure", lambda *unused: pytest.fail("measured"))
     with pytest.raises(ValueError, match="benchmark:backward"):
-        on_cpu("backward", "--readme", str(readme))
+        on_cpu("backward", "--readme", str(readme), measure=lambda *unused: pytest.fail("measured"))
 
 
 @pytest.mark.gpu

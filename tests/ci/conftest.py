@@ -98,3 +98,17 @@ def make_record():
 def exported():
     """What a library exports that is as it should be."""
     return frozenset(function.name for function in abi.FUNCTIONS)
+
+
+@pytest.fixture
+def cuobjdump(tmp_path, monkeypatch):
+    """Puts a program that stands in for cuobjdump into CUDA_HOME."""
+
+    def make(script):
+        program = tmp_path / "bin" / "cuobjdump"
+        program.parent.mkdir(exist_ok=True)
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o755)
+        monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+
+    return make

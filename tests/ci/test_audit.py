@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from ci import CiError, audit, device_code
+from ci import CiError, audit
 from ci.__main__ import main
 
 A, B, C = (f"forward_sm80_bf16_d{head_dim}_full" for head_dim in (64, 96, 128))
@@ -84,11 +84,15 @@ const char* flash_attn_targets(void) { return "sm80:80"; }
 
 
 @pytest.fixture
-def library_with(exported, tmp_path, monkeypatch):
-    """Compiles a library without device code that names two kernels, of which the second is given."""
+def library_with(exported, tmp_path, cuobjdump):
+    """Compiles a library that names two kernels, of which the second is given.
+
+    It has no device code; what stands in for cuobjdump finds that of the wheel's manifest.
+    """
     if shutil.which("gcc") is None:
         pytest.skip("no C compiler")
-    monkeypatch.setattr(device_code, "find_cuobjdump", lambda: None)
+    configs = "23ForwardSm80Bf16D128Full", "25ForwardSm80Bf16D128Causal"
+    cuobjdump("; ".join(["echo arch = sm_80", *(f"echo x ENTRY {config}" for config in configs)]))
 
     def make(second):
         others = exported - {"flash_attn_kernel_count", "flash_attn_kernel_key", "flash_attn_targets"}
@@ -103,7 +107,8 @@ def library_with(exported, tmp_path, monkeypatch):
 
 def test_a_manifest_that_agrees_with_its_library(make_wheel, library_with):
     wheel = make_wheel(library=library_with("forward_sm80_bf16_d128_causal"))
-    assert len(audit.audit(wheel).library_kernels) == 2
+    facts = audit.audit(wheel)
+    assert len(facts.library_kernels) == len(facts.device_kernels) == 2
 
 
 def test_a_manifest_that_disagrees_with_its_library(make_wheel, library_with, capsys):

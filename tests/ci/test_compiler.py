@@ -1,4 +1,5 @@
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,18 +10,18 @@ from ci import CiError, compiler
 
 @pytest.fixture
 def pip(monkeypatch):
-    """Stands in for pip: unpacks an nvcc, or fails if told to; returns the requirements it was asked for."""
+    """Stands in for pip: unpacks an nvcc, or fails if told to; returns the commands that it was given."""
     asked = []
 
     def run(command, check):
-        asked.append(command[-1])
+        asked.append(command)
         nvcc = Path(command[command.index("--target") + 1]) / "nvidia/cu13/bin/nvcc"
         nvcc.parent.mkdir(parents=True)
         nvcc.write_text("")
         return subprocess.CompletedProcess(command, returncode=len(asked) == 1 and run.fails)
 
     run.fails = False
-    monkeypatch.setattr(compiler.subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "run", run)
     return asked, run
 
 
@@ -29,8 +30,15 @@ def test_wheels_of_the_builds_cuda_are_fetched_once(pip, small_matrix, tmp_path)
     for _ in range(2):
         home = compiler.fetch(small_matrix.build("13.0"), tmp_path)
         assert (home / "bin/nvcc").is_file()
-    assert asked == ["cuda-toolkit[nvcc,cccl]==13.0.*"]
+    assert [command[-1] for command in asked] == ["cuda-toolkit[nvcc,cccl]==13.0.*"]
     assert [path.name for path in tmp_path.glob("*3.0")] == ["13.0"]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_pip_shows_its_progress_on_a_terminal_only(pip, small_matrix, tmp_path, monkeypatch, terminal):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    compiler.fetch(small_matrix.build("13.0"), tmp_path)
+    assert ("--quiet" in pip[0][0]) == (not terminal)
 
 
 def test_what_a_failure_left_is_not_taken(pip, small_matrix, tmp_path):

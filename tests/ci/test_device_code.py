@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 
 from ci import CiError, device_code
@@ -43,20 +45,6 @@ def test_a_manifest_with_a_wrong_kernel(kernel):
         device_code.expected(["forward_sm80_bf16_d128_full", kernel], ["sm80:80"])
 
 
-@pytest.fixture
-def cuobjdump(tmp_path, monkeypatch):
-    """Puts a program that stands in for cuobjdump into CUDA_HOME."""
-
-    def make(script):
-        program = tmp_path / "bin" / "cuobjdump"
-        program.parent.mkdir(exist_ok=True)
-        program.write_text(f"#!/bin/sh\n{script}\n")
-        program.chmod(0o755)
-        monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-
-    return make
-
-
 def test_reading_a_library(cuobjdump, tmp_path):
     (tmp_path / "dump").write_text(DUMP)
     cuobjdump(f'test "$1" = --dump-elf-symbols && cat {tmp_path}/dump')
@@ -86,5 +74,5 @@ def test_a_cuobjdump_that_does_not_run(tmp_path):
 def test_no_cuobjdump(monkeypatch, tmp_path):
     monkeypatch.delenv("CUDA_HOME", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(device_code.toolchain, "newest_of_wheels", lambda name: None)
+    monkeypatch.setitem(sys.modules, "nvidia", None)
     assert device_code.read(tmp_path / "library.so") is None

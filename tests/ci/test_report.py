@@ -25,14 +25,22 @@ def test_every_pair_has_a_row(small_matrix, make_wheel, make_record):
     assert "failed: a|b &lt;c&gt;</td>" in report.html(rows)
 
 
+def test_outcomes_are_one_a_line(make_wheel, make_record):
+    tests = (Outcome("import", True, "flash_attn 2.8.3"), Outcome("causal on cpu", False, "error 0.10"))
+    lines = report.outcomes(make_record(make_wheel(), tests=tests)).splitlines()
+    assert lines[0].split() == ["passed", "import", "flash_attn", "2.8.3"]
+    assert lines[1].split() == ["FAILED", "causal", "on", "cpu", "error", "0.10"]
+    assert lines[0].index("flash_attn") == lines[1].index("error")
+
+
 def test_compatibility_tells_what_was_tested(small_matrix, make_wheel, make_record):
     wheel = make_wheel()
     failed = make_record(wheel, torch="2.13.9", tests=(Outcome("import", False),))
     page = report.compatibility(small_matrix, [make_record(wheel), failed])
-    assert page.splitlines()[-3:] == [
-        "| 2.13 | 13.0 | 13.0 | 3.11 to 3.14 | 2.13.0+cu130 on Python 3.11.7, cpu, 2026-11-21 |",
-        "| 2.12 | 13.2 | 13.0 | 3.10 to 3.14 | not yet |",
-        "| 2.12 | 12.6 | 12.9 | 3.10 to 3.14 | not yet |",
+    assert [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines()[-3:]] == [
+        ["2.13", "13.0", "13.0", "3.11 to 3.14", "2.13.0+cu130 on Python 3.11.7, cpu, 2026-11-21"],
+        ["2.12", "13.2", "13.0", "3.10 to 3.14", "not yet"],
+        ["2.12", "12.6", "12.9", "3.10 to 3.14", "not yet"],
     ]
 
 

@@ -1,4 +1,5 @@
 import platform
+from dataclasses import replace
 
 import pytest
 
@@ -71,8 +72,35 @@ def test_a_crash_is_a_failed_test(tmp_path):
 
 def test_an_environment_that_cannot_be_made(request_for, tmp_path):
     request = trial.Request(request_for().wheel, "2.13.0", request_for().pair, python=str(tmp_path / "none"))
+    begun = []
     with pytest.raises(CiError, match="no environment could be made"):
-        trial.environment(request, tmp_path)
+        trial.environment(request, tmp_path, begun.append)
+    assert begun == ["a fresh environment"]
+
+
+def test_each_step_is_told_before_it_runs(request_for, tmp_path):
+    python = tmp_path / "python"
+    made = tmp_path / "venv" / "bin" / "python"
+    python.write_text(f"#!/bin/sh\ntest -e {made} || {{ mkdir -p {made.parent} && cp $0 {made}; }}\n")
+    python.chmod(0o755)
+    request, begun = request_for(), []
+    trial.environment(replace(request, python=str(python)), tmp_path, begun.append)
+    assert begun == ["a fresh environment", "installing torch==2.13.0", f"installing {request.wheel.name}"]
+    assert len(begun) + 2 == trial.STEPS
+
+
+def test_steps_are_shown_on_a_terminal(terminal):
+    with terminal as shown, trial.steps() as begin:
+        begin("first")
+        begin("second")
+        assert "ci test: first (1 of 5)" in shown.getvalue()
+        assert "ci test: second (2 of 5)" in shown.getvalue()
+
+
+def test_steps_are_quiet_without_a_terminal(capsys):
+    with trial.steps() as begin:
+        begin("first")
+    assert capsys.readouterr() == ("", "")
 
 
 def test_python_variables_do_not_reach_the_environment(tmp_path, monkeypatch):

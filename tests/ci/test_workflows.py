@@ -4,7 +4,7 @@ import shlex
 import pytest
 
 from ci import ROOT
-from ci.__main__ import _parser
+from ci.__main__ import parser
 
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 PINNED = re.compile(r"[\w-]+/[\w-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+")
@@ -37,4 +37,4 @@ def test_each_step_is_one_call_that_parses(path):
         words = shlex.split(re.sub(r"\$\{\{.+?\}\}", "value", command).partition(" >> ")[0])
         if words not in SETUP:
             assert words[:3] == ["python", "-m", "ci"]
-            _parser().parse_args(words[3:])
+            parser().parse_args(words[3:])

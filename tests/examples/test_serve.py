@@ -1,5 +1,7 @@
 """The serving example: the cache changes no token, pages come back, a wrong cache would be seen."""
 
+import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -64,11 +66,24 @@ def test_bad_arguments_are_refused(arguments, capsys):
     assert caught.value.code == 2 and arguments[0] in capsys.readouterr().err
 
 
+def test_on_a_terminal_a_bar_counts_the_requests(terminal):
+    with terminal as shown:
+        serve.serve(serve.parse(TINY))
+    assert re.search(r"100%.* 9/9 .* 0 running, 9 pages free\]", shown.getvalue())
+
+
+def test_without_tqdm_it_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    with pytest.raises(SystemExit, match=r"tqdm.*: pip install '\.\[examples\]'"):
+        runpy.run_path(serve.__file__)
+
+
 def test_as_a_program():
     done = subprocess.run(
         [sys.executable, ROOT / "examples/serve.py", *TINY], capture_output=True, text=True, cwd=ROOT,
         env={"PYTHONPATH": str(ROOT), "PATH": ""}, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "9/9 requests" in done.stderr and "tokens/s" in done.stderr
+    assert re.search(r"^9 requests, \d+ tokens, [\d,]+ tokens/s$", done.stdout, re.M)
+    assert done.stderr == ""  # no bar without a terminal
     assert "tokens that were checked are those of attention without a cache" in done.stdout

@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -54,10 +55,8 @@ def test_loss_falls_and_the_attentions_agree(arguments):
 
 
 def test_a_wrong_attention_would_be_seen(monkeypatch):
-    steps, real = ("--steps", "40"), train_gpt.flash_attn_func
-    monkeypatch.setattr(
-        train_gpt, "flash_attn_func", lambda q, *kv, causal: real(1.1 * q, *kv, causal=causal)
-    )
+    steps, right = ("--steps", "40"), train_gpt.flash
+    monkeypatch.setitem(train_gpt.ATTENTIONS, "flash", lambda q, *others: right(1.1 * q, *others))
     assert largest_difference(curve("flash", *steps), curve("sdpa", *steps)) > 10 * TOLERANCE
 
 
@@ -88,11 +87,21 @@ def test_the_script_prints_speeds_and_the_difference():
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     for name in ("flash", "sdpa"):
-        assert re.search(
-            rf"^{name} +loss 5\.\d+ -> \d\.\d+ nats per byte, [\d,]+ tokens/s", done.stdout, re.M
-        )
-        assert re.search(rf"^{name} +\[#+\] 4/4  loss ", done.stderr, re.M)
+        assert re.search(rf"^{name} +5\.\d+ +\d\.\d+ +[\d,]+ +\d+\.\d$", done.stdout, re.M)
+    assert done.stderr == ""  # no bar without a terminal
     assert re.search(r"^largest difference of the two losses at a step: \d\.\de[+-]\d\d$", done.stdout, re.M)
+
+
+def test_on_a_terminal_a_bar_shows_loss_and_speed(terminal):
+    with terminal as shown:
+        curve("flash", "--steps", "2")
+    assert re.search(r"flash: +100%.* 2/2 .*loss \d\.\d+, [\d,]+ tokens/s\]", shown.getvalue())
+
+
+def test_without_tqdm_it_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    with pytest.raises(SystemExit, match=r"tqdm.*: pip install '\.\[examples\]'"):
+        runpy.run_path(train_gpt.__file__)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +138,7 @@ def test_a_library_that_cannot_train_ends_in_one_line(monkeypatch, capsys):
     def refuse(*unused, **options):
         raise RuntimeError("the kernel is not built;\nbuild it with `this command`")
 
-    monkeypatch.setattr(train_gpt, "flash_attn_func", refuse)
+    monkeypatch.setitem(train_gpt.ATTENTIONS, "flash", refuse)
     with pytest.raises(SystemExit) as exited:
         train_gpt.main([*TINY, "--steps", "2"])
     assert exited.value.code == 2

@@ -84,6 +84,14 @@ def fake_toolkit(tmp_path, monkeypatch):
 
 
 @pytest.fixture
+def no_nvcc(monkeypatch):
+    """An environment in which there is no nvcc: neither CUDA_HOME, nor PATH, nor the compiler wheels."""
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setitem(sys.modules, "nvidia", None)
+
+
+@pytest.fixture
 def small_templates(tmp_path):
     """A tree of CUDA sources that compiles in a second per file and needs no kernel of the project."""
     folder = tmp_path / "templates"

@@ -50,8 +50,7 @@ def test_wheels_need_their_library_folder(tmp_path, monkeypatch):
     assert toolchain.find_toolchain().library_dir is None
 
 
-def test_no_nvcc_at_all(monkeypatch):
-    monkeypatch.setattr(toolchain, "find_nvcc", lambda: None)
+def test_no_nvcc_at_all(no_nvcc):
     with pytest.raises(ToolchainError, match=r"pip install 'cuda-toolkit\[nvcc,cccl\]==13\.0\.\*'"):
         toolchain.find_toolchain()
 

@@ -7,7 +7,7 @@ import urllib.request
 import pytest
 from packaging.tags import platform_tags
 
-from codegen.compilation import cuda_driver, selection
+from codegen.compilation import selection
 from codegen.wheels import prebuilt
 
 
@@ -40,25 +40,25 @@ class Handler(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch):
     """A Server on loopback, reached without a proxy."""
-    monkeypatch.setattr(urllib.request, "_opener", None)  # it remembers the proxy of its first use
+    urllib.request.install_opener(None)  # it remembers the proxy of its first use
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
     with Server() as running:
         threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
         yield running
         running.shutdown()
+    urllib.request.install_opener(None)
 
 
 @pytest.fixture
-def find(tmp_path, monkeypatch):
+def find(tmp_path):
     """prebuilt.find for an index, variables, GPUs present and the CUDA of the driver."""
 
     def call(index, present=None, gpus=(), **variables):
-        monkeypatch.setattr(cuda_driver, "driver_cuda", lambda: present)
         names = {f"FLASH_ATTN_{name}": value for name, value in variables.items()}
         environ = {"FLASH_ATTN_WHEEL_INDEX": str(index), **names}
         chosen = selection.from_environment(environ, lambda: list(gpus))
-        return prebuilt.find(chosen, environ, tmp_path / "downloads")
+        return prebuilt.find(chosen, environ, tmp_path / "downloads", lambda: present)
 
     return call
 

@@ -1,4 +1,6 @@
 import json
+import sys
+import urllib.request
 
 import pytest
 
@@ -12,9 +14,25 @@ def test_a_wheel_of_a_server_is_taken(find, wheels, one_wheel, server, kind, bas
     server.pages = {base: getattr(wheels, kind)(files).encode(), base + name: files[name]}
     server.types = {base: f"application/vnd.pypi.simple.v1+{kind}"}
     assert find(server.url).read_bytes() == files[name]
-    assert f"{name}: 0.0 of 0.0 MB" in capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert f"downloading {name}, 0.0 MB" in out and err == ""
     assert find(server.url + "/") is not None
     assert server.asked.count(base + name) == 1
+
+
+def test_on_a_terminal_a_bar_shows_the_download(find, one_wheel, wheel_folder, terminal):
+    _, files = one_wheel()
+    with terminal as shown:
+        find(wheel_folder(files))
+    assert "100%" in shown.getvalue()
+
+
+def test_a_build_needs_no_tqdm(find, one_wheel, wheel_folder, terminal, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    name, files = one_wheel()
+    with terminal as shown:
+        assert find(wheel_folder(files)).read_bytes() == files[name]
+    assert shown.getvalue() == ""
 
 
 def test_a_kept_download_is_checked_again(find, one_wheel, wheel_folder):
@@ -55,6 +73,7 @@ def test_absence_is_no_error(find, server, tmp_path, monkeypatch, capsys):
 
 def test_a_proxy_that_refuses(find, server, monkeypatch, capsys):
     monkeypatch.setenv("http_proxy", server.url)
+    urllib.request.install_opener(None)
     server.pages = {"http://wheels.example/simple/flash-attn/": 407}
     assert find("http://wheels.example/simple") is None
     assert "HTTP Error 407" in capsys.readouterr().out
