@@ -1,20 +1,16 @@
-"""Helpers of the tests of bad input."""
+"""A helper of the tests of bad input."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
-import torch
 
 
-def zeros(*shape, dtype=torch.bfloat16, **extra):
-    return torch.zeros(*shape, dtype=dtype, **extra)
-
-
-def int32(*values):
-    return torch.tensor(values, dtype=torch.int32)
-
-
-def raises(kind, name, function, *arguments, **named):
+def raises(
+    kind: type[Exception], name: str, function: Callable[..., object], *arguments: Any, **named: Any
+) -> None:
     """Assert that the call raises exactly `kind`, with a message that starts with `name`."""
     with pytest.raises(kind) as caught:
         function(*arguments, **named)

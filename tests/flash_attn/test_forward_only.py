@@ -71,18 +71,6 @@ def test_tables_without_a_gradient_are_refused(name):
         flash_attn_with_kvcache(q, *cache, k, v, cache_seqlens=3, **given)
 
 
-@pytest.mark.parametrize("weights", [False, True])
-def test_a_second_derivative_raises(weights):
-    """Where the gradient of the output requires grad, and where only the saved tensors do."""
-    inputs = [x.requires_grad_() for x in make(dtype=torch.float64)]
-    out = flash_attn_func(*inputs)
-    dout = torch.randn_like(out, requires_grad=weights)
-    gradients = torch.autograd.grad(out, inputs, dout, create_graph=True)
-    assert all(x.requires_grad for x in gradients)
-    with pytest.raises(NotImplementedError, match="twice"):
-        (out.sum() + gradients[0].square().sum()).backward()
-
-
 def test_out_may_not_require_grad():
     q, k, v = make()
     with pytest.raises(NotImplementedError, match=r"^out must not require grad"):
