@@ -207,10 +207,10 @@ def test_given_gradients_are_written_in_full(device, require_backward, layout, h
     assert softmax_d.shape == (2, 4, 256) and not softmax_d[..., 203:].any()
 
 
-def test_lse_and_probabilities_carry_no_gradient():
-    out, lse, probs = flash_attn_func(
-        *qkv(1, 5, 5, (1, 1), 8, torch.float32, grad=True), return_attn_probs=True
-    )
+def test_lse_and_probabilities_carry_no_gradient(device, require_backward):
+    require_backward(device, BF16, 8)
+    inputs = qkv(1, 5, 5, (1, 1), 8, device=device, grad=True)
+    out, lse, probs = flash_attn_func(*inputs, return_attn_probs=True)
     assert out.requires_grad and not lse.requires_grad and not probs.requires_grad
 
 

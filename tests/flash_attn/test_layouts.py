@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from layouts import LAYOUTS, WRITABLE, place
 from oracle import Options
@@ -16,17 +16,7 @@ from flash_attn.flash_attn_interface import _flash_attn_backward, _flash_attn_fo
 
 SIZE = st.integers(0, 9)
 CAUSAL = Options(causal=True)
-SETTINGS = settings(
-    max_examples=300,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)  # fmt: skip
-
-
-@pytest.fixture
-def library(install):
-    install(StandIn(), hopper=True)
+SETTINGS = settings(max_examples=300, deadline=None, derandomize=True)
 
 
 @st.composite
@@ -45,23 +35,29 @@ def strided(draw):
     return x.as_strided(shape, strides, draw(SIZE))
 
 
-@SETTINGS
-@given(x=st.one_of(tensors(), strided()))
-def test_what_is_aligned_is_readable(library, x):
-    head_dim = x.shape[-1]
-    found = _cuda.aligned(x, "x")
-    assert _cuda.readable(found)
-    assert torch.equal(found[..., :head_dim], x) and not found[..., head_dim:].any()
-    assert found.shape[:-1] == x.shape[:-1] and found.shape[-1] == -(-head_dim // 8) * 8
-    assert _cuda.readable(_cuda.writable(x)) and _cuda.writable(x).shape == found.shape
+class TestWhatKernelsRead:
+    """What the CUDA path makes of any tensor."""
 
+    @pytest.fixture(autouse=True)
+    def library(self, install):
+        install(StandIn(), hopper=True)
 
-@SETTINGS
-@given(x=st.one_of(tensors(), strided()), alignment=st.sampled_from([4, 16]))
-def test_what_is_contiguous(library, x, alignment):
-    found = _cuda.contiguous(x, "x", alignment)
-    assert found.is_contiguous() and not found.is_neg() and torch.equal(found, x)
-    assert found.data_ptr() % alignment == 0
+    @SETTINGS
+    @given(x=st.one_of(tensors(), strided()))
+    def test_aligned(self, x):
+        head_dim = x.shape[-1]
+        found = _cuda.aligned(x, "x")
+        assert _cuda.readable(found)
+        assert torch.equal(found[..., :head_dim], x) and not found[..., head_dim:].any()
+        assert found.shape[:-1] == x.shape[:-1] and found.shape[-1] == -(-head_dim // 8) * 8
+        assert _cuda.readable(_cuda.writable(x)) and _cuda.writable(x).shape == found.shape
+
+    @SETTINGS
+    @given(x=st.one_of(tensors(), strided()), alignment=st.sampled_from([4, 16]))
+    def test_contiguous(self, x, alignment):
+        found = _cuda.contiguous(x, "x", alignment)
+        assert found.is_contiguous() and not found.is_neg() and torch.equal(found, x)
+        assert found.data_ptr() % alignment == 0
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from problems import int32, zeros
-from refusals import raises
+from refusals import needing_gradients, raises
 from standin import StandIn
 
 import flash_attn
@@ -83,11 +83,7 @@ FIXED = {
 @pytest.mark.parametrize("grad", [False, True])
 def test_fixed_length(case, grad):
     kind, name, tensors, named = FIXED[case]
-    if grad:
-        tensors = [
-            x.clone().requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
-            for x in tensors
-        ]
+    tensors = needing_gradients(tensors) if grad else tensors
     raises(kind, name, flash_attn.flash_attn_func, *tensors, **named)
 
 
