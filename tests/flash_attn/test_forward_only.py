@@ -64,13 +64,11 @@ def test_arguments_without_a_gradient_are_refused(device, require_kernel, name):
 
 
 @pytest.mark.parametrize("name", ["rotary_cos", "rotary_sin", "alibi_slopes"])
-def test_tables_without_a_gradient_are_refused(device, require_split, name):
-    require_split(device, BF16, 16)
-    q, k, v = make(device, 1)
-    cache = make(device, 32)[1:]
-    with torch.device(device):
-        cos, sin = rotary_tables(32, 16)
-        given = {"rotary_cos": cos, "rotary_sin": sin, "alibi_slopes": torch.rand(2)}
+def test_tables_without_a_gradient_are_refused(default_device, require_split, name):
+    require_split(default_device, BF16, 16)
+    (q, k, v), (_, *cache) = make(default_device, 1), make(default_device, 32)
+    cos, sin = rotary_tables(32, 16)
+    given = {"rotary_cos": cos, "rotary_sin": sin, "alibi_slopes": torch.rand(2)}
     given[name].requires_grad_()
     with pytest.raises(NotImplementedError, match=f"^{name} must not require grad"):
         flash_attn_with_kvcache(q, *cache, k, v, cache_seqlens=3, **given)

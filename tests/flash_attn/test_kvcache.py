@@ -36,11 +36,8 @@ CACHE_MASKS = (*FEW_MASKS, "causal window")
 
 
 @pytest.fixture(autouse=True)
-def default_device(device, require_split):
-    """Make every tensor of a test on its device."""
-    require_split(device, BF16, HEAD_DIM)
-    with torch.device(device):
-        yield
+def kernels(default_device, require_split):
+    require_split(default_device, BF16, HEAD_DIM)
 
 
 def make(seqlen_q, entries=BATCH, seqlen_new=0, head_dims=HEAD_DIM, capacity=CAPACITY):

@@ -9,6 +9,7 @@ from problems import BF16, check_sequences, cu_seqlens, int32, rotary_tables, ru
 
 from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
 
+pytestmark = pytest.mark.usefixtures("default_device")
 BATCH, CAPACITY, HEADS, HEADS_K = 2, 80, 4, 2
 LENGTHS, NEW = (10, 61), 7
 GUARD = 64  # elements before and behind
@@ -24,13 +25,6 @@ LAYOUTS = {
     "heads first": (1, 3, 0, 5, True),
 }
 HEAD_DIMS = [(64, 64), (59, 59), (111, 64), (8, 3), (1, 1), (256, 255)]
-
-
-@pytest.fixture(autouse=True)
-def default_device(device):
-    """Make every tensor of a test on its device."""
-    with torch.device(device):
-        yield
 
 
 def random(*shape):

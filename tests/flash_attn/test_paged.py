@@ -29,11 +29,8 @@ SCORINGS = {**{mask: MASKS[mask] for mask in FEW_MASKS}, "softcap": Options(caus
 
 
 @pytest.fixture(autouse=True)
-def default_device(device, require_split):
-    """Make every tensor of a test on its device."""
-    require_split(device, BF16, 64)
-    with torch.device(device):
-        yield
+def kernels(default_device, require_split):
+    require_split(default_device, BF16, 64)
 
 
 def make(page_size, lengths=LENGTHS, head_dims=64):

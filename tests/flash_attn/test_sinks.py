@@ -30,11 +30,8 @@ HEAD_DIM = 64
 
 
 @pytest.fixture(autouse=True)
-def default_device(device, require_kernel):
-    """Make every tensor of a test on its device."""
-    require_kernel(device, BF16, HEAD_DIM)
-    with torch.device(device):
-        yield
+def kernels(default_device, require_kernel):
+    require_kernel(default_device, BF16, HEAD_DIM)
 
 
 def make_sinks():
