@@ -73,6 +73,15 @@ def device(request: pytest.FixtureRequest, install: Callable[..., None]) -> str:
     return request.param
 
 
+@pytest.fixture
+def default_device(device: str) -> Iterator[str]:
+    """Make every tensor of a test on its device."""
+    import torch
+
+    with torch.device(device):
+        yield device
+
+
 def has_kernel(dtype: torch.dtype, head_dim: int, direction: str = "forward") -> bool:
     """Return whether this build, which may be trimmed, has kernels for a dtype, head dim and direction."""
     import torch

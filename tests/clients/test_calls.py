@@ -12,8 +12,20 @@ from importlib import metadata
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import Options, assert_lse, assert_within, attention, gradients, varlen_attention
+from oracle import Options
 from packaging.version import Version
+from problems import (
+    BF16,
+    check,
+    check_gradients,
+    check_sequences,
+    check_varlen,
+    check_varlen_gradients,
+    cu_seqlens,
+    int32,
+    packed_qkv,
+    qkv,
+)
 from torch import Tensor
 
 import flash_attn
@@ -21,7 +33,6 @@ import flash_attn
 SCALE = 0.1
 LENGTHS = (40, 0, 57)
 LONGEST = max(LENGTHS)
-DTYPE = torch.bfloat16
 
 
 @dataclass
@@ -39,45 +50,34 @@ class Problem:
 
     @property
     def cu_seqlens(self) -> Tensor:
-        bounds = torch.tensor([0, *LENGTHS], device=self.q.device)
-        return bounds.cumsum(0, dtype=torch.int32)
-
-    def attention(self, options: Options, dtype: torch.dtype, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        if self.q.dim() == 4:
-            return attention(*inputs, options, dtype)
-        return varlen_attention(*inputs, list(LENGTHS), list(LENGTHS), options, dtype)
+        return cu_seqlens(LENGTHS, self.q.device)
 
     def check(self, out: Tensor, lse: Tensor | None = None, grads: tuple = (), **options) -> None:
         """Compare with the oracle: causal, scaled by `SCALE` unless `options` say otherwise."""
         chosen = Options(**{"causal": True, "softmax_scale": SCALE, **options})
-        truth, truth_lse = self.attention(chosen, torch.float64, *self.inputs)
-        assert_within(out, truth, self.attention(chosen, DTYPE, *self.inputs)[0])
-        if lse is not None:
-            assert_lse(lse, truth_lse)
-        if grads:
-            truths, yardsticks = (
-                gradients(lambda *x, d=d: self.attention(chosen, d, *x)[0], self.inputs, self.dout, d)
-                for d in (torch.float64, DTYPE)
-            )
-            for grad, expected, yardstick in zip(grads, truths, yardsticks, strict=True):
-                assert_within(grad, expected, yardstick, factor=3.0)
-
-
-def problem(device: str, *leading: int) -> Problem:
-    q, k, v, dout = (torch.randn(*leading, h, 64, device=device, dtype=DTYPE) for h in (4, 2, 2, 4))
-    return Problem(q, k, v, dout)
+        lengths = (list(LENGTHS), list(LENGTHS))
+        if self.q.dim() == 4:
+            check(out, lse, *self.inputs, chosen)
+        else:
+            check_varlen(out, lse, *self.inputs, lengths, chosen)
+        if grads and self.q.dim() == 4:
+            check_gradients(grads, self.inputs, self.dout, chosen)
+        elif grads:
+            check_varlen_gradients(grads, self.inputs, self.dout, lengths, chosen)
 
 
 @pytest.fixture
 def batch(device, require_backward) -> Problem:
-    require_backward(device, DTYPE, 64)
-    return problem(device, 2, LONGEST)
+    require_backward(device, BF16, 64)
+    inputs = qkv(2, LONGEST, LONGEST, device=device)
+    return Problem(*inputs, torch.randn_like(inputs[0]))
 
 
 @pytest.fixture
 def packed(device, require_backward) -> Problem:
-    require_backward(device, DTYPE, 64)
-    return problem(device, sum(LENGTHS))
+    require_backward(device, BF16, 64)
+    inputs = packed_qkv((list(LENGTHS), list(LENGTHS)), device=device)
+    return Problem(*inputs, torch.randn_like(inputs[0]))
 
 
 @pytest.mark.parametrize(
@@ -195,15 +195,11 @@ def test_xformers_keys_in_use(packed):
 
     cu_seqlens, used = packed.cu_seqlens, [31, 0, 57]
     out, lse, _, _ = flash_attn_gpu.varlen_fwd(
-        *packed.inputs, None, cu_seqlens, cu_seqlens, torch.tensor(used, device=packed.q.device).int(), None,
+        *packed.inputs, None, cu_seqlens, cu_seqlens, int32(*used, device=packed.q.device), None,
         None, None, LONGEST, LONGEST, 0.0, SCALE, False, True, -1, -1, 0.0, False, None,
     )  # fmt: skip
     options, lengths = Options(causal=True, softmax_scale=SCALE), list(LENGTHS)
-    truth, truth_lse = varlen_attention(*packed.inputs, lengths, lengths, options, used=used)
-    assert_within(
-        out, truth, varlen_attention(*packed.inputs, lengths, lengths, options, DTYPE, used=used)[0]
-    )
-    assert_lse(lse, truth_lse)
+    check_varlen(out, lse, *packed.inputs, (lengths, lengths), options, used=used)
 
 
 def test_diffusers(batch):
@@ -230,23 +226,24 @@ def test_megatron(packed):
     packed.check(out)
 
 
-def test_megatron_decodes_with_pages():
-    """On the CPU: paged keys need kernels of their own."""
-    q, pages = torch.randn(2, 1, 4, 64), [torch.randn(5, 256, 2, 64) for _ in range(2)]
-    table, used = torch.tensor([[3, 1], [0, 4]]).int(), torch.tensor([300, 17]).int()
-    out = flash_attn.flash_attn_with_kvcache(
-        q=q, k_cache=pages[0], v_cache=pages[1], cache_seqlens=used, causal=True, block_table=table
-    )
-    for b, n in enumerate(used):
-        k, v = (x[table[b].long()].flatten(0, 1)[None, :n] for x in pages)
-        truth, yardstick = (attention(q[b : b + 1], k, v, Options(), d)[0] for d in (torch.float64, q.dtype))
-        assert_within(out[b : b + 1], truth, yardstick)
+def test_megatron_decodes_with_pages(device, require_split):
+    require_split(device, BF16, 64)
+    q, *pages = qkv(5, 1, 256, device=device)
+    q, used = q[:2], int32(300, 17, device=device)
+    table = torch.tensor([[3, 1], [0, 4]], dtype=torch.int32, device=device)
+    out, lse = flash_attn.flash_attn_with_kvcache(
+        q=q, k_cache=pages[0], v_cache=pages[1], cache_seqlens=used, causal=True, block_table=table,
+        return_softmax_lse=True,
+    )  # fmt: skip
+    sequences = [tuple(x[table[b].long()].flatten(0, 1)[:n] for x in pages) for b, n in enumerate((300, 17))]
+    check_sequences(out, lse, q, sequences, Options(causal=True))
 
 
-def test_megatron_rotates():
+def test_megatron_rotates(device):
     from flash_attn.layers.rotary import apply_rotary_emb
 
-    x, angles = torch.randn(2, 9, 4, 16), torch.rand(9, 4)
+    with torch.device(device):
+        x, angles = torch.randn(2, 9, 4, 16), torch.rand(9, 4)
     turned = apply_rotary_emb(x, angles.cos(), angles.sin(), True)
     even, odd = x[..., :8:2], x[..., 1:8:2]
     cos, sin = angles.cos()[:, None], angles.sin()[:, None]

@@ -14,6 +14,7 @@ from importlib import metadata
 import pytest
 import torch
 import torch.nn.functional as F
+from problems import cu_seqlens
 from torch import Tensor
 
 import flash_attn
@@ -170,7 +171,7 @@ def test_packed_sequences(where, name, told_by):
     parts = [tokens(1, length, where) for length in LENGTHS]
     ids = torch.cat(parts, 1)
     labels = ids.clone()
-    bounds = torch.tensor([0, *LENGTHS], device=where).cumsum(0, dtype=torch.int32)
+    bounds = cu_seqlens(LENGTHS, where)
     labels[0, bounds[:-1].long()] = IGNORED
     described = {"position_ids": torch.cat([torch.arange(n, device=where) for n in LENGTHS])[None]}
     if told_by == "cu_seqlens":

@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 from oracle import Options, assert_gradients, assert_lse, assert_within, attention, gradients
+from problems import BF16, qkv, run
 
 from flash_attn import flash_attn_func
 
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+FP16, FP32 = torch.float16, torch.float32
 FP32_TINY, FP32_MAX = 2.0**-126, torch.finfo(FP32).max
 
 
@@ -65,10 +66,10 @@ def test_gradients_of_keys_that_are_seen_weakly(
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 def test_softcap_over_its_whole_range(device, require_backward, dtype, softmax_scale, softcap):
     require_backward(device, dtype, 64)
-    inputs = draw(1, 20, 2, 64), draw(1, 35, 1, 64), draw(1, 35, 1, 64)
-    inputs = tuple(x.to(device, dtype).requires_grad_() for x in inputs)
+    # Numbers that bf16 holds: their products are exact in fp32.
+    inputs = [x.to(dtype).requires_grad_() for x in qkv(1, 20, 35, (2, 1), device=device)]
     options = Options(softcap=softcap, softmax_scale=softmax_scale, causal=True)
-    out, lse, _ = flash_attn_func(*inputs, **options.arguments(), return_attn_probs=True)
+    out, lse = run(*inputs, options)
     truth, exact_lse = attention(*inputs, options)
     # As good as without a softcap, where that changes nothing: in 16 bits the formula itself loses digits.
     yardstick = replace(options, softcap=0.0) if softcap > 1e10 else options
@@ -89,10 +90,9 @@ def test_softcap_over_its_whole_range(device, require_backward, dtype, softmax_s
 @pytest.mark.parametrize("dtype", [FP16, BF16], ids=str)
 def test_scales_over_their_whole_range(device, require_kernel, dtype, softmax_scale):
     require_kernel(device, dtype, 64)
-    q, k, v = draw(1, 130, 2, 64), draw(1, 200, 2, 64), draw(1, 200, 2, 64)
-    q, k, v = (x.to(device, dtype) for x in (q, k, v))
+    q, k, v = qkv(1, 130, 200, (2, 2), dtype=dtype, device=device)
     options = Options(softmax_scale=softmax_scale)
-    out, lse, _ = flash_attn_func(q, k, v, **options.arguments(), return_attn_probs=True)
+    out, lse = run(q, k, v, options)
     truth, exact_lse = attention(q, k, v, options)
     rounded = attention(q, k, v, options, FP32)[0].to(dtype)  # scores in `dtype` would name another winner
     assert_within(out, truth, rounded)

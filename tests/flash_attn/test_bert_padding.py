@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracle import Options, assert_within, gradients, varlen_attention
+from oracle import Options, assert_gradients, assert_within, gradients, varlen_attention
+from problems import BF16, qkv
 from refusals import raises
 
 from flash_attn import flash_attn_varlen_func
@@ -82,9 +83,8 @@ def test_concatenated_sequences():
 @pytest.mark.parametrize("layout", ["padded", "concatenated"])
 def test_attention_of_a_batch(device, require_backward, layout):
     """From a padded batch to packed attention and back, with gradients, against each sequence by itself."""
-    dtype = torch.bfloat16
-    require_backward(device, dtype, 64)
-    inputs = [torch.randn(3, 40, heads, 64, device=device, dtype=dtype) for heads in (4, 2, 2)]
+    require_backward(device, BF16, 64)
+    inputs = qkv(3, 40, 40, device=device)
     if layout == "padded":
         lengths = [17, 0, 40]
         described = torch.arange(40, device=device) < torch.tensor(lengths, device=device)[:, None]
@@ -105,19 +105,16 @@ def test_attention_of_a_batch(device, require_backward, layout):
     def ours(q, k, v, cu_seqlens, longest):
         return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, longest, longest, causal=True)
 
-    def oracle(dtype):
-        options = Options(causal=True)
-        return lambda q, k, v, *unused: varlen_attention(q, k, v, lengths, lengths, options, dtype)[0]
+    def oracle(*padded_and_dtype):
+        *padded, dtype = padded_and_dtype
+        named = {"options": Options(causal=True), "dtype": dtype}
+        return run(lambda q, k, v, *_: varlen_attention(q, k, v, lengths, lengths, **named)[0])(*padded)
 
     dout = torch.randn_like(inputs[0])
     out = run(ours)(*inputs)
     assert not out[described.sum(-1) == 0].any()
-    assert_within(out, run(oracle(torch.float64))(*inputs), run(oracle(dtype))(*inputs))
-    grads = gradients(run(ours), inputs, dout, dtype)
-    truths = gradients(run(oracle(torch.float64)), inputs, dout, torch.float64)
-    yardsticks = gradients(run(oracle(dtype)), inputs, dout, dtype)
-    for grad, truth, yardstick in zip(grads, truths, yardsticks, strict=True):
-        assert_within(grad, truth, yardstick, factor=3.0)
+    assert_within(out, oracle(*inputs, torch.float64), oracle(*inputs, BF16))
+    assert_gradients(gradients(run(ours), inputs, dout, BF16), oracle, inputs, dout)
 
 
 def test_rearrange_is_einops():

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from oracle import visible
+from problems import BF16, MASKS, qkv
 
 from flash_attn import flash_attn_func
 
 FP32, FP64 = torch.float32, torch.float64
-
-
-def draw(*shape, dtype=FP32):
-    return torch.randn(shape, dtype=dtype)
 
 
 def gradients_of(leaves, **arguments):
@@ -20,7 +18,7 @@ def gradients_of(leaves, **arguments):
     return torch.autograd.grad(out, leaves, torch.ones_like(out))
 
 
-@pytest.mark.parametrize("default", [FP64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("default", [FP64, BF16], ids=str)
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -30,7 +28,7 @@ def gradients_of(leaves, **arguments):
     ids=["dropout", "modifiers"],
 )
 def test_results_do_not_depend_on_the_default_dtype(default, arguments):
-    leaves = [draw(2, 33, 2, 24).requires_grad_() for _ in range(3)]
+    leaves = qkv(2, 33, 33, (2, 2), 24, FP32, grad=True)
     expected = gradients_of(leaves, **arguments)
     torch.set_default_dtype(default)
     try:
@@ -41,61 +39,22 @@ def test_results_do_not_depend_on_the_default_dtype(default, arguments):
         assert torch.equal(a, e)
 
 
-def test_results_do_not_depend_on_the_default_device():
-    leaves = [draw(2, 33, 2, 24).requires_grad_() for _ in range(3)]
-    arguments = {"dropout_p": 0.3, "causal": True}
-    expected = gradients_of(leaves, **arguments)
-    with torch.device("meta"):
-        actual = gradients_of(leaves, **arguments)
-    for a, e in zip(actual, expected, strict=True):
-        assert torch.equal(a, e)
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [{"dropout_p": 0.4}, {"softcap": 0.7}, {"causal": True}],
-    ids=["dropout", "softcap", "causal"],
-)
-def test_fp64_gradients_are_those_of_the_function(arguments):
-    leaves = [draw(1, 6, 2, 4, dtype=FP64).requires_grad_() for _ in range(3)]
-
-    def function(*x):
-        torch.manual_seed(3)
-        return flash_attn_func(*x, **arguments)
-
-    assert torch.autograd.gradcheck(function, leaves)
-
-
 BAD = float("nan"), float("inf")
-MASKS = {
-    "causal": {"causal": True},
-    "window": {"window_size": (5, 2)},
-    "causal, more queries": {"causal": True},
-}
-
-
-def visible(seqlen_q, seqlen_k, causal=False, window_size=(-1, -1)):
-    left, right = (-1, 0) if causal else window_size
-    i = torch.arange(seqlen_q)[:, None] + seqlen_k - seqlen_q
-    j = torch.arange(seqlen_k)
-    return (j <= i + right) & ((j >= i - left) | (left < 0))
 
 
 @pytest.mark.parametrize("bad", BAD, ids=str)
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("dtype", [FP32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mask, lengths", [("causal", (29, 40)), ("window", (29, 40)), ("causal", (40, 29))])
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 @pytest.mark.parametrize("name", ["q", "k", "v", "dout"])
-def test_what_a_row_does_not_see_does_not_reach_it(dtype, mask, bad, name):
+def test_what_a_row_does_not_see_does_not_reach_it(dtype, mask, lengths, bad, name):
     """A row or a key is changed to NaN or inf: exactly what sees it may change."""
-    seqlen_q, seqlen_k = (40, 29) if "more" in mask else (29, 40)
-    seen = visible(seqlen_q, seqlen_k, **MASKS[mask])
-    of_q, of_k = (2, seqlen_q, 4, 16), (2, seqlen_k, 2, 16)
-    x = {"q": draw(*of_q), "k": draw(*of_k), "v": draw(*of_k), "dout": draw(*of_q)}
-    x = {key: value.to(dtype) for key, value in x.items()}
+    seen, scoring = visible(*lengths, MASKS[mask], torch.device("cpu")), MASKS[mask].arguments()
+    x = dict(zip("qkv", qkv(2, *lengths, head_dims=16, dtype=dtype), strict=True))
+    x["dout"] = torch.randn_like(x["q"])
 
     def results():
         leaves = [x[key].clone().requires_grad_() for key in "qkv"]
-        out = flash_attn_func(*leaves, **MASKS[mask])
+        out = flash_attn_func(*leaves, **scoring)
         return (out.detach(), *torch.autograd.grad(out, leaves, x["dout"]))
 
     expected = results()
@@ -105,9 +64,9 @@ def test_what_a_row_does_not_see_does_not_reach_it(dtype, mask, bad, name):
         rows = seen[:, at]
         keys = seen[rows].any(0)
     else:
-        rows = torch.arange(seqlen_q) == at
+        rows = torch.arange(lengths[0]) == at
         keys = seen[at]
-    tolerance = {"rtol": 1e-2, "atol": 1e-2} if dtype is torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+    tolerance = {"rtol": 1e-2, "atol": 1e-2} if dtype is BF16 else {"rtol": 1e-5, "atol": 1e-5}
     for a, e, reached in zip(results(), expected, (rows, rows, keys, keys), strict=True):
         torch.testing.assert_close(a[0, ~reached], e[0, ~reached], **tolerance)
         torch.testing.assert_close(a[1], e[1], **tolerance)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from problems import BF16, cu_seqlens, qkv
 
 import flash_attn
 from flash_attn import flash_attn_interface as interface
@@ -18,18 +19,13 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-def make(device, seqlen_q, seqlen_k, head_dims=(32, 32), heads=(4, 2)):
-    """q, k, v in fp32 on the CPU and in bf16 on CUDA."""
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    shapes = (
-        (2, seqlen_q, heads[0], head_dims[0]),
-        *((2, seqlen_k, heads[1], head_dim) for head_dim in head_dims),
-    )
-    return [torch.randn(shape, device=device).to(dtype) for shape in shapes]
+def dtype_of(device):
+    """What the compiler sees is the same in fp32, which the CPU is faster in."""
+    return BF16 if device == "cuda" else torch.float32
 
 
-def bounds(device, *values):
-    return torch.tensor(values, dtype=torch.int32, device=device)
+def make(device, seqlen_q, seqlen_k, head_dims=32):
+    return list(qkv(2, seqlen_q, seqlen_k, (4, 2), head_dims, dtype_of(device), device))
 
 
 def op_cases(device, head_dims):
@@ -43,7 +39,7 @@ def op_cases(device, head_dims):
     yield "_flash_attn_backward", (out, q, k, v, out, lse, *grads, *tail)
     yield "_flash_attn_backward", (out, q, k, v, out, lse, None, *grads[1:], *tail)
     packed = [x.flatten(0, 1) for x in (q, k, v)]
-    lengths = (bounds(device, 0, 10, 20), bounds(device, 0, 12, 24), 10, 12)
+    lengths = (cu_seqlens([10, 10], device), cu_seqlens([12, 12], device), 10, 12)
     out, lse, _, rng_state = interface._flash_attn_varlen_forward(*packed, *lengths, 0.0, *SCORES)
     grads = [torch.zeros_like(x) for x in packed]
     yield "_flash_attn_varlen_forward", (*packed, *lengths, 0.0, *SCORES)
@@ -60,7 +56,7 @@ HEAD_DIMS = pytest.mark.parametrize("head_dims", [(32, 32), (32, 24)], ids=str)
 @pytest.fixture
 def op_case(device, require_backward, case, head_dims):
     """Name and arguments of a call."""
-    require_backward(device, torch.bfloat16, *head_dims)
+    require_backward(device, BF16, *head_dims)
     return list(op_cases(device, head_dims))[case]
 
 
@@ -114,7 +110,7 @@ def check_compiled(function, compiled, inputs, **tolerance):
     ids=str,
 )
 def test_compile(device, require_backward, head_dims, needs, dynamic):
-    require_backward(device, torch.bfloat16, *head_dims)
+    require_backward(device, BF16, *head_dims)
 
     def function(q, k, v):
         return flash_attn.flash_attn_func(q * 2, k, v, causal=True, deterministic=True)
@@ -129,7 +125,7 @@ def test_compile(device, require_backward, head_dims, needs, dynamic):
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile_varlen(device, require_backward, dynamic):
-    require_backward(device, torch.bfloat16, 32)
+    require_backward(device, BF16, 32)
 
     def function(q, k, v, cu_q, cu_k):
         return flash_attn.flash_attn_varlen_func(
@@ -139,12 +135,12 @@ def test_compile_varlen(device, require_backward, dynamic):
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=dynamic)
     for seqlen_q, seqlen_k in ((10, 12), (17, 30)) if dynamic else ((10, 12),):
         tensors = [x.flatten(0, 1).requires_grad_() for x in make(device, seqlen_q, seqlen_k)]
-        ends = [bounds(device, 0, n, 2 * n) for n in (seqlen_q, seqlen_k)]
+        ends = [cu_seqlens([n, n], device) for n in (seqlen_q, seqlen_k)]
         check_compiled(function, compiled, [*tensors, *ends])
 
 
 def test_a_tensor_may_be_given_twice(device, require_backward):
-    require_backward(device, torch.bfloat16, 32)
+    require_backward(device, BF16, 32)
 
     def function(x, cu):
         flat = x.flatten(0, 1)
@@ -154,12 +150,12 @@ def test_a_tensor_may_be_given_twice(device, require_backward):
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
     x = make(device, 9, 9)[0].requires_grad_()
     tolerance = 0.05 if device == "cuda" else 1e-5  # autograd adds six gradients of x up in some order
-    check_compiled(function, compiled, [x, bounds(device, 0, 9, 18)], atol=tolerance, rtol=tolerance)
+    check_compiled(function, compiled, [x, cu_seqlens([9, 9], device)], atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("head_dim, dynamic", [(32, False), (17, True)])
 def test_compile_packed(device, require_backward, head_dim, dynamic):
-    require_backward(device, torch.bfloat16, head_dim)
+    require_backward(device, BF16, head_dim)
 
     def function(qkv, q, kv, cu):
         fixed = flash_attn.flash_attn_qkvpacked_func(qkv, causal=True, deterministic=True)
@@ -168,16 +164,15 @@ def test_compile_packed(device, require_backward, head_dim, dynamic):
         return torch.cat((fixed.flatten(0, 1), varlen, cross.flatten(0, 1)))
 
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=dynamic)
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
     for seqlen in (8, 13) if dynamic else (8,):
-        qkv = torch.randn(2, seqlen, 3, 2, head_dim, device=device).to(dtype).requires_grad_()
+        qkv = torch.randn(2, seqlen, 3, 2, head_dim, device=device).to(dtype_of(device)).requires_grad_()
         q, kv = (x.detach().requires_grad_() for x in (qkv[:, :5, 0], qkv[:, :, 1:]))
-        check_compiled(function, compiled, [qkv, q, kv, bounds(device, 0, 3, seqlen)])
+        check_compiled(function, compiled, [qkv, q, kv, cu_seqlens([3, seqlen - 3], device)])
 
 
 def test_compiled_dropout_draws_a_mask_and_uses_it_again(device, require_backward):
     """Where the gradient of the output is that of v's sum, dv is the sum of what was kept."""
-    require_backward(device, torch.bfloat16, 32)
+    require_backward(device, BF16, 32)
     q, k, v = (x.requires_grad_() for x in make(device, 64, 64))
     compiled = torch.compile(
         lambda q, k, v: flash_attn.flash_attn_func(q, k, v, dropout_p=0.5),

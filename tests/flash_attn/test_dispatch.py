@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from problems import int32
 from standin import StandIn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -32,10 +33,6 @@ class Wrapper(torch.Tensor):
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
         args, kwargs = torch.utils._pytree.tree_map_only(Wrapper, lambda x: x.inner, (args, kwargs or {}))
         return function(*args, **kwargs)
-
-
-def int32(*values):
-    return torch.tensor(values, dtype=torch.int32)
 
 
 def randn(*shape):

@@ -8,19 +8,25 @@ import pytest
 import torch
 from oracle import (
     Options,
-    assert_gradients,
-    assert_within,
-    attention,
     dropout_keeps,
     philox_4x32,
     probabilities,
-    varlen_attention,
+)
+from problems import (
+    BF16,
+    FEW_MASKS,
+    MASKS,
+    bounds,
+    check,
+    check_gradients,
+    check_varlen,
+    check_varlen_gradients,
+    packed_qkv,
+    qkv,
 )
 
 from flash_attn import _philox, flash_attn_func, flash_attn_varlen_func
 from flash_attn.flash_attn_interface import _flash_attn_forward, _flash_attn_varlen_forward
-
-BF16 = torch.bfloat16
 
 
 def test_oracle_philox_is_the_published_one():
@@ -54,12 +60,6 @@ def test_threshold(dropout_p):
     assert _philox.keep_threshold(dropout_p) == int((1 - dropout_p) * 65536 + 0.5)
 
 
-def tensors(batch, seqlen_q, seqlen_k, device, dtype=BF16, head_dim=64):
-    q = torch.randn(batch, seqlen_q, 4, head_dim, device=device).to(dtype)
-    k, v = (torch.randn(batch, seqlen_k, 2, head_dim, device=device).to(dtype) for _ in range(2))
-    return q, k, v
-
-
 def assert_s_dmask(s_dmask, probs, keep):
     """Assert rounded probabilities, the sign of every dropped entry, masked ones too, and zeros beyond."""
     rows, cols = probs.shape[-2:]
@@ -71,19 +71,15 @@ def assert_s_dmask(s_dmask, probs, keep):
         assert not beyond.any() and not torch.signbit(beyond).any()
 
 
-@pytest.mark.parametrize("options", [Options(), Options(causal=True), Options(window_size=(20, 10))], ids=str)
+@pytest.mark.parametrize("mask", FEW_MASKS)
 @pytest.mark.parametrize("lengths", [(37, 61), (61, 37), (1, 20)], ids=str)
-def test_forward_under_the_mask(device, require_kernel, options, lengths):
+def test_forward_under_the_mask(device, require_kernel, mask, lengths):
     require_kernel(device, BF16, 64)
-    q, k, v = tensors(2, *lengths, device)
-    mask = options.causal, *options.window_size
-    out, _, s_dmask, rng_state = _flash_attn_forward(q, k, v, 0.2, 0.125, *mask, 0.0, None, True)
+    (q, k, v), options = qkv(2, *lengths, device=device), MASKS[mask]
+    scoring = 0.2, 0.125, options.causal, *options.window_size, 0.0, None
+    out, _, s_dmask, rng_state = _flash_attn_forward(q, k, v, *scoring, True)
     keep = dropout_keeps(rng_state, 0.2, (2, 4, *lengths)).to(device)
-    dropped = Options(**{**options.arguments(), "keep": keep, "dropout_p": 0.2})
-    truth, _ = attention(q, k, v, dropped)
-    yardstick, _ = attention(q, k, v, dropped, BF16)
-    assert_within(out, truth, yardstick)
-
+    check(out, None, q, k, v, replace(options, keep=keep, dropout_p=0.2))
     probs, _ = probabilities(q, k, options, torch.float64)
     assert s_dmask.shape == (2, 4, 128, 128)
     assert_s_dmask(s_dmask, probs, keep)
@@ -92,18 +88,12 @@ def test_forward_under_the_mask(device, require_kernel, options, lengths):
 def test_varlen_forward_under_the_mask(device, require_kernel):
     require_kernel(device, BF16, 64)
     lengths = [30, 0, 17], [40, 10, 33]
-    cu_q, cu_k = (
-        torch.tensor([0, n[0], n[0] + n[1], sum(n)], dtype=torch.int32, device=device) for n in lengths
-    )
-    q, k, v = (x[0] for x in tensors(1, 47, 83, device))
+    q, k, v = packed_qkv(lengths, device=device)
     out, _, s_dmask, rng_state = _flash_attn_varlen_forward(
-        q, k, v, cu_q, cu_k, 30, 40, 0.3, 0.125, True, return_softmax=True
+        q, k, v, *bounds(lengths, device), 0.3, 0.125, True, return_softmax=True
     )
     keep = dropout_keeps(rng_state, 0.3, (3, 4, 30, 40)).to(device)
-    options = Options(causal=True, dropout_p=0.3, keep=keep)
-    truth, _ = varlen_attention(q, k, v, *lengths, options)
-    yardstick, _ = varlen_attention(q, k, v, *lengths, options, BF16)
-    assert_within(out, truth, yardstick)
+    check_varlen(out, None, q, k, v, lengths, Options(causal=True, dropout_p=0.3, keep=keep))
     assert s_dmask.shape == (3, 4, 128, 128)
     sequences = zip(q.split(lengths[0]), k.split(lengths[1]), strict=True)
     for b, (q_rows, k_rows) in enumerate(sequences):
@@ -114,7 +104,7 @@ def test_varlen_forward_under_the_mask(device, require_kernel):
 @pytest.mark.parametrize("dropout_p", [0.1, 0.5])
 def test_kept_fraction(device, require_kernel, dropout_p):
     require_kernel(device, BF16, 64)
-    q, k, v = tensors(2, 256, 256, device)
+    q, k, v = qkv(2, 256, 256, device=device)
     _, _, s_dmask = flash_attn_func(q * 0.1, k, v, dropout_p=dropout_p, return_attn_probs=True)
     kept = 1 - torch.signbit(s_dmask).float().mean().item()
     assert abs(kept - (1 - dropout_p)) < 0.01
@@ -122,7 +112,7 @@ def test_kept_fraction(device, require_kernel, dropout_p):
 
 def test_same_seed_same_mask(device, require_kernel):
     require_kernel(device, BF16, 64)
-    q, k, v = tensors(1, 64, 64, device)
+    q, k, v = qkv(1, 64, 64, device=device)
 
     def run(seed):
         torch.manual_seed(seed)
@@ -134,57 +124,51 @@ def test_same_seed_same_mask(device, require_kernel):
 
 def test_each_call_draws_a_new_mask(device, require_kernel):
     require_kernel(device, BF16, 64)
-    q, k, v = tensors(1, 64, 64, device)
+    q, k, v = qkv(1, 64, 64, device=device)
     assert not torch.equal(flash_attn_func(q, k, v, dropout_p=0.5), flash_attn_func(q, k, v, dropout_p=0.5))
 
 
-@pytest.mark.parametrize("options", [Options(), Options(causal=True), Options(window_size=(20, 10))], ids=str)
+@pytest.mark.parametrize("mask", FEW_MASKS)
 @pytest.mark.parametrize("lengths", [(37, 61), (61, 37)], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 40])
-def test_gradients_under_the_mask(device, require_backward, options, lengths, head_dim):
+def test_gradients_under_the_mask(device, require_backward, mask, lengths, head_dim):
     require_backward(device, BF16, head_dim)
-    q, k, v = (x.requires_grad_() for x in tensors(2, *lengths, device, head_dim=head_dim))
-    dout = torch.randn_like(q)
+    q, k, v = qkv(2, *lengths, head_dims=head_dim, device=device, grad=True)
+    dout, options = torch.randn_like(q), replace(MASKS[mask], dropout_p=0.17)
     torch.manual_seed(7)
-    arguments = replace(options, dropout_p=0.17).arguments()
-    out, _, s_dmask = flash_attn_func(q, k, v, **arguments, return_attn_probs=True)
+    out, _, s_dmask = flash_attn_func(q, k, v, **options.arguments(), return_attn_probs=True)
     torch.manual_seed(7)
     keep = dropout_keeps(_philox.new_rng_state(q.device), 0.17, (2, 4, *lengths)).to(device)
-    dropped = replace(options, dropout_p=0.17, keep=keep)
-    actual = torch.autograd.grad(out, (q, k, v), dout)
-    assert_gradients(actual, lambda q, k, v, d: attention(q, k, v, dropped, d)[0], (q, k, v), dout)
+    found = torch.autograd.grad(out, (q, k, v), dout)
+    check_gradients(found, (q, k, v), dout, replace(options, keep=keep))
     assert torch.equal(torch.signbit(s_dmask[..., : lengths[0], : lengths[1]]), ~keep)
 
 
 def test_varlen_gradients_under_the_mask(device, require_backward):
     require_backward(device, BF16, 32)
-    q, k, v = (x[0].requires_grad_() for x in tensors(1, 40, 50, device, head_dim=32))
     lengths = [25, 0, 15], [20, 4, 26]
-    cu_q, cu_k = (
-        torch.tensor([0, n[0], n[0] + n[1], sum(n)], dtype=torch.int32, device=device) for n in lengths
-    )
+    q, k, v = packed_qkv(lengths, head_dims=32, device=device, grad=True)
     torch.manual_seed(3)
-    out = flash_attn_varlen_func(q, k, v, cu_q, cu_k, 25, 26, dropout_p=0.4, causal=True)
+    out = flash_attn_varlen_func(q, k, v, *bounds(lengths, device), dropout_p=0.4, causal=True)
     torch.manual_seed(3)
     keep = dropout_keeps(_philox.new_rng_state(q.device), 0.4, (3, 4, 25, 26)).to(device)
     options = Options(causal=True, dropout_p=0.4, keep=keep)
     dout = torch.randn_like(q)
-    actual = torch.autograd.grad(out, (q, k, v), dout)
-    assert_gradients(
-        actual, lambda q, k, v, d: varlen_attention(q, k, v, *lengths, options, d)[0], (q, k, v), dout
+    check_varlen_gradients(
+        torch.autograd.grad(out, (q, k, v), dout), (q, k, v), dout, lengths, options
     )  # fmt: skip
 
 
-def test_mask_does_not_depend_on_blocks(monkeypatch):
-    from flash_attn import _cpu
-
-    q, k, v = (x.float() for x in tensors(2, 61, 83, "cpu"))
-
-    def run():
-        torch.manual_seed(1)
-        return flash_attn_func(q, k, v, dropout_p=0.3, causal=True, return_attn_probs=True)
-
-    whole = run()
-    monkeypatch.setattr(_cpu, "SCORES_AT_ONCE", 3000)
-    for a, b in zip(run(), whole, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+def test_a_mask_of_more_scores_than_exist_at_once(device, require_backward):
+    """The CPU takes them in parts, the kernels in blocks: the mask is that of the whole."""
+    require_backward(device, BF16, 32)
+    q, k, v = qkv(1, 1500, 1600, (1, 1), 32, device=device, grad=True)
+    torch.manual_seed(1)
+    out, _, s_dmask = flash_attn_func(q, k, v, dropout_p=0.3, causal=True, return_attn_probs=True)
+    torch.manual_seed(1)
+    state = _philox.new_rng_state(q.device).cpu()
+    keep = _philox.keep_mask(state, 0.3, range(1), range(1500), range(1600)).view(1, 1, 1500, 1600).to(device)
+    options, dout = Options(causal=True, dropout_p=0.3, keep=keep), torch.randn_like(out)
+    assert torch.equal(torch.signbit(s_dmask[..., :1500, :1600]), ~keep)
+    check(out, None, q, k, v, options)
+    check_gradients(torch.autograd.grad(out, (q, k, v), dout), (q, k, v), dout, options)

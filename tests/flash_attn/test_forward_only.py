@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from problems import BF16, int32, packed_qkv, qkv, rotary_tables
 
 from flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
 from flash_attn.flash_attn_interface import (
@@ -13,12 +14,8 @@ from flash_attn.flash_attn_interface import (
 )
 
 
-def make(seqlen=6, **options):
-    return [torch.randn(1, seqlen, 2, 16, **options) for _ in range(3)]
-
-
-def int32(*values):
-    return torch.tensor(values, dtype=torch.int32)
+def make(device, seqlen=6):
+    return qkv(1, seqlen, seqlen, (2, 2), 16, device=device)
 
 
 SCORES = (0.0, None, True, -1, -1, 0.0, None, False)
@@ -26,8 +23,9 @@ SCORES = (0.0, None, True, -1, -1, 0.0, None, False)
 
 @pytest.mark.parametrize("function", [_flash_attn_forward, _wrapped_flash_attn_forward])
 @pytest.mark.parametrize("needs", range(3))
-def test_private_functions(function, needs):
-    q, k, v = make()
+def test_private_functions(device, require_kernel, function, needs):
+    require_kernel(device, BF16, 16)
+    q, k, v = make(device)
     expected = function(q, k, v, *SCORES)[0]
     inputs = [x.requires_grad_(i == needs) for i, x in enumerate((q, k, v))]
     out, lse, _, _ = function(*inputs, *SCORES)
@@ -39,22 +37,26 @@ def test_private_functions(function, needs):
         assert not function(*inputs, *SCORES)[0].requires_grad
 
 
-@pytest.mark.parametrize("given", [{"block_table": int32(0).view(1, 1)}, {"seqused_k": int32(5)}], ids=str)
-def test_varlen(given):
-    q, k, v = make(16)
-    cu = int32(0, 16)
-    keys = (k[0], v[0]) if "seqused_k" in given else (k, v)
-    expected = flash_attn_varlen_func(q[0], *keys, cu, cu, 16, 16, **given)
-    out = flash_attn_varlen_func(q[0].requires_grad_(), *keys, cu, cu, 16, 16, **given)
+@pytest.mark.parametrize("name", ["block_table", "seqused_k"])
+def test_varlen(device, require_split, require_backward, name):
+    require_split(device, BF16, 16)
+    require_backward(device, BF16, 16)
+    q, k, v = packed_qkv(([16], [16]), (2, 2), 16, device=device)
+    given, bounds = {name: int32(16, device=device)}, int32(0, 16, device=device)
+    if name == "block_table":
+        given, k, v = {name: int32(0, device=device)[None]}, k[None], v[None]
+    expected = flash_attn_varlen_func(q, k, v, bounds, bounds, 16, 16, **given)
+    out = flash_attn_varlen_func(q.requires_grad_(), k, v, bounds, bounds, 16, 16, **given)
     assert torch.equal(out, expected)
     with pytest.raises(NotImplementedError, match="block_table or seqused_k"):
         out.sum().backward()
 
 
 @pytest.mark.parametrize("name", ["alibi_slopes", "softmax_scale", "softcap", "dropout_p"])
-def test_arguments_without_a_gradient_are_refused(name):
-    q, k, v = make()
-    value = torch.rand(2) if name == "alibi_slopes" else torch.tensor(0.5)
+def test_arguments_without_a_gradient_are_refused(device, require_kernel, name):
+    require_kernel(device, BF16, 16)
+    q, k, v = make(device)
+    value = torch.rand(2, device=device) if name == "alibi_slopes" else torch.tensor(0.5)
     with pytest.raises(NotImplementedError, match=f"^{name} must not require grad"):
         flash_attn_func(q, k, v, **{name: value.requires_grad_()})
     with torch.no_grad():
@@ -62,43 +64,32 @@ def test_arguments_without_a_gradient_are_refused(name):
 
 
 @pytest.mark.parametrize("name", ["rotary_cos", "rotary_sin", "alibi_slopes"])
-def test_tables_without_a_gradient_are_refused(name):
-    q, k, v = make(1)
-    cache = [torch.randn(1, 32, 2, 16) for _ in range(2)]
-    given = {"rotary_cos": torch.rand(32, 8), "rotary_sin": torch.rand(32, 8), "alibi_slopes": torch.rand(2)}
+def test_tables_without_a_gradient_are_refused(default_device, require_split, name):
+    require_split(default_device, BF16, 16)
+    (q, k, v), (_, *cache) = make(default_device, 1), make(default_device, 32)
+    cos, sin = rotary_tables(32, 16)
+    given = {"rotary_cos": cos, "rotary_sin": sin, "alibi_slopes": torch.rand(2)}
     given[name].requires_grad_()
     with pytest.raises(NotImplementedError, match=f"^{name} must not require grad"):
         flash_attn_with_kvcache(q, *cache, k, v, cache_seqlens=3, **given)
 
 
-@pytest.mark.parametrize("weights", [False, True])
-def test_a_second_derivative_raises(weights):
-    """Where the gradient of the output requires grad, and where only the saved tensors do."""
-    inputs = [x.requires_grad_() for x in make(dtype=torch.float64)]
-    out = flash_attn_func(*inputs)
-    dout = torch.randn_like(out, requires_grad=weights)
-    gradients = torch.autograd.grad(out, inputs, dout, create_graph=True)
-    assert all(x.requires_grad for x in gradients)
-    with pytest.raises(NotImplementedError, match="twice"):
-        (out.sum() + gradients[0].square().sum()).backward()
-
-
-def test_out_may_not_require_grad():
-    q, k, v = make()
+def test_out_may_not_require_grad(device, require_kernel):
+    require_kernel(device, BF16, 16)
+    q, k, v = make(device)
     with pytest.raises(NotImplementedError, match=r"^out must not require grad"):
         flash_attn_func(q, k, v, out=torch.empty_like(q, requires_grad=True))
     with torch.no_grad():
         flash_attn_func(q, k, v, out=torch.empty_like(q, requires_grad=True))
 
 
-def test_the_extension_module_takes_a_generator_or_refuses_it():
-    q, k, v = make()
-    draw = (None, None, 0.5, 0.25, False, -1, -1, 0.0, True)
-    generator = torch.Generator().manual_seed(7)
-    first = flash_attn_gpu.fwd(q, k, v, *draw, generator)
-    generator.manual_seed(7)
-    second = flash_attn_gpu.fwd(q, k, v, *draw, generator)
-    assert torch.equal(first[2], second[2]) and torch.equal(first[3], second[3])
+def test_the_extension_module_takes_a_generator_or_refuses_it(device, require_backward):
+    require_backward(device, BF16, 16)
+    q, k, v = make(device)
+    generator = torch.Generator(device)
+    draw = None, None, 0.5, 0.25, False, -1, -1, 0.0, True
+    first, second = (flash_attn_gpu.fwd(q, k, v, *draw, generator.manual_seed(7)) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     tail = (None, 0.5, 0.25, False, -1, -1, 0.0, False)
     with pytest.raises(ValueError, match=r"^gen must be None"):
         flash_attn_gpu.bwd(q, q, k, v, *first[:2], None, None, None, *tail, generator, first[3])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from problems import BF16, cu_seqlens, int32, qkv
 
 import flash_attn
 from flash_attn import flash_attn_interface as interface
@@ -36,11 +37,6 @@ def test_import_is_light(first):
     assert run_python(code).strip() == "light"
 
 
-def make(*lengths, heads=(4, 2), head_dims=(32, 32)):
-    q = torch.randn(2, lengths[0], heads[0], head_dims[0])
-    return q, *(torch.randn(2, lengths[1], heads[1], dim) for dim in head_dims)
-
-
 def test_helpers():
     assert interface.round_multiple(129, 128) == 256 and interface.round_multiple(128, 128) == 128
     x = torch.randn(3, 4)
@@ -49,8 +45,9 @@ def test_helpers():
     assert 128 % interface._get_block_size_n(torch.device("cpu"), 64, True, False) == 0
 
 
-def test_forward_without_dropout_returns_four_tensors():
-    q, k, v = make(10, 12)
+def test_forward_without_dropout_returns_four_tensors(device, require_kernel):
+    require_kernel(device, BF16, 32)
+    q, k, v = qkv(2, 10, 12, head_dims=32, device=device)
     out, lse, s_dmask, rng_state = interface._flash_attn_forward(
         q, k, v, 0.0, 0.1, True, -1, -1, 0.0, None, False
     )
@@ -58,81 +55,53 @@ def test_forward_without_dropout_returns_four_tensors():
     assert rng_state.shape == (2,) and rng_state.dtype == torch.int64
 
 
-def test_extension_module_equals_public_functions():
+def test_extension_module_equals_public_functions(device, require_backward):
+    require_backward(device, BF16, 32)
     gpu = interface.flash_attn_gpu
-    q, k, v = make(10, 12)
+    q, k, v = qkv(2, 10, 12, head_dims=32, device=device, grad=True)
+    named = {"softmax_scale": 0.1, "causal": True}
+    expected = flash_attn.flash_attn_func(q, k, v, **named, deterministic=True, return_attn_probs=True)
+    dout = torch.randn_like(q)
+    truth = torch.autograd.grad(expected[0], (q, k, v), dout)
+    q, k, v = (x.detach() for x in (q, k, v))
     given = torch.empty_like(q)
     out, lse, _, rng_state = gpu.fwd(q, k, v, given, None, 0.0, 0.1, True, -1, -1, 0.0, False, None)
-    expected = flash_attn.flash_attn_func(q, k, v, softmax_scale=0.1, causal=True, return_attn_probs=True)
     assert out is given and torch.equal(out, expected[0]) and torch.equal(lse, expected[1])
-
-    dout = torch.randn_like(q)
-    gradients = gpu.bwd(
+    *gradients, softmax_d = gpu.bwd(
         dout, q, k, v, out, lse, None, None, None, None, 0.0, 0.1, True, -1, -1, 0.0, True, None, rng_state
     )
-    leaves = [x.requires_grad_() for x in (q, k, v)]
-    truth = torch.autograd.grad(
-        flash_attn.flash_attn_func(*leaves, softmax_scale=0.1, causal=True), leaves, dout
-    )
-    assert all(torch.equal(a, b) for a, b in zip(gradients, truth, strict=False))
-    assert gradients[3].shape == (2, 4, 128)
-    torch.testing.assert_close(gradients[3][..., :10], (dout * out).sum(-1).transpose(1, 2))
+    assert all(torch.equal(a, b) for a, b in zip(gradients, truth, strict=True))
+    assert softmax_d.shape == (2, 4, 128)
+    right = (dout.double() * out.double()).sum(-1).transpose(1, 2)
+    torch.testing.assert_close(softmax_d[..., :10].double(), right, atol=1e-4, rtol=1e-4)
 
 
-def test_extension_module_varlen_and_cache():
+def test_extension_module_varlen(device, require_backward):
+    require_backward(device, BF16, 32)
     gpu = interface.flash_attn_gpu
-    q, k, v = (x.flatten(0, 1) for x in make(10, 12))
-    cu_q, cu_k = torch.tensor([0, 10, 20]).int(), torch.tensor([0, 12, 24]).int()
-    out, lse, _, rng_state = gpu.varlen_fwd(
-        q,
-        k,
-        v,
-        None,
-        cu_q,
-        cu_k,
-        None,
-        None,
-        None,
-        None,
-        10,
-        12,
-        0.0,
-        0.1,
-        False,
-        True,
-        -1,
-        -1,
-        0.0,
-        False,
-        None,
-    )
-    expected = flash_attn.flash_attn_varlen_func(q, k, v, cu_q, cu_k, 10, 12, softmax_scale=0.1, causal=True)
+    q, k, v = (x.flatten(0, 1) for x in qkv(2, 10, 12, head_dims=32, device=device))
+    cu = cu_seqlens([10, 10], device), cu_seqlens([12, 12], device)
+    tail = 10, 12, 0.0, 0.1, False, True, -1, -1, 0.0, False, None
+    out, lse, _, rng_state = gpu.varlen_fwd(q, k, v, None, *cu, None, None, None, None, *tail)
+    expected = flash_attn.flash_attn_varlen_func(q, k, v, *cu, 10, 12, softmax_scale=0.1, causal=True)
     assert torch.equal(out, expected)
-    dq, dk, dv, softmax_d = gpu.varlen_bwd(
-        out, q, k, v, out, lse, None, None, None, cu_q, cu_k, None, 10, 12, 0.0, 0.1, False, True, -1, -1,
-        0.0, False, None, rng_state,
-    )  # fmt: skip
-    assert dq.shape == q.shape and dk.shape == k.shape and dv.shape == v.shape
+    inputs = out, q, k, v, out, lse, None, None, None
+    *gradients, softmax_d = gpu.varlen_bwd(*inputs, *cu, None, *tail, rng_state)
+    assert [x.shape for x in gradients] == [x.shape for x in (q, k, v)]
     assert softmax_d.shape == (4, 20 + 2 * 128)
-    q, k, v = make(1, 12)
-    out, lse = gpu.fwd_kvcache(
-        q, k, v, None, None, torch.tensor([3, 12]).int(), None, None, None, None, None, None, None, 0.1,
-        False, -1, -1, 0.0, True, 0,
-    )  # fmt: skip
+
+
+def test_extension_module_cache(device, require_split):
+    require_split(device, BF16, 32)
+    q, k, v = qkv(2, 1, 12, head_dims=32, device=device)
+    used = int32(3, 12, device=device)
+    out, lse = interface.flash_attn_gpu.fwd_kvcache(
+        q, k, v, None, None, used, None, None, None, None, None, None, None, 0.1, False, -1, -1, 0.0, True, 0
+    )
     expected = flash_attn.flash_attn_with_kvcache(
-        q, k, v, cache_seqlens=torch.tensor([3, 12]).int(), softmax_scale=0.1, return_softmax_lse=True
+        q, k, v, cache_seqlens=used, softmax_scale=0.1, return_softmax_lse=True
     )
     assert torch.equal(out, expected[0]) and torch.equal(lse, expected[1])
-
-
-def test_generator_is_used():
-    gpu = interface.flash_attn_gpu
-    q, k, v = make(10, 12)
-    runs = [
-        gpu.fwd(q, k, v, None, None, 0.5, 0.1, False, -1, -1, 0.0, True, torch.Generator().manual_seed(5))
-        for _ in range(2)
-    ]
-    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
 def test_modes_and_subclasses_see_the_op():
@@ -145,7 +114,7 @@ def test_modes_and_subclasses_see_the_op():
             seen.append(str(func))
             return func(*args, **(kwargs or {}))
 
-    q, k, v = make(10, 12)
+    q, k, v = qkv(2, 10, 12, head_dims=32)
     with Spy():
         flash_attn.flash_attn_func(q, k, v)
     assert "flash_attn._flash_attn_forward.default" in seen
@@ -157,10 +126,10 @@ def test_modes_and_subclasses_see_the_op():
 
 def test_the_default_device_does_not_matter():
     """Models are built under `with torch.device("meta")`."""
-    q, k, v = (x.requires_grad_() for x in make(10, 12))
+    q, k, v = qkv(2, 10, 12, head_dims=32, dtype=torch.float32, grad=True)
     packed = [x.detach().flatten(0, 1).requires_grad_() for x in (q, k, v)]
-    bounds = torch.tensor([0, 10, 20]).int(), torch.tensor([0, 12, 24]).int()
-    new, tables = torch.randn(2, 2, *k.shape[2:]).to(k.dtype), torch.rand(40, 8).to(k.dtype)
+    bounds = cu_seqlens([10, 10]), cu_seqlens([12, 12])
+    new, tables = torch.randn(2, 2, 2, 32), torch.rand(40, 8)
 
     def run():
         torch.manual_seed(3)

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
-from oracle import HEAD_DIM_PAIRS, Options, assert_lse, assert_within, attention, rotated
+from oracle import Options, rotated
+from problems import (
+    BF16,
+    FEW_MASKS,
+    HEAD_DIM_PAIRS,
+    MASKS,
+    check,
+    check_sequences,
+    in_pages,
+    int32,
+    qkv,
+    rotary_tables,
+    run_cache,
+    zeros,
+)
 
 from flash_attn import _cuda_kvcache, _gpu, flash_attn_with_kvcache
 from flash_attn._abi import HEAD_DIMS, Design
@@ -20,68 +32,35 @@ FEW, SEVERAL, MANY = 7, 20, 80
 ODD_HEAD_DIMS = (1, 3, 59, 75, 111, 170, 255)
 """Head dims of caches whose rows are not aligned to 16 bytes: for each kernel at least one."""
 
-MASKS = {
-    "full": Options(),
-    "causal": Options(causal=True),
-    "window": Options(window_size=(17, 5)),
-    "causal window": Options(causal=True, window_size=(9, 0)),
-}
+CACHE_MASKS = (*FEW_MASKS, "causal window")
 
 
 @pytest.fixture(autouse=True)
-def default_device(device, require_split):
-    """Make every tensor of a test on its device."""
-    require_split(device, torch.bfloat16, HEAD_DIM)
-    with torch.device(device):
-        yield
+def kernels(default_device, require_split):
+    require_split(default_device, BF16, HEAD_DIM)
 
 
-def int32(*values):
-    return torch.tensor(values, dtype=torch.int32)
+def make(seqlen_q, entries=BATCH, seqlen_new=0, head_dims=HEAD_DIM, capacity=CAPACITY):
+    """Return q, the caches, and new keys and values."""
+    q, k, v = qkv(BATCH, seqlen_q, seqlen_new, (HEADS, HEADS_K), head_dims)
+    return q, *qkv(entries, 0, capacity, (HEADS, HEADS_K), head_dims)[1:], k, v
 
 
-def make(
-    seqlen_q,
-    dtype=torch.bfloat16,
-    entries=BATCH,
-    seqlen_new=0,
-    head_dims=(HEAD_DIM, HEAD_DIM),
-    capacity=CAPACITY,
-):
-    q = torch.randn(BATCH, seqlen_q, HEADS, head_dims[0]).to(dtype)
-    cache = [torch.randn(entries, capacity, HEADS_K, dim).to(dtype) for dim in head_dims]
-    new = [torch.randn(BATCH, seqlen_new, HEADS_K, dim).to(dtype) for dim in head_dims]
-    return q, *cache, *new
-
-
-def check(out, lse, q, sequences, options, capacity=CAPACITY):
-    """Compare with the oracle, given each sequence's keys and values (n, hk, d)."""
-    for b, (k, v) in enumerate(sequences):
-        mine = options
-        if options.alibi_slopes is not None and options.alibi_slopes.dim() == 2:
-            mine = replace(mine, alibi_slopes=options.alibi_slopes[b])
-        truth, truth_lse = attention(q[b : b + 1], k[None], v[None], mine)
-        yardstick, _ = attention(q[b : b + 1], k[None], v[None], mine, q.dtype)
-        assert_within(out[b : b + 1], truth, yardstick)
-        assert_lse(lse[b : b + 1], truth_lse)
-
-
-def run(q, k_cache, v_cache, options, **arguments):
-    scoring = options.arguments()
-    del scoring["dropout_p"]
-    return flash_attn_with_kvcache(q, k_cache, v_cache, **scoring, return_softmax_lse=True, **arguments)
+def check_lengths(out, lse, q, caches, lengths, options):
+    """Compare with the oracle, given how many rows of the caches are used."""
+    check_sequences(out, lse, q, [tuple(x[b, :n] for x in caches) for b, n in enumerate(lengths)], options)
 
 
 @pytest.mark.parametrize("seqlen_q", [1, 7])
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("mask", CACHE_MASKS)
 @pytest.mark.parametrize(
     "seqlens, lengths", [(None, [CAPACITY] * 3), (40, [40] * 3), ((0, 33, 96), [0, 33, 96])], ids=str
 )
 def test_without_appending(seqlen_q, mask, seqlens, lengths):
     q, k_cache, v_cache, *_ = make(seqlen_q)
     seqlens = int32(*seqlens) if isinstance(seqlens, tuple) else seqlens
-    out, lse = run(q, k_cache, v_cache, MASKS[mask], cache_seqlens=seqlens)
-    check(out, lse, q, [(k_cache[b, :n], v_cache[b, :n]) for b, n in enumerate(lengths)], MASKS[mask])
+    out, lse = run_cache(q, k_cache, v_cache, MASKS[mask], cache_seqlens=seqlens)
+    check_lengths(out, lse, q, (k_cache, v_cache), lengths, MASKS[mask])
 
 
 def check_appending(seqlen_q, seqlen_new, mask, head_dims):
@@ -90,46 +69,44 @@ def check_appending(seqlen_q, seqlen_new, mask, head_dims):
     lengths = [0, 33, CAPACITY - seqlen_new]
     for b, n in enumerate(lengths):
         expected[0][b, n : n + seqlen_new], expected[1][b, n : n + seqlen_new] = k[b], v[b]
-    out, lse = run(q, k_cache, v_cache, MASKS[mask], k=k, v=v, cache_seqlens=int32(*lengths))
+    out, lse = run_cache(q, k_cache, v_cache, MASKS[mask], k=k, v=v, cache_seqlens=int32(*lengths))
     assert torch.equal(k_cache, expected[0]) and torch.equal(v_cache, expected[1])
-    used = [slice(0, n + seqlen_new) for n in lengths]
-    check(out, lse, q, [(expected[0][b, u], expected[1][b, u]) for b, u in enumerate(used)], MASKS[mask])
+    check_lengths(out, lse, q, expected, [n + seqlen_new for n in lengths], MASKS[mask])
 
 
 @pytest.mark.parametrize("seqlen_q, seqlen_new", [(1, 1), (7, 7), (3, 9), (9, 3), (MANY, 9)])
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("mask", CACHE_MASKS)
 def test_appending(seqlen_q, seqlen_new, mask):
-    check_appending(seqlen_q, seqlen_new, mask, (HEAD_DIM, HEAD_DIM))
+    check_appending(seqlen_q, seqlen_new, mask, HEAD_DIM)
 
 
 @pytest.mark.parametrize("head_dims", HEAD_DIM_PAIRS, ids=str)
 @pytest.mark.parametrize("mask", ["causal", "window"])
 def test_head_dim_of_v_differs(head_dims, mask, device, require_split):
-    require_split(device, torch.bfloat16, *head_dims)
+    require_split(device, BF16, *head_dims)
     check_appending(3, 9, mask, head_dims)
 
 
 @pytest.mark.parametrize("head_dims", [*((d, d) for d in ODD_HEAD_DIMS), (59, 64), (128, 111)], ids=str)
 @pytest.mark.parametrize("seqlen_q, seqlen_new", [(1, 1), (SEVERAL, 9)])
 def test_head_dims_that_are_no_multiple_of_8(seqlen_q, seqlen_new, head_dims, device, require_split):
-    require_split(device, torch.bfloat16, *head_dims)
+    require_split(device, BF16, *head_dims)
     check_appending(seqlen_q, seqlen_new, "causal", head_dims)
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("rotary_dim", [16, 32])
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("mask", CACHE_MASKS)
 @pytest.mark.parametrize("seqlen_q", [5, MANY])
 @pytest.mark.parametrize("head_dim", [HEAD_DIM, 59])
 def test_rotary(interleaved, rotary_dim, mask, seqlen_q, head_dim, device, require_split):
-    require_split(device, torch.bfloat16, head_dim)
-    q, k_cache, v_cache, k, v = make(seqlen_q, seqlen_new=5, head_dims=(head_dim, head_dim))
-    angles = torch.rand(CAPACITY + seqlen_q, rotary_dim // 2) * 6
-    cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
+    require_split(device, BF16, head_dim)
+    q, k_cache, v_cache, k, v = make(seqlen_q, seqlen_new=5, head_dims=head_dim)
+    cos, sin = rotary_tables(CAPACITY + seqlen_q, rotary_dim)
     lengths = [0, 20, 91]
     before = k_cache.clone()
     arguments = {"k": k, "v": v, "cache_seqlens": int32(*lengths), "rotary_cos": cos, "rotary_sin": sin}
-    out, lse = run(q, k_cache, v_cache, MASKS[mask], rotary_interleaved=interleaved, **arguments)
+    out, lse = run_cache(q, k_cache, v_cache, MASKS[mask], rotary_interleaved=interleaved, **arguments)
     moving = mask != "full"
     q_rotated = torch.empty_like(q)
     for b, n in enumerate(lengths):
@@ -141,24 +118,16 @@ def test_rotary(interleaved, rotary_dim, mask, seqlen_q, head_dim, device, requi
         q_rotated[b] = rotated(q[b], cos, sin, positions if moving else positions * 0 + n, interleaved).to(
             q.dtype
         )
-    sequences = [(k_cache[b, : n + 5], v_cache[b, : n + 5]) for b, n in enumerate(lengths)]
-    check(out, lse, q_rotated, sequences, MASKS[mask])
+    check_lengths(out, lse, q_rotated, (k_cache, v_cache), [n + 5 for n in lengths], MASKS[mask])
 
 
 def test_rotary_without_a_single_new_key_still_rotates_q():
     q, k_cache, v_cache, k, v = make(2)
-    angles = torch.randn(CAPACITY, HEAD_DIM // 2)
-    tables = {"rotary_cos": angles.cos().to(q.dtype), "rotary_sin": angles.sin().to(q.dtype)}
-    held = int32(8, 17, 40)
-    out, _ = run(q, k_cache, v_cache, Options(), k=k, v=v, cache_seqlens=held, **tables)
-    cos, sin = (x[held.long()][:, None, None] for x in tables.values())
-    pairs = q.unflatten(-1, (-1, 2)).float()
-    x, y = pairs.unbind(-1)
-    rotated = torch.stack((x * cos - y * sin, x * sin + y * cos), dim=-1).flatten(-2).to(q.dtype)
-    expected, _ = run(rotated, k_cache, v_cache, Options(), cache_seqlens=held)
-    torch.testing.assert_close(out, expected, atol=2e-2, rtol=2e-2)
-    plain, _ = run(q, k_cache, v_cache, Options(), cache_seqlens=held)
-    assert not torch.allclose(out, plain, atol=2e-2, rtol=2e-2)
+    cos, sin = rotary_tables(CAPACITY, HEAD_DIM)
+    arguments = {"k": k, "v": v, "rotary_cos": cos, "rotary_sin": sin, "cache_seqlens": int32(8, 17, 40)}
+    out, lse = run_cache(q, k_cache, v_cache, Options(), **arguments)
+    turned = [rotated(x, cos, sin, torch.tensor([n, n]), True) for x, n in zip(q, (8, 17, 40), strict=True)]
+    check_lengths(out, lse, torch.stack(turned).to(q.dtype), (k_cache, v_cache), (8, 17, 40), Options())
 
 
 @pytest.mark.parametrize("appends", [False, True])
@@ -167,7 +136,7 @@ def test_batch_idx_and_leftpad(appends, seqlen_q):
     q, k_cache, v_cache, k, v = make(seqlen_q, entries=5, seqlen_new=4)
     rows, lengths, pads = [4, 0, 2], [10, 50, 33], [3, 50, 0]
     arguments = {"k": k, "v": v} if appends else {}
-    out, lse = run(
+    out, lse = run_cache(
         q, k_cache, v_cache, Options(causal=True), cache_seqlens=int32(*lengths),
         cache_batch_idx=int32(*rows), cache_leftpad=int32(*pads), **arguments,
     )  # fmt: skip
@@ -175,35 +144,23 @@ def test_batch_idx_and_leftpad(appends, seqlen_q):
     for b, (row, n) in enumerate(zip(rows, lengths, strict=True)):
         assert torch.equal(v_cache[row, n : n + 4], v[b]) == appends
     sequences = [(k_cache[row, u], v_cache[row, u]) for row, u in zip(rows, used, strict=True)]
-    check(out, lse, q, sequences, Options(causal=True))
-
-
-def in_pages(caches, page_size):
-    """Return each cache (b, s, hk, d) as pages in random order, three of them unused, and the block table."""
-    blocks = caches[0].shape[1] // page_size
-    table = torch.randperm(BATCH * blocks + 3)[: BATCH * blocks].view(BATCH, blocks).int()
-    pages = []
-    for cache in caches:
-        paged = torch.zeros(BATCH * blocks + 3, page_size, *cache.shape[2:], dtype=cache.dtype)
-        paged[table.flatten().long()] = cache.reshape(-1, *paged.shape[1:])
-        pages.append(paged)
-    return pages, table
+    check_sequences(out, lse, q, sequences, Options(causal=True))
 
 
 @pytest.mark.parametrize("page_size", [16, 32, 48])
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("mask", CACHE_MASKS)
 @pytest.mark.parametrize("rotary", [False, True])
 @pytest.mark.parametrize("head_dim_v", [HEAD_DIM, 24])
 @pytest.mark.parametrize("seqlen_q", [5, MANY])
 def test_paged_equals_unpaged(page_size, mask, rotary, head_dim_v, seqlen_q):
     q, k_cache, v_cache, k, v = make(seqlen_q, seqlen_new=5, head_dims=(HEAD_DIM, head_dim_v))
-    pages, table = in_pages((k_cache, v_cache), page_size)
+    pages, table = in_pages(page_size, k_cache, v_cache)
     arguments = {"k": k, "v": v, "cache_seqlens": int32(0, 14, 91)}
     if rotary:
-        angles = torch.rand(CAPACITY + seqlen_q, 8)
-        arguments |= {"rotary_cos": angles.cos().bfloat16(), "rotary_sin": angles.sin().bfloat16()}
-    expected = run(q, k_cache, v_cache, MASKS[mask], **arguments)
-    actual = run(q, *pages, MASKS[mask], block_table=table, **arguments)
+        cos, sin = rotary_tables(CAPACITY + seqlen_q, 16)
+        arguments |= {"rotary_cos": cos, "rotary_sin": sin}
+    expected = run_cache(q, k_cache, v_cache, MASKS[mask], **arguments)
+    actual = run_cache(q, *pages, MASKS[mask], block_table=table, **arguments)
     assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
     for cache, paged in zip((k_cache, v_cache), pages, strict=True):
         assert torch.equal(paged[table.flatten().long()].view_as(cache), cache)
@@ -212,36 +169,37 @@ def test_paged_equals_unpaged(page_size, mask, rotary, head_dim_v, seqlen_q):
 @pytest.mark.parametrize("page_size", [16, 48])
 @pytest.mark.parametrize("head_dim", [*HEAD_DIMS, *ODD_HEAD_DIMS])
 def test_pages_of_every_head_dim(page_size, head_dim, device, require_split):
-    require_split(device, torch.bfloat16, head_dim)
-    q, k_cache, v_cache, *_ = make(MANY, head_dims=(head_dim, head_dim))
-    pages, table = in_pages((k_cache, v_cache), page_size)
+    require_split(device, BF16, head_dim)
+    q, k_cache, v_cache, *_ = make(MANY, head_dims=head_dim)
+    pages, table = in_pages(page_size, k_cache, v_cache)
     lengths, options = [5, 70, CAPACITY], Options(causal=True)
-    out, lse = run(q, *pages, options, cache_seqlens=int32(*lengths), block_table=table)
-    check(out, lse, q, [(k_cache[b, :n], v_cache[b, :n]) for b, n in enumerate(lengths)], options)
+    out, lse = run_cache(q, *pages, options, cache_seqlens=int32(*lengths), block_table=table)
+    check_lengths(out, lse, q, (k_cache, v_cache), lengths, options)
 
 
 @pytest.mark.parametrize("extra", [{"softcap": 5.0}, {"softmax_scale": 0.3}], ids=str)
 def test_softcap_and_scale(extra):
     q, k_cache, v_cache, *_ = make(4)
     options = Options(causal=True, **extra)
-    out, lse = run(q, k_cache, v_cache, options, cache_seqlens=50)
-    check(out, lse, q, [(k_cache[b, :50], v_cache[b, :50]) for b in range(BATCH)], options)
+    out, lse = run_cache(q, k_cache, v_cache, options, cache_seqlens=50)
+    check_lengths(out, lse, q, (k_cache, v_cache), [50] * BATCH, options)
 
 
 @pytest.mark.parametrize("shape", [(HEADS,), (BATCH, HEADS)], ids=str)
 def test_alibi(shape):
     q, k_cache, v_cache, *_ = make(4)
     options = Options(causal=True, alibi_slopes=torch.rand(shape))
-    out, lse = run(q, k_cache, v_cache, options, cache_seqlens=int32(4, 50, 96))
-    check(out, lse, q, [(k_cache[b, :n], v_cache[b, :n]) for b, n in enumerate((4, 50, 96))], options)
+    lengths = [4, 50, 96]
+    out, lse = run_cache(q, k_cache, v_cache, options, cache_seqlens=int32(*lengths))
+    check_lengths(out, lse, q, (k_cache, v_cache), lengths, options)
 
 
 @pytest.mark.parametrize("num_splits", [0, 1, 7, 128])
 @pytest.mark.parametrize("seqlen_q", [2, MANY])
 def test_num_splits_does_not_matter(num_splits, seqlen_q):
     q, k_cache, v_cache, *_ = make(seqlen_q)
-    out, lse = run(q, k_cache, v_cache, Options(), num_splits=num_splits)
-    check(out, lse, q, list(zip(k_cache, v_cache, strict=True)), Options())
+    out, lse = run_cache(q, k_cache, v_cache, Options(), num_splits=num_splits)
+    check(out, lse, q, k_cache, v_cache, Options())
     again = flash_attn_with_kvcache(q, k_cache, v_cache, num_splits=num_splits)
     assert torch.equal(again, out)
 
@@ -256,7 +214,7 @@ def test_num_splits_does_not_matter(num_splits, seqlen_q):
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_every_tile(seqlen_q, design, num_splits, scoring, head_dim, device, require_split, monkeypatch):
     """Long tiles are for Hopper; other families take their largest instead."""
-    require_split(device, torch.bfloat16, head_dim)
+    require_split(device, BF16, head_dim)
     check_tile(seqlen_q, design, num_splits, scoring, head_dim, monkeypatch)
 
 
@@ -265,18 +223,18 @@ def test_every_tile(seqlen_q, design, num_splits, scoring, head_dim, device, req
 @pytest.mark.parametrize("head_dim", ODD_HEAD_DIMS)
 def test_the_tile_of_unaligned_rows(num_splits, scoring, head_dim, device, require_split, monkeypatch):
     """It is taken for any number of queries, also where the wgmma design is asked for."""
-    require_split(device, torch.bfloat16, head_dim)
+    require_split(device, BF16, head_dim)
     check_tile(MANY, Design.WGMMA, num_splits, scoring, head_dim, monkeypatch)
 
 
 def check_tile(seqlen_q, design, num_splits, scoring, head_dim, monkeypatch):
     monkeypatch.setattr(_cuda_kvcache, "plan", lambda *call: Plan(num_splits, design))
-    q, k_cache, v_cache, *_ = make(seqlen_q, head_dims=(head_dim, head_dim))
+    q, k_cache, v_cache, *_ = make(seqlen_q, head_dims=head_dim)
     modified = Options(causal=True, softcap=5.0, alibi_slopes=torch.rand(BATCH, HEADS))
     options = modified if scoring == "modified" else MASKS[scoring]
     lengths = [5, 70, CAPACITY]
-    out, lse = run(q, k_cache, v_cache, options, cache_seqlens=int32(*lengths), num_splits=num_splits)
-    check(out, lse, q, [(k_cache[b, :n], v_cache[b, :n]) for b, n in enumerate(lengths)], options)
+    out, lse = run_cache(q, k_cache, v_cache, options, cache_seqlens=int32(*lengths), num_splits=num_splits)
+    check_lengths(out, lse, q, (k_cache, v_cache), lengths, options)
 
 
 @pytest.mark.parametrize("num_splits", [1, 3, 40])
@@ -289,14 +247,14 @@ def test_wgmma_tiles_over_many_blocks(
     num_splits, mask, page_size, head_dims, device, require_split, monkeypatch
 ):  # fmt: skip
     """Parts of several blocks of keys, and more of them than there are multiprocessors."""
-    require_split(device, torch.bfloat16, max(head_dims))
+    require_split(device, BF16, max(head_dims))
     monkeypatch.setattr(_cuda_kvcache, "plan", lambda *call: Plan(num_splits, Design.WGMMA))
     capacity, lengths = 1440, [5, 700, 1440]
     q, *caches = make(MANY, head_dims=head_dims, capacity=capacity)[:3]
-    where, table = (caches, None) if page_size is None else in_pages(caches, page_size)
-    out, lse = run(q, *where, mask, cache_seqlens=int32(*lengths), block_table=table, num_splits=num_splits)
-    sequences = [tuple(cache[b, :n] for cache in caches) for b, n in enumerate(lengths)]
-    check(out, lse, q, sequences, mask, capacity)
+    where, table = (caches, None) if page_size is None else in_pages(page_size, *caches)
+    named = {"cache_seqlens": int32(*lengths), "block_table": table, "num_splits": num_splits}
+    out, lse = run_cache(q, *where, mask, **named)
+    check_lengths(out, lse, q, caches, lengths, mask)
 
 
 def test_the_number_of_splits_can_be_asked_for(device):
@@ -317,17 +275,15 @@ def test_strided_cache_is_written_in_place():
 
 def test_decoding_step_by_step_equals_causal_attention():
     steps = 20
-    q, k, v = (torch.randn(2, steps, h, HEAD_DIM).bfloat16() for h in (HEADS, HEADS_K, HEADS_K))
-    k_cache, v_cache = (torch.zeros(2, CAPACITY, HEADS_K, HEAD_DIM).bfloat16() for _ in range(2))
+    q, k, v = qkv(2, steps, steps, (HEADS, HEADS_K), HEAD_DIM)
+    k_cache, v_cache = (zeros(2, CAPACITY, HEADS_K, HEAD_DIM) for _ in range(2))
     outs = [
         flash_attn_with_kvcache(
             q[:, i : i + 1], k_cache, v_cache, k[:, i : i + 1], v[:, i : i + 1], cache_seqlens=i, causal=True
         )
         for i in range(steps)
     ]
-    truth, _ = attention(q, k, v, Options(causal=True))
-    yardstick, _ = attention(q, k, v, Options(causal=True), q.dtype)
-    assert_within(torch.cat(outs, dim=1), truth, yardstick)
+    check(torch.cat(outs, dim=1), None, q, k, v, Options(causal=True))
 
 
 @pytest.mark.parametrize("name", ["q", "k_cache", "v_cache", "k", "v", "s_aux"])

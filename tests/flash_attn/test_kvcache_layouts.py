@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracle import Options, assert_lse, assert_within, attention
+from oracle import Options
+from problems import BF16, check_sequences, cu_seqlens, int32, rotary_tables, run_cache
 
 from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
 
+pytestmark = pytest.mark.usefixtures("default_device")
 BATCH, CAPACITY, HEADS, HEADS_K = 2, 80, 4, 2
 LENGTHS, NEW = (10, 61), 7
-DTYPE = torch.bfloat16
 GUARD = 64  # elements before and behind
 
 # How many elements lie between the heads of a row, the rows, and the entries, and before the first one; and
@@ -26,19 +27,8 @@ LAYOUTS = {
 HEAD_DIMS = [(64, 64), (59, 59), (111, 64), (8, 3), (1, 1), (256, 255)]
 
 
-@pytest.fixture(autouse=True)
-def default_device(device):
-    """Make every tensor of a test on its device."""
-    with torch.device(device):
-        yield
-
-
-def int32(*values):
-    return torch.tensor(values, dtype=torch.int32)
-
-
 def random(*shape):
-    return torch.randn(shape).to(DTYPE)
+    return torch.randn(shape).to(BF16)
 
 
 class Placed:
@@ -55,7 +45,7 @@ class Placed:
             row = heads * head + between_rows
             entry = rows * row + between_entries
         where = content.shape, (entry, row, head, 1), GUARD + shift
-        self.memory = torch.full((2 * GUARD + shift + entries * entry,), torch.nan, dtype=DTYPE)
+        self.memory = torch.full((2 * GUARD + shift + entries * entry,), torch.nan, dtype=BF16)
         self.cache = self.memory.as_strided(*where)
         self.cache.copy_(content)
         self.expected_memory = self.memory.clone()
@@ -71,20 +61,11 @@ def place(head_dims, layout, entries=BATCH, rows=CAPACITY):
     return [Placed(random(entries, rows, HEADS_K, dim), layout) for dim in head_dims]
 
 
-def check(out, lse, q, sequences, options):
-    """Compare with the oracle, given each sequence's keys and values (n, hk, d)."""
-    for b, (k, v) in enumerate(sequences):
-        truth, truth_lse = attention(q[b : b + 1], k[None], v[None], options)
-        yardstick, _ = attention(q[b : b + 1], k[None], v[None], options, q.dtype)
-        assert_within(out[b : b + 1], truth, yardstick)
-        assert_lse(lse[b : b + 1], truth_lse)
-
-
 @pytest.mark.parametrize("seqlen_q", [1, 40])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("head_dims", HEAD_DIMS, ids=str)
 def test_appending_in_place(seqlen_q, layout, head_dims, device, require_split):
-    require_split(device, DTYPE, *head_dims)
+    require_split(device, BF16, *head_dims)
     keys, values = place(head_dims, layout, entries=4)
     rows = [3, 0]
     new = [random(BATCH, NEW, HEADS_K, dim) for dim in head_dims]
@@ -92,14 +73,14 @@ def test_appending_in_place(seqlen_q, layout, head_dims, device, require_split):
         for b, n in enumerate(LENGTHS):
             placed.expected[rows[b], n : n + NEW] = x[b]
     q, options = random(BATCH, seqlen_q, HEADS, head_dims[0]), Options(causal=True)
-    out, lse = flash_attn_with_kvcache(
-        q, keys.cache, values.cache, *new, cache_seqlens=int32(*LENGTHS), cache_batch_idx=int32(*rows),
-        cache_leftpad=int32(4, 0), causal=True, return_softmax_lse=True,
+    out, lse = run_cache(
+        q, keys.cache, values.cache, options, k=new[0], v=new[1], cache_seqlens=int32(*LENGTHS),
+        cache_batch_idx=int32(*rows), cache_leftpad=int32(4, 0),
     )  # fmt: skip
     keys.assert_as_expected()
     values.assert_as_expected()
     used = [(rows[b], slice(pad, n + NEW)) for b, (n, pad) in enumerate(zip(LENGTHS, (4, 0), strict=True))]
-    check(out, lse, q, [(keys.expected[u], values.expected[u]) for u in used], options)
+    check_sequences(out, lse, q, [(keys.expected[u], values.expected[u]) for u in used], options)
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
@@ -107,20 +88,15 @@ def test_appending_in_place(seqlen_q, layout, head_dims, device, require_split):
 @pytest.mark.parametrize("head_dim", [32, 59])
 def test_rotating_in_place(interleaved, layout, head_dim, device, require_split):
     """As into an aligned cache of rows that are longer, bit by bit."""
-    require_split(device, DTYPE, head_dim)
+    require_split(device, BF16, head_dim)
     dims = head_dim, head_dim
     keys, values = place(dims, layout)
     padding = 0, 64 - head_dim
     aligned = [torch.nn.functional.pad(placed.cache, padding).contiguous() for placed in (keys, values)]
     q, *new = random(BATCH, 5, HEADS, head_dim), *(random(BATCH, NEW, HEADS_K, dim) for dim in dims)
-    angles = torch.rand(CAPACITY + 5, 16) * 6
-    tables = {"rotary_cos": angles.cos().to(DTYPE), "rotary_sin": angles.sin().to(DTYPE)}
-    arguments = {
-        "cache_seqlens": int32(*LENGTHS),
-        "causal": True,
-        "rotary_interleaved": interleaved,
-        **tables,
-    }
+    cos, sin = rotary_tables(CAPACITY + 5, 32)
+    arguments = {"cache_seqlens": int32(*LENGTHS), "rotary_cos": cos, "rotary_sin": sin, "causal": True}
+    arguments["rotary_interleaved"] = interleaved
     out = flash_attn_with_kvcache(q, keys.cache, values.cache, *new, **arguments)
     padded = [torch.nn.functional.pad(x, padding) for x in (q, *new)]
     expected = flash_attn_with_kvcache(
@@ -136,18 +112,16 @@ def test_rotating_in_place(interleaved, layout, head_dim, device, require_split)
 @pytest.mark.parametrize("layout", ["moved by an element", "heads first"])
 @pytest.mark.parametrize("modified", [False, True])
 def test_many_queries_and_split_keys(num_splits, layout, modified, device, require_split):
-    require_split(device, DTYPE, 111)
+    require_split(device, BF16, 111)
     keys, values = place((111, 96), layout)
     q, slopes = random(BATCH, 300, HEADS, 111), torch.rand(HEADS) if modified else None
     options = Options(window_size=(60, 5), softcap=3.0 if modified else 0.0, alibi_slopes=slopes)
-    out, lse = flash_attn_with_kvcache(
-        q, keys.cache, values.cache, cache_seqlens=int32(*LENGTHS), window_size=(60, 5),
-        softcap=options.softcap, alibi_slopes=slopes, num_splits=num_splits, return_softmax_lse=True,
-    )  # fmt: skip
+    named = {"cache_seqlens": int32(*LENGTHS), "num_splits": num_splits}
+    out, lse = run_cache(q, keys.cache, values.cache, options, **named)
     keys.assert_as_expected()
     values.assert_as_expected()
     sequences = [(keys.cache[b, :n], values.cache[b, :n]) for b, n in enumerate(LENGTHS)]
-    check(out, lse, q, sequences, options)
+    check_sequences(out, lse, q, sequences, options)
 
 
 @pytest.mark.parametrize("page_size", [16, 80, 256])
@@ -155,7 +129,7 @@ def test_many_queries_and_split_keys(num_splits, layout, modified, device, requi
 @pytest.mark.parametrize("head_dims", [(64, 64), (59, 111)], ids=str)
 def test_pages(page_size, layout, head_dims, device, require_split):
     """Appended to, read as a cache, then as packed sequences; what is past the lengths is NaN."""
-    require_split(device, DTYPE, *head_dims)
+    require_split(device, BF16, *head_dims)
     blocks = -(-CAPACITY // page_size)
     table = (torch.randperm(BATCH * blocks) + 1).view(BATCH, blocks).int()
     keys, values = place(head_dims, layout, BATCH * blocks + 1, page_size)
@@ -171,10 +145,8 @@ def test_pages(page_size, layout, head_dims, device, require_split):
             for i in range(NEW):
                 placed.expected[int(table[b, (n + i) // page_size]), (n + i) % page_size] = x[b, i]
     q, options = random(BATCH, 3, HEADS, head_dims[0]), Options(causal=True)
-    out, lse = flash_attn_with_kvcache(
-        q, keys.cache, values.cache, *new, cache_seqlens=int32(*LENGTHS), block_table=table, causal=True,
-        return_softmax_lse=True,
-    )  # fmt: skip
+    named = {"k": new[0], "v": new[1], "cache_seqlens": int32(*LENGTHS), "block_table": table}
+    out, lse = run_cache(q, keys.cache, values.cache, options, **named)
     keys.assert_as_expected()
     values.assert_as_expected()
     lengths = [n + NEW for n in LENGTHS]
@@ -182,17 +154,17 @@ def test_pages(page_size, layout, head_dims, device, require_split):
         tuple(placed.expected[table[b].long()].flatten(0, 1)[:n] for placed in (keys, values))
         for b, n in enumerate(lengths)
     ]
-    check(out, lse, q, sequences, options)
-    starts = torch.tensor([0, 3, 6]).int(), torch.tensor([0, *lengths]).cumsum(0).int()
+    check_sequences(out, lse, q, sequences, options)
+    starts = cu_seqlens([3, 3]), cu_seqlens(lengths)
     packed = flash_attn_varlen_func(
         q.flatten(0, 1), keys.cache, values.cache, *starts, 3, max(lengths), block_table=table, causal=True
     )
-    check(packed.view_as(out), lse, q, sequences, options)
+    check_sequences(packed.view_as(out), lse, q, sequences, options)
 
 
 def test_no_queries_and_the_next_kernel_sees_what_was_appended(device, require_split):
     """Nothing waits for the keys to be written but the stream's order."""
-    require_split(device, DTYPE, 64)
+    require_split(device, BF16, 64)
     tokens = 16384 if device == "cuda" else 16
     new = [random(16, tokens, HEADS_K, 64) for _ in range(2)]
     for _ in range(20):

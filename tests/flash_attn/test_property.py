@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
-
 import pytest
 import torch
 from conftest import cuda_problem, has_kernel
@@ -18,6 +16,7 @@ from oracle import (
     shift_by_rounding,
     varlen_attention,
 )
+from problems import cu_seqlens
 
 from flash_attn import _philox, flash_attn_func, flash_attn_varlen_func
 
@@ -110,13 +109,12 @@ def draw_varlen(data, device, dtype, heads, seed, length, max_head_dim):
     of_keys = totals[1], heads[1]
     shapes = (totals[0], heads[0], head_dim), (*of_keys, head_dim), (*of_keys, head_dim_v)
     tensors = [random(generator, *s, dtype=dtype, device=device) for s in shapes]
-    cu_seqlens = [torch.tensor([0, *accumulate(n)], dtype=torch.int32, device=device) for n in lengths]
-    longest = [max(n, default=0) for n in lengths]
+    starts, longest = [cu_seqlens(n, device) for n in lengths], [max(n, default=0) for n in lengths]
     masked = under_mask(chosen, seed, (len(pairs), heads[0], *longest), device)
 
     def run(*leaves):
         arguments = chosen.arguments()
-        return flash_attn_varlen_func(*leaves, *cu_seqlens, *longest, **arguments, return_attn_probs=True)[:2]
+        return flash_attn_varlen_func(*leaves, *starts, *longest, **arguments, return_attn_probs=True)[:2]
 
     return run, lambda q, k, v, d: varlen_attention(q, k, v, *lengths, masked, d), tensors
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from refusals import int32, raises, zeros
+from problems import int32, zeros
+from refusals import raises
 
 import flash_attn
 

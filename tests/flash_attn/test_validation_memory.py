@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from refusals import raises, zeros
+from problems import zeros
+from refusals import raises
 
 import flash_attn
 from flash_attn.flash_attn_interface import _flash_attn_backward, kvcache_num_splits

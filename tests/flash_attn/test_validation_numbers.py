@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from oracle import Options, visible
-from refusals import raises, zeros
+from problems import zeros
+from refusals import raises
 
 import flash_attn
 from flash_attn import _arguments, _validation

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from refusals import int32, raises, zeros
+from problems import int32, zeros
+from refusals import needing_gradients, raises
 
 import flash_attn
 
@@ -46,12 +47,7 @@ PACKED = {
 @pytest.mark.parametrize("grad", [False, True])
 def test_packed(case, grad):
     kind, name, function, arguments = PACKED[case]
-    if grad:
-        arguments = [
-            x.clone().requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
-            for x in arguments
-        ]
-    raises(kind, name, function, *arguments)
+    raises(kind, name, function, *(needing_gradients(arguments) if grad else arguments))
 
 
 @pytest.mark.parametrize("named", [{"dropout_p": 2.0}, {"softcap": -1.0}], ids=str)

@@ -4,11 +4,13 @@ tests/flash_attn has the semantics, on CUDA too.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import cuda_problem, kernels
-from oracle import Options, assert_gradients, attention, varlen_attention
+from oracle import Options
+from problems import BF16, MASKS, bounds, check_gradients, check_varlen_gradients, int32, packed_qkv, qkv
 
 from flash_attn import _abi, _library, flash_attn_func
 from flash_attn.flash_attn_interface import (
@@ -27,12 +29,8 @@ def problem() -> str | None:
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(problem()), reason=str(problem()))]
 
-BF16, FP16 = torch.bfloat16, torch.float16
-MASKS = {
-    "full": Options(),
-    "causal": Options(causal=True),
-    "windowed": Options(window_size=(200, 30)),
-}
+FP16 = torch.float16
+LONG_MASKS = ("full", "causal", "wide window")
 HEAD_DIMS = (32, 40, 59, 64, 80, 96, 111, 128, 160, 192, 224, 256)
 SHORT = ((1, 1), (113, 203), (108, 256), (203, 113), (256, 130), (64, 1025))
 LONG = ((1023, 1024), (1024, 1023), (2048, 2048), (2048, 700))
@@ -41,15 +39,10 @@ Tensors = tuple[torch.Tensor, ...]
 
 
 def make(
-    batch: int, seqlen_q: int, seqlen_k: int, heads: int, heads_k: int, head_dim: int,
-    dtype: torch.dtype = BF16, device: str = "cuda",
+    batch: int, seqlen_q: int, seqlen_k: int, heads: tuple[int, int] = (4, 2),
+    head_dims: int | tuple[int, int] = 64, dtype: torch.dtype = BF16, device: str = "cuda",
 ) -> Tensors:  # fmt: skip
-    shapes = ((batch, seqlen_q, heads, head_dim), *[(batch, seqlen_k, heads_k, head_dim)] * 2)
-    return tuple(torch.randn(s, device=device, dtype=dtype).requires_grad_() for s in shapes)
-
-
-def compute_with(options: Options):
-    return lambda q, k, v, dtype: attention(q, k, v, options, dtype)[0]
+    return qkv(batch, seqlen_q, seqlen_k, heads, head_dims, dtype, device, grad=True)
 
 
 def run(inputs: Tensors, dout: torch.Tensor, **named) -> Tensors:
@@ -58,59 +51,58 @@ def run(inputs: Tensors, dout: torch.Tensor, **named) -> Tensors:
 
 def check(inputs: Tensors, options: Options, deterministic: bool = False) -> None:
     dout = torch.randn_like(inputs[0])
-    actual = run(inputs, dout, **options.arguments(), deterministic=deterministic)
-    assert_gradients(actual, compute_with(options), inputs, dout)
+    found = run(inputs, dout, **options.arguments(), deterministic=deterministic)
+    check_gradients(found, inputs, dout, options)
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("mask", LONG_MASKS)
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 def test_short(require_backward, head_dim, mask, dtype):
     require_backward("cuda", dtype, head_dim)
     for lengths in SHORT:
-        check(make(2, *lengths, 4, 2, head_dim, dtype), MASKS[mask])
+        check(make(2, *lengths, (4, 2), head_dim, dtype), MASKS[mask])
 
 
 @pytest.mark.parametrize("head_dim", _abi.HEAD_DIMS)
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("mask", LONG_MASKS)
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_long(require_backward, head_dim, mask, deterministic):
     require_backward("cuda", BF16, head_dim)
     for lengths in LONG:
-        check(make(1, *lengths, 2, 1, head_dim), MASKS[mask], deterministic)
+        check(make(1, *lengths, (2, 1), head_dim), MASKS[mask], deterministic)
 
 
 @pytest.mark.parametrize("head_dim", _abi.HEAD_DIMS)
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("mask", LONG_MASKS)
 def test_modifiers(require_backward, head_dim, mask):
     """Softcap with slopes; dropout with slopes, its mask read off S_dmask."""
     require_backward("cuda", BF16, head_dim)
     slopes = torch.rand(2, 4, device="cuda") / 10
-    options = Options(**{**MASKS[mask].arguments(), "alibi_slopes": slopes, "softcap": 15.0})
-    check(make(2, 300, 427, 4, 2, head_dim), options)
-    inputs = make(2, 300, 427, 4, 2, head_dim)
-    dout = torch.randn_like(inputs[0])
-    named = {**MASKS[mask].arguments(), "alibi_slopes": slopes, "dropout_p": 0.17}
-    out, _, s_dmask = flash_attn_func(*inputs, **named, return_attn_probs=True)
-    actual = torch.autograd.grad(out, inputs, dout)
-    options = Options(**named, keep=~torch.signbit(s_dmask[..., :300, :427]))
-    assert_gradients(actual, compute_with(options), inputs, dout)
+    options = replace(MASKS[mask], alibi_slopes=slopes)
+    check(make(2, 300, 427, (4, 2), head_dim), replace(options, softcap=15.0))
+    inputs = make(2, 300, 427, (4, 2), head_dim)
+    dout, options = torch.randn_like(inputs[0]), replace(options, dropout_p=0.17)
+    out, _, s_dmask = flash_attn_func(*inputs, **options.arguments(), return_attn_probs=True)
+    found = torch.autograd.grad(out, inputs, dout)
+    keep = ~torch.signbit(s_dmask[..., :300, :427])
+    check_gradients(found, inputs, dout, replace(options, keep=keep))
 
 
 @pytest.mark.parametrize("heads", [(8, 8), (8, 2), (12, 1)], ids=str)
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("mask", LONG_MASKS)
 def test_groups(require_backward, heads, mask):
     require_backward("cuda", BF16, 128)
-    check(make(3, 330, 450, *heads, 128), MASKS[mask])
+    check(make(3, 330, 450, heads, 128), MASKS[mask])
 
 
 @pytest.mark.parametrize("head_dim", _abi.HEAD_DIMS)
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("mask", LONG_MASKS)
 @pytest.mark.parametrize("wanted", ["dq dk dv", "dq", "dk dv"])
 def test_gradients_and_workspace_start_as_nan(require_backward, head_dim, mask, wanted):
     """More queries than keys: under a mask some of either see none. Freed NaN is handed out as workspace."""
     require_backward("cuda", BF16, head_dim)
-    q, k, v = (x.detach() for x in make(2, 333, 177, 4, 2, head_dim))
+    q, k, v = qkv(2, 333, 177, (4, 2), head_dim, device="cuda")
     options = MASKS[mask]
     scoring = (0.0, None, options.causal, *options.window_size, 0.0, None)
     out, lse, _, _ = _flash_attn_forward(q, k, v, *scoring, False)
@@ -125,19 +117,19 @@ def test_gradients_and_workspace_start_as_nan(require_backward, head_dim, mask, 
         freed = [torch.full((n,), NAN, device="cuda") for n in (rows, rows * (1 + columns))]
         del freed
         softmax_d = _flash_attn_backward(dout, q, k, v, out, lse, *given, *scoring, deterministic)
-        assert_gradients(given, compute_with(options), (q, k, v), dout)
+        check_gradients(given, (q, k, v), dout, options)
         torch.testing.assert_close(softmax_d[..., :333].double(), expected, atol=1e-4, rtol=1e-4)
         assert not softmax_d[..., 333:].any()
 
 
 @pytest.mark.parametrize("head_dim", _abi.HEAD_DIMS)
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("mask", LONG_MASKS)
 def test_50_deterministic_repeats_are_bitwise_equal(require_backward, head_dim, mask):
     require_backward("cuda", BF16, head_dim)
-    inputs = make(2, 777, 1030, 8, 2, head_dim)
+    inputs = make(2, 777, 1030, (8, 2), head_dim)
     dout, named = torch.randn_like(inputs[0]), MASKS[mask].arguments() | {"deterministic": True}
     first = run(inputs, dout, **named)
-    assert_gradients(first, compute_with(MASKS[mask]), inputs, dout)
+    check_gradients(first, inputs, dout, MASKS[mask])
     for _ in range(50):
         assert all(torch.equal(a, b) for a, b in zip(run(inputs, dout, **named), first, strict=True))
 
@@ -145,21 +137,15 @@ def test_50_deterministic_repeats_are_bitwise_equal(require_backward, head_dim, 
 def test_varlen_repeats_are_bitwise_equal(require_backward):
     require_backward("cuda", BF16, 64)
     lengths = [300, 0, 1, 700, 40], [500, 9, 0, 300, 40]
-    q, k, v = (x[0].detach().requires_grad_() for x in make(1, 1100, 900, 4, 2, 64))
-    bounds = [
-        torch.tensor([0, *n], device="cuda").cumsum(0, dtype=torch.int32) for n in lengths
-    ]  # fmt: skip
-    dout = torch.randn_like(q)
+    inputs = packed_qkv(lengths, device="cuda", grad=True, trailing=59)
+    arguments, dout = bounds(lengths, "cuda"), torch.randn_like(inputs[0])
 
     def gradients():
-        out = flash_attn_varlen_func(q, k, v, *bounds, 700, 500, causal=True, deterministic=True)
-        return torch.autograd.grad(out, (q, k, v), dout)
+        out = flash_attn_varlen_func(*inputs, *arguments, causal=True, deterministic=True)
+        return torch.autograd.grad(out, inputs, dout)
 
     first = gradients()
-    options = Options(causal=True)
-    assert_gradients(
-        first, lambda q, k, v, d: varlen_attention(q, k, v, *lengths, options, d)[0], (q, k, v), dout
-    )  # fmt: skip
+    check_varlen_gradients(first, inputs, dout, lengths, Options(causal=True))
     for _ in range(20):
         assert all(torch.equal(a, b) for a, b in zip(gradients(), first, strict=True))
 
@@ -167,24 +153,24 @@ def test_varlen_repeats_are_bitwise_equal(require_backward):
 def test_garbage_beyond_a_sequence_does_not_leak(require_backward):
     """NaN in rows that belong to no sequence, in everything that is read."""
     require_backward("cuda", BF16, 64)
-    q, k, v = (x[0].detach() for x in make(1, 200, 300, 2, 2, 64))
+    lengths = [70], [100]
+    q, k, v = packed_qkv(lengths, (2, 2), device="cuda", trailing=130)
     dout = torch.randn_like(q)
     q[70:], k[100:], v[100:], dout[70:] = NAN, NAN, NAN, NAN
-    bounds = [torch.tensor([0, n], device="cuda", dtype=torch.int32) for n in (70, 100)]
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    out = flash_attn_varlen_func(*leaves, *bounds, 70, 100, causal=True)
+    out = flash_attn_varlen_func(*leaves, *bounds(lengths, "cuda"), causal=True)
     dq, dk, dv = torch.autograd.grad(out, leaves, dout)
     assert not (dq[70:].any() or dk[100:].any() or dv[100:].any())
     inside = tuple(x.detach()[None, :n] for x, n in ((q, 70), (k, 100), (v, 100)))
     actual = (dq[None, :70], dk[None, :100], dv[None, :100])
-    assert_gradients(actual, compute_with(Options(causal=True)), inside, dout[None, :70])
+    check_gradients(actual, inside, dout[None, :70], Options(causal=True))
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_each_graph_replay_draws_a_new_dropout_mask(require_backward, head_dim):
     """Forward and backward in one graph; every replay's gradients are those of its own mask and inputs."""
     require_backward("cuda", BF16, head_dim)
-    inputs = make(2, 130, 200, 4, 2, head_dim)
+    inputs = make(2, 130, 200, (4, 2), head_dim)
     dout = torch.randn_like(inputs[0])
 
     def step() -> tuple[torch.Tensor, Tensors]:
@@ -209,27 +195,27 @@ def test_each_graph_replay_draws_a_new_dropout_mask(require_backward, head_dim):
         graph.replay()
         keep = ~torch.signbit(s_dmask[..., :130, :200])
         options = Options(causal=True, dropout_p=0.3, keep=keep)
-        assert_gradients(actual, compute_with(options), inputs, dout)
+        check_gradients(actual, inputs, dout, options)
         masks.append(keep)
     assert not torch.equal(masks[0], masks[1]) and not torch.equal(masks[1], masks[2])
 
 
 def test_a_deterministic_backward_is_captured_without_a_warm_up(require_backward):
     require_backward("cuda", FP16, 96)
-    inputs = make(1, 300, 300, 2, 1, 96, FP16)
+    inputs = make(1, 300, 300, (2, 1), 96, FP16)
     dout, options = torch.randn_like(inputs[0]), Options(window_size=(90, 40))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         actual = run(inputs, dout, **options.arguments(), deterministic=True)
     for _ in range(2):
         graph.replay()
-        assert_gradients(actual, compute_with(options), inputs, dout)
+        check_gradients(actual, inputs, dout, options)
 
 
 def test_runs_on_the_stream_of_the_forward(require_backward):
     """Everything is overwritten on a side stream just before, behind a long kernel."""
     require_backward("cuda", BF16, 64)
-    inputs = make(2, 200, 300, 4, 2, 64)
+    inputs = make(2, 200, 300)
     values = [x.detach().clone() for x in inputs]
     dout = torch.randn_like(inputs[0])
     true_dout, options = dout.clone(), Options(causal=True)
@@ -245,14 +231,14 @@ def test_runs_on_the_stream_of_the_forward(require_backward):
                 x.copy_(value)
         actual = run(inputs, dout, causal=True)
     torch.cuda.synchronize()
-    assert_gradients(actual, compute_with(options), inputs, dout)
+    check_gradients(actual, inputs, dout, options)
 
 
 def test_backwards_on_two_streams_at_once(require_backward):
     """Workspaces of calls that overlap must not be shared."""
     require_backward("cuda", BF16, 64)
     require_backward("cuda", BF16, 128)
-    problems = [make(1, 2048, 2048, 4, 4, 64), make(2, 1500, 1500, 3, 3, 128)]
+    problems = [make(1, 2048, 2048, (4, 4)), make(2, 1500, 1500, (3, 3), 128)]
     douts = [torch.randn_like(q) for q, _, _ in problems]
     named = {"causal": True, "deterministic": True}
     expected = [run(x, dout, **named) for x, dout in zip(problems, douts, strict=True)]
@@ -282,7 +268,7 @@ def peak_bytes(call: Callable[[], object]) -> int:
 def test_memory_is_the_gradients_and_the_documented_workspace(require_backward, deterministic):
     require_backward("cuda", BF16, 128)
     seqlen, heads = 8192, 4
-    inputs = make(1, seqlen, seqlen, heads, heads, 128)
+    inputs = make(1, seqlen, seqlen, (heads, heads), 128)
     out = flash_attn_func(*inputs, causal=True, deterministic=deterministic)
     dout = torch.randn_like(out)
     torch.autograd.grad(out, inputs, dout, retain_graph=True)
@@ -311,14 +297,14 @@ def test_more_than_2_31_elements(require_backward):
     """The last batch entry lies beyond the reach of 32-bit offsets."""
     require_backward("cuda", BF16, 128)
     need_memory(60)
-    inputs = make(2100, 128, 128, 64, 64, 128)
+    inputs = make(2100, 128, 128, (64, 64), 128)
     dout = torch.randn_like(inputs[0])
     assert dout.numel() > 2**31
     actual = run(inputs, dout, causal=True)
     for entry in (0, 1050, 2099):
         at = slice(entry, entry + 1)
         part = tuple(x.detach()[at] for x in inputs)
-        assert_gradients([x[at] for x in actual], compute_with(Options(causal=True)), part, dout[at])
+        check_gradients([x[at] for x in actual], part, dout[at], Options(causal=True))
 
 
 def test_varlen_rows_beyond_2_31_elements(require_backward):
@@ -327,13 +313,12 @@ def test_varlen_rows_beyond_2_31_elements(require_backward):
     total, heads, head_dim = 300_000, 64, 128
     q = torch.randn(total, heads, head_dim, device="cuda", dtype=BF16, requires_grad=True)
     k, v = (torch.randn(428, heads, head_dim, device="cuda", dtype=BF16, requires_grad=True) for _ in "kv")
-    bounds = torch.tensor([0, 100, total - 200, total], device="cuda", dtype=torch.int32)
-    key_bounds = torch.tensor([0, 100, 228, 428], device="cuda", dtype=torch.int32)
+    arguments = bounds(([100, total - 300, 200], [100, 128, 200]), "cuda")
     dout = torch.randn_like(q)
-    out = flash_attn_varlen_func(q, k, v, bounds, key_bounds, total - 300, 200)
+    out = flash_attn_varlen_func(q, k, v, *arguments)
     dq, dk, dv = (x[None, -200:] for x in torch.autograd.grad(out, (q, k, v), dout))
     part = tuple(x.detach()[None, -200:] for x in (q, k, v))
-    assert_gradients((dq, dk, dv), compute_with(Options()), part, dout[None, -200:])
+    check_gradients((dq, dk, dv), part, dout[None, -200:], Options())
 
 
 @pytest.mark.parametrize("family", ["sm80", "sm86", "sm90"])
@@ -352,7 +337,7 @@ def test_the_forced_family_runs(family, window, mask):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_a_device_that_is_not_current(require_backward):
     require_backward("cuda", BF16, 64)
-    inputs = make(2, 100, 130, 4, 2, 64, device="cuda:1")
+    inputs = make(2, 100, 130, device="cuda:1")
     assert torch.cuda.current_device() == 0
     check(inputs, Options(causal=True))
     assert torch.cuda.current_device() == 0
@@ -360,9 +345,9 @@ def test_a_device_that_is_not_current(require_backward):
 
 def test_a_maximal_length_that_is_too_small_does_not_hang():
     """Lengths on a GPU cannot be checked: keys past the maximum have no thread block, nobody waits for it."""
-    q, k, v = (torch.randn(300, 2, 64, device="cuda", dtype=BF16, requires_grad=True) for _ in range(3))
-    cu_seqlens = torch.tensor([0, 300], dtype=torch.int32, device="cuda")
-    out = flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, 300, 130, causal=True, deterministic=True)
+    q, k, v = packed_qkv(([300], [300]), (2, 2), device="cuda", grad=True)
+    starts = int32(0, 300, device="cuda")
+    out = flash_attn_varlen_func(q, k, v, starts, starts, 300, 130, causal=True, deterministic=True)
     found = torch.autograd.grad(out, (q, k, v), torch.randn_like(out))
     torch.cuda.synchronize()
     assert all(x[:64].isfinite().all() for x in found)
@@ -378,14 +363,9 @@ def test_a_maximal_length_that_is_too_small_does_not_hang():
 )  # fmt: skip
 def test_rows_that_see_one_key_have_no_gradient(dtype, head_dims, seqlen_q, seqlen_k, mask):
     """D is added up as dP is: where one key has all the weight they are equal, bit for bit."""
-    d, dv = head_dims
-    q, k, v, dout = (
-        torch.randn(2, n, h, m, device="cuda").to(dtype)
-        for n, h, m in ((seqlen_q, 4, d), (seqlen_k, 2, d), (seqlen_k, 2, dv), (seqlen_q, 4, dv))
-    )
-    leaves = [x.requires_grad_() for x in (q, k, v)]
-    out = flash_attn_func(*leaves, **mask)
-    dq, dk, _ = torch.autograd.grad(out, leaves, dout)
+    inputs = make(2, seqlen_q, seqlen_k, (4, 2), head_dims, dtype)
+    out = flash_attn_func(*inputs, **mask)
+    dq, dk, _ = torch.autograd.grad(out, inputs, torch.randn_like(out))
     if mask == {"causal": True}:  # queries before the first key see none, the next one sees one
         assert not dq[:, : seqlen_q - seqlen_k + 1].any() and dq[:, seqlen_q - seqlen_k + 1 :].any()
     else:

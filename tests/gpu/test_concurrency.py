@@ -9,26 +9,25 @@ import os
 import pytest
 import torch
 from conftest import cuda_problem
-from oracle import HEAD_DIM_PAIRS, Options, assert_within, attention
+from oracle import Options
+from problems import BF16, HEAD_DIM_PAIRS, qkv
+from problems import check as check_result
 
 from flash_attn import _gpu, _tile_counter, flash_attn_func
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(cuda_problem()), reason=str(cuda_problem()))]
 
-BF16 = torch.bfloat16
 ROUNDS = 20
 # More tiles than a GPU runs at once, and few enough blocks of each call for two calls to overlap.
 LONG, WIDE = (1, 4096, 4, 128, 128), (3, 1500, 6, 64, 64)
 
 
 def make(batch: int, seqlen: int, heads: int, head_dim: int, head_dim_v: int) -> tuple[torch.Tensor, ...]:
-    dims = (head_dim, head_dim, head_dim_v)
-    return tuple(torch.randn(batch, seqlen, heads, dim, device="cuda", dtype=BF16) for dim in dims)
+    return qkv(batch, seqlen, seqlen, (heads, heads), (head_dim, head_dim_v), device="cuda")
 
 
 def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor) -> None:
-    options = Options(causal=True)
-    assert_within(out, attention(q, k, v, options)[0], attention(q, k, v, options, q.dtype)[0])
+    check_result(out, None, q, k, v, Options(causal=True))
 
 
 def runs_on_hopper() -> bool:

@@ -1,12 +1,12 @@
 """What only a GPU can show: streams, graphs, devices, 64-bit offsets, memory, and which kernel runs."""
 
 import os
-from itertools import accumulate
 
 import pytest
 import torch
 from conftest import cuda_problem, kernels
-from oracle import Options, assert_lse, assert_within, attention, varlen_attention
+from oracle import Options
+from problems import BF16, FEW_MASKS, MASKS, bounds, check, check_varlen, packed_qkv, qkv
 
 from flash_attn import _abi, _library, flash_attn_func
 from flash_attn._kernel_key import KernelKey
@@ -14,22 +14,19 @@ from flash_attn.flash_attn_interface import flash_attn_gpu, flash_attn_varlen_fu
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(cuda_problem()), reason=str(cuda_problem()))]
 
-BF16 = torch.bfloat16
 
-
-def make(*shape: int, device: str = "cuda", dtype: torch.dtype = BF16) -> torch.Tensor:
-    return torch.randn(*shape, device=device, dtype=dtype)
-
-
-def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, options: Options) -> None:
-    assert_within(out, attention(q, k, v, options)[0], attention(q, k, v, options, q.dtype)[0])
+def make(
+    batch: int, seqlen: int, heads: int, head_dim: int = 64, dtype: torch.dtype = BF16, device: str = "cuda"
+) -> tuple[torch.Tensor, ...]:
+    """Return q, k and v of one shape."""
+    return qkv(batch, seqlen, seqlen, (heads, heads), head_dim, dtype, device)
 
 
 def test_runs_on_the_current_stream():
     """The inputs are overwritten on a side stream just before the call, behind a long kernel."""
     stream = torch.cuda.Stream()
-    q, k, v = (torch.zeros(2, 200, 4, 64, device="cuda", dtype=BF16) for _ in range(3))
-    values = [make(2, 200, 4, 64) for _ in range(3)]
+    values = make(2, 200, 4)
+    q, k, v = (torch.zeros_like(x) for x in values)
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(50_000_000)
@@ -37,12 +34,12 @@ def test_runs_on_the_current_stream():
             x.copy_(value)
         out = flash_attn_func(q, k, v, causal=True)
     torch.cuda.synchronize()
-    check(*values, out, Options(causal=True))
+    check(out, None, *values, Options(causal=True))
 
 
 @pytest.mark.parametrize("head_dim", [64, 256])
 def test_graph_replay_reads_new_inputs(head_dim):
-    q, k, v = (make(2, 130, 4, head_dim) for _ in range(3))
+    q, k, v = make(2, 130, 4, head_dim)
     flash_attn_func(q, k, v, causal=True)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -52,20 +49,20 @@ def test_graph_replay_reads_new_inputs(head_dim):
             x.normal_()
         out.fill_(float("nan"))
         graph.replay()
-        check(q, k, v, out, Options(causal=True))
+        check(out, None, q, k, v, Options(causal=True))
 
 
 def test_a_kernel_may_run_for_the_first_time_inside_a_capture():
-    q, k, v = (make(1, 40, 2, 96, dtype=torch.float16) for _ in range(3))
+    q, k, v = make(1, 40, 2, 96, torch.float16)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = flash_attn_func(q, k, v, window_size=(9, 3), softcap=11.0)
     graph.replay()
-    check(q, k, v, out, Options(window_size=(9, 3), softcap=11.0))
+    check(out, None, q, k, v, Options(window_size=(9, 3), softcap=11.0))
 
 
 def test_each_graph_replay_draws_a_new_dropout_mask():
-    q, k, v = (make(2, 128, 4, 64) for _ in range(3))
+    q, k, v = make(2, 128, 4)
     flash_attn_func(q, k, v, dropout_p=0.5)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -82,30 +79,28 @@ def test_each_graph_replay_draws_a_new_dropout_mask():
 def test_more_than_2_31_elements(expanded):
     """The last batch entry lies beyond the reach of 32-bit offsets."""
     batch, seqlen, heads, head_dim = 2100, 128, 64, 128
-    q = make(batch, seqlen, heads, head_dim)
-    k = make(1 if expanded else batch, seqlen, heads, head_dim).expand(batch, -1, -1, -1)
+    q, k = (
+        torch.randn(n, seqlen, heads, head_dim, device="cuda", dtype=BF16).expand(batch, -1, -1, -1)
+        for n in (batch, 1 if expanded else batch)
+    )
     assert q.numel() > 2**31
     out = flash_attn_func(q, k, k, causal=True)
     for entry in (0, batch // 2, batch - 1):
         at = slice(entry, entry + 1)
-        check(q[at], k[at], k[at], out[at], Options(causal=True))
+        check(out[at], None, q[at], k[at], k[at], Options(causal=True))
 
 
 def test_varlen_rows_beyond_2_31_elements():
-    total, heads, head_dim = 300_000, 64, 128
-    q = make(total, heads, head_dim)
-    bounds = torch.tensor([0, 100, total - 200, total], device="cuda", dtype=torch.int32)
-    key_bounds = torch.tensor([0, 100, 228, 428], device="cuda", dtype=torch.int32)
+    lengths = [100, 299_700, 200], [100, 128, 200]
+    q, k, v = packed_qkv(lengths, (64, 64), 128, device="cuda")
     assert q.numel() > 2**31
-    k = make(428, heads, head_dim)
-    out = flash_attn_varlen_func(q, k, k, bounds, key_bounds, total - 300, 200)
-    tail_q, tail_k = q[None, -200:], k[None, -200:]
-    check(tail_q, tail_k, tail_k, out[None, -200:], Options())
+    out = flash_attn_varlen_func(q, k, v, *bounds(lengths, "cuda"))
+    check(out[None, -200:], None, *(x[None, -200:] for x in (q, k, v)), Options())
 
 
 @pytest.mark.parametrize("with_lse", [False, True])
 def test_memory_is_the_output_and_the_lse(with_lse):
-    q, k, v = (make(1, 16_384, 4, 128) for _ in range(3))
+    q, k, v = make(1, 16_384, 4, 128)
     flash_attn_func(q, k, v)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -115,65 +110,54 @@ def test_memory_is_the_output_and_the_lse(with_lse):
     assert torch.cuda.max_memory_allocated() - before <= expected + 1024
 
 
-MASKS = {"full": (False, -1, -1), "causal": (True, -1, -1), "windowed": (False, 8, 5)}
-
-
 def freed_nan(*shape: int) -> int:
     """Fill fp32 memory of that shape with NaN, free it, and return its address: the next to be handed out."""
     return torch.full(shape, float("nan"), device="cuda").data_ptr()
 
 
 @pytest.mark.parametrize("head_dim", _abi.HEAD_DIMS)
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("mask", FEW_MASKS)
 def test_outputs_are_written_in_full(require_kernel, head_dim, mask):
     """out and LSE start as NaN. Under a mask the first of more queries than keys see no key."""
     require_kernel("cuda", BF16, head_dim)
-    causal, *window = MASKS[mask]
-    q, k, v = make(3, 333, 5, head_dim), make(3, 77, 5, head_dim), make(3, 77, 5, head_dim)
+    options = MASKS[mask]
+    q, k, v = qkv(3, 333, 77, (5, 5), head_dim, device="cuda")
     given, lse_at = torch.full_like(q, float("nan")), freed_nan(3, 5, 333)
     out, lse, *_ = flash_attn_gpu.fwd(
-        q, k, v, given, None, 0.0, head_dim**-0.5, causal, *window, 0.0, False, None
+        q, k, v, given, None, 0.0, head_dim**-0.5, options.causal, *options.window_size, 0.0, False, None
     )
     assert out is given and lse.data_ptr() == lse_at
-    options = Options(causal=causal, window_size=tuple(window))
-    check(q, k, v, out, options)
-    assert_lse(lse, attention(q, k, v, options)[1])
+    check(out, lse, q, k, v, options)
 
 
 @pytest.mark.parametrize("head_dim", _abi.HEAD_DIMS)
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("mask", FEW_MASKS)
 def test_varlen_outputs_are_written_in_full(require_kernel, head_dim, mask):
     """As above; also a sequence without keys, one without queries, and tokens of no sequence."""
     require_kernel("cuda", BF16, head_dim)
-    causal, *window = MASKS[mask]
-    lengths, total_q = ([170, 0, 40, 130], [0, 7, 90, 60]), 340 + 200
-    q, k, v = make(total_q, 5, head_dim), make(157, 5, head_dim), make(157, 5, head_dim)
-    cu_q, cu_k = (torch.tensor([0, *accumulate(n)], device="cuda", dtype=torch.int32) for n in lengths)
-    given, lse_at = torch.full_like(q, float("nan")), freed_nan(5, total_q)
+    options, lengths = MASKS[mask], ([170, 0, 40, 130], [0, 7, 90, 60])
+    q, k, v = packed_qkv(lengths, (5, 5), head_dim, device="cuda", trailing=200)
+    cu_q, cu_k, *longest = bounds(lengths, "cuda")
+    given, lse_at = torch.full_like(q, float("nan")), freed_nan(5, len(q))
     out, lse, *_ = flash_attn_gpu.varlen_fwd(
-        q, k, v, given, cu_q, cu_k, None, None, None, None, 170, 90, 0.0, head_dim**-0.5, False, causal,
-        *window, 0.0, False, None,
+        q, k, v, given, cu_q, cu_k, None, None, None, None, *longest, 0.0, head_dim**-0.5, False,
+        options.causal, *options.window_size, 0.0, False, None,
     )  # fmt: skip
     assert out is given and lse.data_ptr() == lse_at
-    options = Options(causal=causal, window_size=tuple(window))
-    truth, truth_lse = varlen_attention(q, k, v, *lengths, options)
-    assert_within(out, truth, varlen_attention(q, k, v, *lengths, options, BF16)[0])
-    assert_lse(lse, truth_lse)
+    check_varlen(out, lse, q, k, v, lengths, options)
 
 
 def test_garbage_beyond_a_sequence_does_not_leak():
     """NaN in rows that belong to no sequence, next to the last keys of one."""
-    k, v = make(300, 2, 64), make(300, 2, 64)
-    k[100:], v[100:] = float("nan"), float("nan")
-    q = make(70, 2, 64)
-    bounds = torch.tensor([0, 70], device="cuda", dtype=torch.int32)
-    key_bounds = torch.tensor([0, 100], device="cuda", dtype=torch.int32)
-    out = flash_attn_varlen_func(q, k, v, bounds, key_bounds, 70, 100, causal=True)
-    check(q[None], k[None, :100], v[None, :100], out[None], Options(causal=True))
+    lengths = [70], [100]
+    q, k, v = packed_qkv(lengths, (2, 2), device="cuda", trailing=200)
+    q[70:], k[100:], v[100:] = (float("nan"),) * 3
+    out = flash_attn_varlen_func(q, k, v, *bounds(lengths, "cuda"), causal=True)
+    check(out[None, :70], None, q[None, :70], k[None, :100], v[None, :100], Options(causal=True))
 
 
 def test_nan_inputs_stay_visible():
-    q, k, v = (make(1, 64, 1, 64) for _ in range(3))
+    q, k, v = make(1, 64, 1)
     q[0, 5] = float("nan")
     out = flash_attn_func(q, k, v)
     assert out[0, 5].isnan().all() and not out[0, 6:].isnan().any()
@@ -182,10 +166,7 @@ def test_nan_inputs_stay_visible():
 @pytest.mark.parametrize("dtype", [torch.float16, BF16])
 @pytest.mark.parametrize("head_dim", _abi.HEAD_DIMS)
 def test_repeats_are_bitwise_equal(head_dim, dtype):
-    q, k, v = (
-        make(2, 333, 4, head_dim, dtype=dtype),
-        *(make(2, 517, 2, head_dim, dtype=dtype) for _ in range(2)),
-    )
+    q, k, v = qkv(2, 333, 517, (4, 2), head_dim, dtype, "cuda")
     first = flash_attn_func(q, k, v, causal=True)
     assert all(torch.equal(flash_attn_func(q, k, v, causal=True), first) for _ in range(50))
 
@@ -220,8 +201,8 @@ def test_the_largest_family_that_fits_is_chosen():
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_a_device_that_is_not_current():
-    q, k, v = (make(2, 100, 4, 64, device="cuda:1") for _ in range(3))
+    q, k, v = make(2, 100, 4, device="cuda:1")
     assert torch.cuda.current_device() == 0
     out = flash_attn_func(q, k, v, causal=True)
     assert out.device == q.device and torch.cuda.current_device() == 0
-    check(q, k, v, out, Options(causal=True))
+    check(out, None, q, k, v, Options(causal=True))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from oracle import assert_within
+from problems import int32
 
 from flash_attn import _library
 from flash_attn._rotary import Angles
@@ -50,12 +51,12 @@ def test_fixed_length(interleaved, rotary_dim, offsets, inplace):
     assert (out.data_ptr() == x.data_ptr()) == inplace and torch.equal(x, out if inplace else before)
 
 
-@pytest.mark.parametrize("offsets", [0, 2, torch.tensor([3, 0, 1, 5], dtype=torch.int32)], ids=str)
+@pytest.mark.parametrize("offsets", [0, 2, int32(3, 0, 1, 5)], ids=str)
 def test_varlen(offsets):
     lengths = [4, 0, 7, 1]
     x = torch.randn(15, 2, 16)
     angles, cos, sin = tables(20, 8)
-    cu_seqlens = torch.tensor([0, 4, 4, 11, 12], dtype=torch.int32)
+    cu_seqlens = int32(0, 4, 4, 11, 12)
     out = apply_rotary_emb(x, cos, sin, seqlen_offsets=offsets, cu_seqlens=cu_seqlens, max_seqlen=7)
     starts = torch.as_tensor(offsets).expand(4).tolist()
     positions = torch.cat([torch.arange(n) + s for n, s in zip(lengths, starts, strict=True)])
@@ -71,7 +72,7 @@ def test_unknown_positions_past_the_tables_do_not_rotate(monkeypatch, offsets, p
     """On CUDA positions are not read; the tables must not be read past their end either."""
     monkeypatch.setattr(Angles, "check_contents", lambda *arguments: None)
     x, (angles, cos, sin) = torch.randn(2, 7, 3, 16), tables(6, 8)
-    sequences = {"cu_seqlens": torch.tensor([0, 7, 14], dtype=torch.int32)} if packed else {}
+    sequences = {"cu_seqlens": int32(0, 7, 14)} if packed else {}
     out = apply_rotary_emb(x.flatten(0, 1) if packed else x, cos, sin, seqlen_offsets=offsets, **sequences)
     positions = offsets[:, None] + torch.arange(7)
     inside = (positions >= 0) & (positions < 6)
@@ -102,7 +103,7 @@ def test_gradients(interleaved, inplace):
     x = torch.randn(2, 5, 3, 12, dtype=torch.float64, requires_grad=True)
     cos, sin = (t.double() for t in tables(9, 4)[1:])
     torch.autograd.gradcheck(lambda y: apply_rotary_emb(y * 1.0, cos, sin, interleaved, inplace, 2), x)
-    cu_seqlens = torch.tensor([0, 2, 9], dtype=torch.int32)
+    cu_seqlens = int32(0, 2, 9)
     packed = x.detach().flatten(0, 1).requires_grad_()
     torch.autograd.gradcheck(lambda y: apply_rotary_emb(y * 1.0, cos, sin, cu_seqlens=cu_seqlens), packed)
 
@@ -147,7 +148,7 @@ def test_varlen_half_types(device, offsets, dtype):
     with torch.device(device):
         x = torch.randn(15, 3, 32).to(dtype)
         _, cos, sin = tables(20, 16)
-        cu_seqlens = torch.tensor([0, 4, 4, 11, 12], dtype=torch.int32)
+        cu_seqlens = int32(0, 4, 4, 11, 12)
         starts = torch.as_tensor(offsets).expand(4).tolist()
         positions = torch.cat([torch.arange(n) + s for n, s in zip(lengths, starts, strict=True)])
         offsets = torch.tensor(offsets, dtype=torch.int32) if isinstance(offsets, tuple) else offsets

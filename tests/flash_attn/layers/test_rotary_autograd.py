@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from problems import int32
 from torch.autograd import forward_ad
 
 from flash_attn.layers.rotary import (
@@ -17,7 +18,7 @@ from flash_attn.ops.triton.rotary import apply_rotary
 
 ANGLES = torch.arange(20.0)[:, None] * torch.tensor([1.0, 0.3, 0.1, 0.01])
 COS, SIN = ANGLES.cos(), ANGLES.sin()
-LENGTHS = torch.tensor([0, 3, 5], dtype=torch.int32)
+LENGTHS = int32(0, 3, 5)
 
 
 def formula(x, offset=0):
@@ -153,7 +154,7 @@ def test_second_derivatives(inplace, interleaved):
     check(lambda x: apply_rotary_emb(x * 1, cos, sin, interleaved, inplace, 2).pow(3), x)
     check(lambda x: apply_rotary(x * 1, cos, sin, 2, inplace=inplace, conjugate=True).pow(3), x)
     check(lambda x: apply_rotary_emb_qkv_(x * 1, cos, sin, interleaved=interleaved).pow(3), qkv)
-    bounds = torch.tensor([0, 1, 2], dtype=torch.int32)
+    bounds = int32(0, 1, 2)
     check(lambda x: apply_rotary_emb(x[0] * 1, cos, sin, cu_seqlens=bounds).pow(3), x)
 
 
@@ -207,5 +208,5 @@ def test_traced_for_another_length():
     )
     x = torch.randn(3, 12, 2, 10)
     torch.testing.assert_close(rotate(x), formula(x, 1))
-    bounds = torch.tensor([0, 12, 24, 36], dtype=torch.int32)
+    bounds = int32(0, 12, 24, 36)
     torch.testing.assert_close(packed(x.flatten(0, 1), bounds), formula(x).flatten(0, 1))

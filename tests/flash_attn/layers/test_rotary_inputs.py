@@ -6,7 +6,8 @@ import operator
 
 import pytest
 import torch
-from refusals import int32, raises
+from problems import int32
+from refusals import raises
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flash_attn._rotary import Angles
@@ -20,7 +21,7 @@ from flash_attn.ops.triton.rotary import apply_rotary
 
 NO_INTEGERS = [5.0, "5", None, [5], torch.tensor(5.0)]
 X, TABLE = torch.zeros(2, 5, 3, 8), torch.rand(9, 4)
-BOUNDS = torch.tensor([0, 2, 5], dtype=torch.int32)
+BOUNDS = int32(0, 2, 5)
 
 
 class Index:
@@ -41,8 +42,7 @@ def test_kinds_of_offsets(offset, packed):
     x = torch.randn(2, 5, 3, 8)
     expected = apply_rotary_emb(x, TABLE, TABLE, seqlen_offsets=operator.index(offset))
     if packed:
-        bounds = torch.tensor([0, 5, 10], dtype=torch.int32)
-        x, expected = x.flatten(0, 1), expected.flatten(0, 1)
+        x, expected, bounds = x.flatten(0, 1), expected.flatten(0, 1), int32(0, 5, 10)
         assert torch.equal(apply_rotary_emb(x, TABLE, TABLE, False, False, offset, bounds), expected)
     else:
         assert torch.equal(apply_rotary_emb(x, TABLE, TABLE, seqlen_offsets=offset), expected)
@@ -85,15 +85,14 @@ def test_a_table_of_k_alone():
 
 
 def test_no_sequences():
-    bounds = torch.tensor([0], dtype=torch.int32)
     for x in (torch.randn(5, 3, 8), torch.randn(0, 3, 8)):
-        assert torch.equal(apply_rotary_emb(x, TABLE, TABLE, cu_seqlens=bounds), x)
+        assert torch.equal(apply_rotary_emb(x, TABLE, TABLE, cu_seqlens=int32(0)), x)
 
 
 def test_tokens_before_the_first_sequence_stay(monkeypatch):
     monkeypatch.setattr(Angles, "check_contents", lambda *arguments: None)
     x, offsets = torch.randn(5, 3, 8), torch.tensor([4])
-    out = apply_rotary_emb(x, TABLE, TABLE, False, False, offsets, torch.tensor([2, 5], dtype=torch.int32))
+    out = apply_rotary_emb(x, TABLE, TABLE, False, False, offsets, int32(2, 5))
     assert torch.equal(out[:2], x[:2])
     assert torch.equal(out[2:], apply_rotary_emb(x[None, 2:], TABLE, TABLE, seqlen_offsets=4)[0])
 

@@ -14,10 +14,10 @@ from flash_attn.ops.triton.cross_entropy import cross_entropy_loss
 ROWS, CLASSES = 37, 101
 
 
-def make(dtype=torch.float32):
-    labels = torch.randint(0, CLASSES, (ROWS,))
+def make(dtype=torch.float32, rows=ROWS, classes=CLASSES):
+    labels = torch.randint(0, classes, (rows,))
     labels[::5] = -100
-    return (torch.randn(ROWS, CLASSES) * 3).to(dtype).requires_grad_(), labels
+    return (torch.randn(rows, classes) * 3).to(dtype).requires_grad_(), labels
 
 
 def reference(logits, labels, smoothing=0.0, scale=1.0, z=0.0):
@@ -31,13 +31,18 @@ def reference(logits, labels, smoothing=0.0, scale=1.0, z=0.0):
 @pytest.mark.parametrize("scale", [1.0, 0.7])
 @pytest.mark.parametrize("z", [0.0, 0.01])
 @pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize("blocks", [None, 3 * CLASSES])
-def test_losses_and_gradients(monkeypatch, smoothing, scale, z, inplace, blocks):
-    if blocks:
-        monkeypatch.setattr(cross_entropy, "LOGITS_AT_ONCE", blocks)
-    logits, labels = make()
+def test_losses_and_gradients(smoothing, scale, z, inplace):
+    check(*make(), smoothing, scale, z, inplace)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_more_logits_than_are_taken_at_once(inplace):
+    check(*make(rows=90, classes=50_000), 0.1, 0.7, 0.01, inplace)
+
+
+def check(logits, labels, smoothing, scale, z, inplace):
     expected, expected_z = reference(logits, labels, smoothing, scale, z)
-    weight = torch.randn(ROWS)
+    weight = torch.randn(len(labels))
     (truth,) = torch.autograd.grad((expected * weight).sum(), logits)
     losses, z_losses = cross_entropy_loss(
         logits,

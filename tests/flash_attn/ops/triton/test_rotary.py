@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from problems import int32
 
 from flash_attn.layers.rotary import apply_rotary_emb
 from flash_attn.ops.triton.rotary import apply_rotary
 
-PACKED = {"cu_seqlens": torch.tensor([0, 3, 9], dtype=torch.int32), "max_seqlen": 6}
+PACKED = {"cu_seqlens": int32(0, 3, 9), "max_seqlen": 6}
 
 
 @pytest.mark.parametrize(
@@ -45,6 +46,6 @@ def test_writes_through_a_view():
 @pytest.mark.parametrize("packed", [False, True])
 def test_another_number_of_dimensions_is_refused(packed):
     x, table = torch.randn(*((1,) if packed else ()), 5, 3, 8), torch.rand(9, 4)
-    bounds = torch.tensor([0, 5], dtype=torch.int32) if packed else None
+    bounds = int32(0, 5) if packed else None
     with pytest.raises(ValueError, match=r"^x must be a tensor of"):
         apply_rotary(x, table, table, cu_seqlens=bounds)
