@@ -26,7 +26,7 @@ def _environment() -> jinja2.Environment:
     )
     environment.filters["constant"] = abi.cpp_constant
     environment.filters["cpp"] = lambda value: str(value).lower()
-    environment.filters["braces"] = lambda numbers: str(numbers).replace("[", "{").replace("]", "}")
+    environment.filters["braces"] = _braces
     environment.filters["fields"] = dataclasses.asdict
     environment.filters["members"] = lambda tiles: {
         name: dataclasses.asdict(tile) for name, tile in tiles.items() if tile
@@ -42,6 +42,11 @@ def _environment() -> jinja2.Environment:
 def _docstring(text: str) -> str:
     lines = textwrap.wrap(f'"""{text}', 105, initial_indent="    ", subsequent_indent="    ")
     return "\n".join(lines) + ('"""' if len(lines) == 1 else '\n    """')
+
+
+def _braces(value: object) -> str:
+    """Nested lists of numbers as an initialiser of C++."""
+    return f"{{{', '.join(map(_braces, value))}}}" if isinstance(value, list) else str(value)
 
 
 def _render(template: str, **variables: object) -> str:

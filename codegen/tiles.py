@@ -203,19 +203,23 @@ def check_tile(tile: Tile, family: axes.Family, head_dim: int, mask: str, reside
 
 
 def planned(direction: str, tiles: dict[str, Tile | None], head_dim: int) -> list[list[int]] | list[int]:
-    """What a plan reads of a kernel's tiles: the members of PlannedTiles in templates/host/plan.h.
+    """What a plan reads of a kernel's tiles: the members of CacheTiles and BackwardTiles in C++.
 
-    Raises TileError for a backward whose tiles differ in keys, as a plan does not know which one will run.
+    Raises TileError for a backward whose tiles differ in them, as a plan does not know which one will run.
     """
     if direction == "split":
         chosen = [tiles.get(name) for name in MEMBERS["wgmma", "split"]]
         return [[tile.block_m, tile.block_n] if tile else [0, 0] for tile in chosen]
     if direction == "forward":
         return []
-    keys = sorted({tile.block_n for tile in tiles.values() if tile})
-    if len(keys) != 1:
-        raise TileError(f"block_n differs between backward tiles of one kernel, head_dim {head_dim}: {keys}")
-    return [*keys, head_dim]
+    shapes = {(tile.block_n, tile.warps) for tile in tiles.values() if isinstance(tile, MmaBackwardTile)}
+    if len(shapes) != 1:
+        raise TileError(
+            f"block_n or warps differ between backward tiles of one kernel, head_dim {head_dim}:"
+            f" {sorted(shapes)}"
+        )
+    block_n, warps = shapes.pop()
+    return [block_n, head_dim, warps]
 
 
 def wgmma_columns() -> list[int]:

@@ -4,7 +4,7 @@ import ctypes
 import struct
 from enum import IntEnum
 
-LAYOUT_HASH = 0xA164A292BFBD60BA
+LAYOUT_HASH = 0x04F69026AC8FDB07
 """Must equal flash_attn_layout_hash() of the library."""
 
 HEAD_DIMS = (32, 64, 96, 128, 192, 256)
@@ -309,7 +309,7 @@ FUNCTIONS: dict[str, tuple[type, tuple[type, ...]]] = {
     "flash_attn_rotary_params_size": (ctypes.c_int64, ()),
     "flash_attn_kernel_count": (ctypes.c_int32, ()),
     "flash_attn_kernel_key": (ctypes.c_char_p, (ctypes.c_int32,)),
-    "flash_attn_draws_tiles": (ctypes.c_int32, (ctypes.c_int32,)),
+    "flash_attn_draws_tiles": (ctypes.c_int32, (ctypes.c_int32, ctypes.c_int32)),
     "flash_attn_targets": (ctypes.c_char_p, ()),
 }
 """Name -> (result type, argument types) of each exported function; structs are passed by address."""

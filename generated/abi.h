@@ -7,7 +7,7 @@
 
 namespace flash_attn {
 
-constexpr uint64_t kLayoutHash = 0xA164A292BFBD60BAu;
+constexpr uint64_t kLayoutHash = 0x04F69026AC8FDB07u;
 
 constexpr int kMaxHeadDim = 256;  // Elements per head, at most.
 constexpr int kHeadDimMultiple = 8;  // Divides head dims of kernels: rows are whole 16 bytes.
@@ -393,12 +393,15 @@ const char* flash_attn_backward_kernel(const flash_attn::BackwardParams* params)
 // Key of the kernel that flash_attn_cache would run, or null (see flash_attn_last_error).
 const char* flash_attn_cache_kernel(const flash_attn::CacheParams* params);
 
-// Writes the plan of a call of flash_attn_backward; returns a Status. Workspaces may be null, as their
-// sizes follow from the plan.
+// Writes the plan of a call of flash_attn_backward; returns a Status. It reads sizes, head dims, dtype,
+// device and family, and windows, and whether dk is null. Nothing is read where pointers lead, and
+// workspaces, whose sizes follow from the plan, may be null.
 int32_t flash_attn_plan_backward(const flash_attn::BackwardParams* params, flash_attn::BackwardPlan* plan);
 
-// Writes the plan of a call of flash_attn_cache; returns a Status. Workspaces may be null, as their
-// sizes follow from the plan.
+// Writes the plan of a call of flash_attn_cache; returns a Status. It reads sizes, head dims, dtype,
+// device and family, and num_splits (0: choose), the alignment of k and v and their strides, and what
+// modifies scores: the scale, softcap, dropout_p, and whether alibi_slopes is null. Nothing is read
+// where pointers lead, and workspaces, whose sizes follow from the plan, may be null.
 int32_t flash_attn_plan_cache(const flash_attn::CacheParams* params, flash_attn::CachePlan* plan);
 
 // Text of this thread's last error.
@@ -425,9 +428,9 @@ int32_t flash_attn_kernel_count();
 // Key of one kernel.
 const char* flash_attn_kernel_key(int32_t index);
 
-// 1 if the library holds kernels for the device that draw their tiles from a counter, else 0; 0 also if
-// CUDA does not tell what the device is.
-int32_t flash_attn_draws_tiles(int32_t device);
+// 1 if the library holds kernels for the device, of that Family unless it is 0, that draw their tiles
+// from a counter, else 0; -1 if CUDA does not tell what the device is.
+int32_t flash_attn_draws_tiles(int32_t device, int32_t family);
 
 // Compiled targets, such as "sm80:80,sm80:90+ptx".
 const char* flash_attn_targets();

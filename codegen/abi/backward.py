@@ -44,4 +44,4 @@ PLAN = Struct(
 
 LAUNCHER = launcher("backward", PARAMS, "Launches the backward kernels")
 KERNEL_QUERY = kernel_query("backward", PARAMS)
-PLANNER = planner("backward", PARAMS, PLAN)
+PLANNER = planner("backward", PARAMS, PLAN, "windows, and whether dk is null")

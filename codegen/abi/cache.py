@@ -53,4 +53,10 @@ PLAN = Struct(
 
 LAUNCHER = launcher("cache", PARAMS, "Launches the kernels of a call over a KV cache")
 KERNEL_QUERY = kernel_query("cache", PARAMS)
-PLANNER = planner("cache", PARAMS, PLAN)
+PLANNER = planner(
+    "cache",
+    PARAMS,
+    PLAN,
+    "num_splits (0: choose), the alignment of k and v and their strides, and what modifies scores: the scale,"
+    " softcap, dropout_p, and whether alibi_slopes is null",
+)

@@ -14,9 +14,9 @@ def functions(params: tuple[Struct, ...]) -> tuple[Function, ...]:
         Function(
             "flash_attn_draws_tiles",
             "int32",
-            (Field("device", "int32"),),
-            "1 if the library holds kernels for the device that draw their tiles from a counter, else 0; 0"
-            " also if CUDA does not tell what the device is.",
+            (Field("device", "int32"), Field("family", "int32")),
+            "1 if the library holds kernels for the device, of that Family unless it is 0, that draw their"
+            " tiles from a counter, else 0; -1 if CUDA does not tell what the device is.",
         ),
         Function("flash_attn_targets", "string", (), 'Compiled targets, such as "sm80:80,sm80:90+ptx".'),
     )

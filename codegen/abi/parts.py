@@ -28,14 +28,15 @@ def kernel_query(operation: str, params: Struct) -> Function:
     )
 
 
-def planner(operation: str, params: Struct, plan: Struct) -> Function:
-    """The function that plans the operation's call."""
+def planner(operation: str, params: Struct, plan: Struct, reads: str) -> Function:
+    """The function that plans the operation's call; ``reads`` says what it looks at."""
     return Function(
         f"flash_attn_plan_{operation}",
         "int32",
         (_argument(params), Field("plan", f"flash_attn::{plan.name}*")),
-        f"Writes the plan of a call of flash_attn_{operation}; returns a Status. Workspaces may be null, as"
-        " their sizes follow from the plan.",
+        f"Writes the plan of a call of flash_attn_{operation}; returns a Status. It reads sizes, head dims,"
+        f" dtype, device and family, and {reads}. Nothing is read where pointers lead, and workspaces, whose"
+        " sizes follow from the plan, may be null.",
     )
 
 

@@ -53,7 +53,7 @@ def _aligned(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     try:
         from tabulate import tabulate  # no requirement of a build, which prints no table
     except ImportError:
-        raise CodegenError("the Python package tabulate is missing: pip install -e '.[dev]'") from None
+        raise CodegenError("the Python package tabulate is missing: pip install tabulate") from None
     text: str = tabulate(rows, columns, stralign="right", colalign=["left"], disable_numparse=True)
     return text
 

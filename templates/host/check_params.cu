@@ -184,7 +184,7 @@ void require_cache(Requirements& require, const CacheParams& params) {
   if (forward.num_heads_k > 0) {
     const bool varlen = forward.cu_seqlens_q != nullptr;  // then rows past the last sequence are counted, too
     const int64_t rows = varlen ? std::max<int64_t>(forward.total_q, forward.seqlen_q) : forward.seqlen_q;
-    require.that(rows * (forward.num_heads / forward.num_heads_k) <= INT32_MAX,
+    require.that(rows <= INT32_MAX / std::max(forward.num_heads / forward.num_heads_k, 1),
                  varlen ? "total_q" : "seqlen_q", "fewer than 2^31 rows with the heads that share keys",
                  rows);
   }

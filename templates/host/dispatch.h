@@ -56,8 +56,8 @@ extern const int kNumHeadDims;
 // The family's row; that of an unknown family has the name "auto".
 const FamilyInfo& family_info(Family family);
 
-// Whether a family of this library that the device can run draws tiles.
-bool draws_tiles(const Device& device);
+// Whether the family, or with kAuto any one of this library, draws tiles and can run on the device.
+bool draws_tiles(const Device& device, Family family);
 
 // The table's kernel for `params` on `device`, or null with the reason in `status` and
 // flash_attn_last_error().

@@ -91,10 +91,11 @@ Status fail_without_kernel(Status status, Direction direction, const ForwardPara
 
 }  // namespace
 
-bool draws_tiles(const Device& device) {
+bool draws_tiles(const Device& device, Family family) {
   for (int i = 0; i < kNumTargets; ++i) {
-    const bool draws = family_info(kTargets[i].family).draws_tiles;
-    if (draws && runs_on(kTargets[i], device.capability)) return true;
+    const FamilyTarget& target = kTargets[i];
+    if (family != Family::kAuto && family != target.family) continue;
+    if (family_info(target.family).draws_tiles && runs_on(target, device.capability)) return true;
   }
   return false;
 }

@@ -3,8 +3,11 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <initializer_list>
+#include <limits>
 #include <type_traits>
 
 #include "abi.h"
@@ -28,6 +31,14 @@ inline bool holds_blocks(const Device& device, int blocks, int shared_bytes) {
   return blocks * (shared_bytes + kReservedSharedBytes) <= device.shared_bytes_per_multiprocessor;
 }
 
+// Thread blocks of a backward that a multiprocessor runs at a time, at least one. Its threads take nearly all
+// of the 255 registers that they can have, so that 8 warps fill the register file.
+inline int resident_backward_blocks(const Device& device, int warps, int shared_bytes) {
+  int blocks = std::max(8 / warps, 1);
+  while (blocks > 1 && !holds_blocks(device, blocks, shared_bytes)) --blocks;
+  return blocks;
+}
+
 // Calls `launch` with an object of the tile's type: Tiles::Roomy, which is for devices with more shared
 // memory than the family counts on, where there is one and the device has it; else Tiles::Default.
 template <class Tiles, class Function>
@@ -37,6 +48,15 @@ Status with_tile(const Device& device, Function launch) {
     if (holds_blocks(device, Roomy::Tile::kMinBlocks, Roomy::kSharedBytes)) return launch(Roomy{});
   }
   return launch(typename Tiles::Default{});
+}
+
+// Thread blocks of a grid, the product of sizes; the largest number if it overflows, which no grid can have.
+inline int64_t grid_size(std::initializer_list<int64_t> sizes) {
+  int64_t product = 1;
+  for (const int64_t size : sizes) {
+    if (__builtin_mul_overflow(product, size, &product)) return std::numeric_limits<int64_t>::max();
+  }
+  return product;
 }
 
 // How a kernel is launched; `name` is that of the error text.

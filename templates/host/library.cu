@@ -122,12 +122,14 @@ const char* kernel_key(const char* function, const KernelTable<Params>& table, c
   return kernel == nullptr ? nullptr : kernel->key;
 }
 
-CachePlan make_plan(const CacheParams& params, const CacheTiles& tiles, const Device& device) {
-  return plan_cache(params, tiles, device.multiprocessors);
+CachePlan make_plan(const CacheParams& params, const Kernel<CacheParams>& kernel, const Device& device) {
+  return plan_cache(params, kernel.tiles, device.multiprocessors);
 }
 
-BackwardPlan make_plan(const BackwardParams& params, const BackwardTiles& tiles, const Device& device) {
-  return plan_backward(params, tiles, device.multiprocessors);
+BackwardPlan make_plan(const BackwardParams& params, const Kernel<BackwardParams>& kernel,
+                       const Device& device) {
+  const int resident = resident_backward_blocks(device, kernel.tiles.warps, kernel.shared_bytes);
+  return plan_backward(params, kernel.tiles, device.multiprocessors * resident);
 }
 
 // Writes the plan of a call whose check gave `checked`.
@@ -137,7 +139,7 @@ int32_t plan_call(Status checked, const KernelTable<Params>& table, const Params
   Device device{};
   Status status;
   const Kernel<Params>* kernel = kernel_for(table, *forward_of(params), device, status);
-  if (kernel != nullptr) *plan = make_plan(*params, kernel->tiles, device);
+  if (kernel != nullptr) *plan = make_plan(*params, *kernel, device);
   return static_cast<int32_t>(status);
 }
 
@@ -227,9 +229,10 @@ const char* flash_attn_kernel_key(int32_t index) {
   return key;
 }
 
-int32_t flash_attn_draws_tiles(int32_t index) {
-  Device device{};
-  return device_properties(index, device) == Status::kOk && draws_tiles(device) ? 1 : 0;
+int32_t flash_attn_draws_tiles(int32_t device, int32_t family) {
+  Device properties{};
+  if (device_properties(device, properties) != Status::kOk) return -1;
+  return draws_tiles(properties, static_cast<Family>(family)) ? 1 : 0;
 }
 
 const char* flash_attn_targets() {

@@ -43,8 +43,8 @@ constexpr double kWgmmaCost = 0.5;
 // out evenly enough, also where the capacity of a cache says little about lengths.
 constexpr double kEnoughTiles = 2.0;
 
-// Thread blocks of a backward for each multiprocessor from which on splitting costs more than it brings,
-// measured on an H200. Under a mask thread blocks differ in length, and many short ones share out better.
+// Thread blocks of a backward, for each of those that run at a time, from which on splitting costs more than
+// it brings, measured on an H200. Under a mask they differ in length, and many short ones share out better.
 constexpr double kEnoughThreadBlocks = 0.9;
 constexpr double kEnoughMaskedThreadBlocks = 15.0;
 
@@ -144,17 +144,18 @@ CachePlan plan_cache(const CacheParams& params, const CacheTiles& tiles, int mul
   return other.cost <= best.cost ? plan_of(other, Design::kWgmma) : plan_of(best, Design::kMma);
 }
 
-// The parts are a divisor of the number of heads that share keys.
-BackwardPlan plan_backward(const BackwardParams& params, const BackwardTiles& tiles, int multiprocessors) {
+BackwardPlan plan_backward(const BackwardParams& params, const BackwardTiles& tiles, int at_once) {
   const ForwardParams& forward = params.forward;
   if (params.dk == nullptr) return {1, tiles.head_dim};
   const int group = forward.num_heads / forward.num_heads_k;
   const double thread_blocks =
       1.0 * forward.batch * forward.num_heads_k * ceil_div(forward.seqlen_k, tiles.keys);
   const bool masked = forward.window_left >= 0 || forward.window_right >= 0;
-  const double enough = (masked ? kEnoughMaskedThreadBlocks : kEnoughThreadBlocks) * multiprocessors;
-  int parts = 1;
-  while (parts < group && (group % parts != 0 || parts * thread_blocks < enough)) ++parts;
+  const double enough = (masked ? kEnoughMaskedThreadBlocks : kEnoughThreadBlocks) * at_once;
+  if (thread_blocks == 0.0) return {1, tiles.head_dim};
+  // The least divisor of the group that makes enough thread blocks, or the group.
+  int parts = static_cast<int>(std::clamp(std::ceil(enough / thread_blocks), 1.0, 1.0 * group));
+  while (group % parts != 0) ++parts;
   return {parts, tiles.head_dim};
 }
 

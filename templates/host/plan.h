@@ -7,10 +7,11 @@
 
 namespace flash_attn {
 
-// Keys and columns of a backward's tile.
+// Keys, columns and warps of a backward's tile.
 struct BackwardTiles {
   int keys;
   int head_dim;
+  int warps;
 };
 
 // What a plan reads of a kernel's tiles: nothing in a forward, which has no plan.
@@ -28,8 +29,8 @@ struct PlannedTiles<BackwardParams> {
 };
 
 // A number of splits that `params` gives is kept, 0 asks for the best one. Not read are the design, the parts
-// of a backward, and workspaces, whose sizes follow from the plan.
+// of a backward, and workspaces, whose sizes follow from the plan. `at_once` thread blocks run at a time.
 CachePlan plan_cache(const CacheParams& params, const CacheTiles& tiles, int multiprocessors);
-BackwardPlan plan_backward(const BackwardParams& params, const BackwardTiles& tiles, int multiprocessors);
+BackwardPlan plan_backward(const BackwardParams& params, const BackwardTiles& tiles, int at_once);
 
 }  // namespace flash_attn

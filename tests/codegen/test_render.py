@@ -37,6 +37,16 @@ def test_golden_units(fixed_tiles):
     assert render.diff_tree(files, GOLDEN) == ""
 
 
+def test_the_table_of_kernels_has_what_plans_read_of_their_tiles(fixed_tiles):
+    rendered = render.render_sources(Selection((Target("sm80", 80),), (64,), ("bf16",), axes.DIRECTIONS))
+    for row in (
+        ", forward_sm80_bf16_d64_full, {}},",
+        ", backward_sm80_bf16_d64_full, {128, 64, 4}},",
+        ", split_sm80_bf16_d64_windowed, {{16, 64}, {64, 64}, {0, 0}, {0, 0}}},",
+    ):
+        assert row in rendered["dispatch.cu"]
+
+
 def test_the_committed_files_are_current():
     assert render.diff_tree(render.render_sources(full_selection()), GENERATED) == ""
 

@@ -258,14 +258,14 @@ def test_a_plan_reads_the_tiles_of_each_unit():
     found = {u.key: u.planned_tiles for u in units.list_units(targets.full_selection())}
     assert found["split_sm90_bf16_d256_windowed"] == [[16, 64], [64, 64], [128, 64], [128, 80]]
     assert found["split_sm86_bf16_d64_windowed"] == [[16, 64], [64, 64], [0, 0], [0, 0]]
-    assert found["backward_sm80_fp16_d64_causal"] == [128, 64]
+    assert found["backward_sm80_fp16_d64_causal"] == [128, 64, 4]
     assert found["forward_sm90_bf16_d128_full"] == []
 
 
 def test_backward_tiles_of_a_kernel_have_equally_many_keys(monkeypatch):
     monkeypatch.setitem(tiles.BACKWARD_TILES["sm80"][64], "roomy", MmaBackwardTile(64, 64, 4, 2, 2))
     found = tiles.find_tiles("backward", "sm80", 64, "full")
-    with pytest.raises(TileError, match=r"block_n differs .* head_dim 64: \[64, 128\]"):
+    with pytest.raises(TileError, match=r"block_n or warps differ .* head_dim 64: \[\(64, 4\), \(128, 4\)\]"):
         tiles.planned("backward", found, 64)
 
 

@@ -12,8 +12,9 @@ from codegen import TEMPLATES
 
 
 def compiled(name: str, folder: Path) -> ctypes.CDLL:
-    """Return the library of a source beside this file."""
+    """Return the library of a source beside this file; of CUDA there is the name of a stream alone."""
     write_abi(folder)
+    (folder / "cuda_runtime.h").write_text("using cudaStream_t = void*;\n")
     library = folder / f"lib{name}.so"
     flags = "-O1", "-shared", "-fPIC", "-Wno-unknown-pragmas"
     source = Path(__file__).with_name(f"{name}.cpp")

@@ -28,15 +28,16 @@ Status launch_scores(const CacheParams& params, const Device& device, cudaStream
   // The rows past the last sequence need at least one.
   const int64_t tiles_m = std::max<int64_t>((rows + Config::kBlockM - 1) / Config::kBlockM, 1);
   const int64_t batches = int64_t{forward.batch} + (forward.cu_seqlens_q != nullptr ? 1 : 0);
-  const int64_t blocks = forward.num_heads_k * tiles_m * params.num_splits;
+  const int64_t blocks = grid_size({forward.num_heads_k, tiles_m, params.num_splits});
   const CacheArguments arguments{params, forward.num_heads_k, static_cast<int>(tiles_m), group,
                                  static_cast<int>(blocks)};
   // Loads of elements leave sectors in L1, which rows that are not aligned share: none may be read while the
   // kernel before still appends others.
   const bool dependent = appends(params) && kAligned;
   static std::atomic<uint64_t> prepared;
-  return launch_kernel(cache_kernel<Config, Scores, kAligned>, name, device.index, batches * blocks,
-                       Config::kThreads, Config::kSharedBytes, stream, arguments, prepared, dependent);
+  return launch_kernel(cache_kernel<Config, Scores, kAligned>, name, device.index,
+                       grid_size({batches, blocks}), Config::kThreads, Config::kSharedBytes, stream,
+                       arguments, prepared, dependent);
 }
 
 template <class Config>

@@ -190,7 +190,7 @@ def test_trimmed_library_refuses_to_plan_nothing(trimmed):
         room = ctypes.create_string_buffer(512)
         assert function(None, room) == 4 and b": params must not" in library.flash_attn_last_error()
         assert function(room, None) == 4 and b": plan must not" in library.flash_attn_last_error()
-    assert library.flash_attn_draws_tiles(-1) == 0
+    assert library.flash_attn_draws_tiles(-1, 0) == -1
 
 
 def test_trimmed_build_keeps_within_the_limits_of_a_unit(trimmed):

@@ -251,10 +251,12 @@ def test_score_modifiers_keep_heads_from_being_packed(plan, plans, changes):
 def backward_plan(plans: ctypes.CDLL) -> Planner:
     """`backward_plan(call)` returns (key_parts, head_dim)."""
 
-    def run(call: Call, family: str = "sm90", dk: int | None = SOME, **changes: float) -> tuple[int, int]:
+    def run(
+        call: Call, family: str = "sm90", dk: int | None = SOME, at_once: int = H200, **changes: float
+    ) -> tuple[int, int]:
         params, found = BackwardParams(call.forward(**changes), dk=dk), BackwardPlan()
         tile = numbers("backward", family, call.head_dim)
-        plans.make_backward_plan(byref(params), tile, H200, byref(found))
+        plans.make_backward_plan(byref(params), tile, at_once, byref(found))
         return found.key_parts, found.head_dim
 
     return run
@@ -265,7 +267,7 @@ def backward_plan(plans: ctypes.CDLL) -> Planner:
     [
         (1, GQA, 512, 4, 4), (1, GQA, 1024, 2, 4), (1, GQA, 2048, 1, 4), (1, GQA, 16384, 1, 2),
         (1, GQA, 131072, 1, 1), (1, MHA, 128, 1, 1), (1, (32, 1), 4096, 4, 32), (64, (32, 1), 4096, 1, 1),
-        (1, (6, 2), 128, 3, 3), (0, (4, 2), 128, 2, 2),
+        (1, (6, 2), 128, 3, 3), (0, (4, 2), 128, 1, 1),
     ],
 )  # fmt: skip
 def test_a_backward_with_few_keys_is_split_by_heads(backward_plan, batch, heads, seqlen_k, full, causal):
@@ -280,6 +282,34 @@ def test_a_backward_with_few_keys_is_split_by_heads(backward_plan, batch, heads,
 )
 def test_a_backward_with_fewer_keys_in_a_tile_has_more_thread_blocks(backward_plan, family, head_dim, parts):
     assert backward_plan(Call(1, GQA, 1024, 1024, head_dim), family) == (parts, head_dim)
+
+
+@pytest.mark.parametrize(
+    "heads, seqlen_k, head_dim, parts",
+    [
+        (GQA, 1024, 64, 4), (GQA, 2048, 64, 2), ((32, 4), 2048, 64, 4), (MQA, 2048, 64, 16),
+        (MQA, 8192, 64, 4), (GQA, 2048, 32, 2), ((32, 4), 2048, 32, 4),
+    ],
+)  # fmt: skip
+def test_a_backward_of_two_thread_blocks_at_a_time_as_was_measured_on_an_h200(
+    backward_plan, heads, seqlen_k, head_dim, parts
+):  # fmt: skip
+    """Twice as many of them fill the GPU: 1.02 to 1.43 as fast as with half as many parts."""
+    call = Call(1, heads, seqlen_k, seqlen_k, head_dim)
+    assert backward_plan(call, at_once=2 * H200) == (parts, head_dim)
+    assert backward_plan(call, at_once=H200) == (max(parts // 2, 1), head_dim)
+
+
+@pytest.mark.parametrize(
+    "per_multiprocessor, warps, shared_bytes, blocks",
+    [
+        (233472, 8, 160000, 1), (233472, 8, 10000, 1), (233472, 4, 110000, 2), (233472, 4, 116000, 1),
+        (102400, 4, 99 * 1024, 1), (102400, 4, 50000, 2), (102400, 2, 20000, 4), (0, 4, 1, 1),
+    ],
+)  # fmt: skip
+def test_thread_blocks_that_run_at_a_time(plans, per_multiprocessor, warps, shared_bytes, blocks):
+    """Registers are bound by warps, 8 of which fill a multiprocessor."""
+    assert plans.resident(per_multiprocessor, warps, shared_bytes) == blocks
 
 
 def test_a_backward_without_gradients_of_keys_is_not_split(backward_plan):

@@ -9,6 +9,7 @@ import pytest
 from checker import CHECKS, Checker, compile_cpp, write_abi
 
 from codegen import TEMPLATES
+from flash_attn import _abi
 
 INVALID = 4
 SOME = 4096  # an address, which nobody looks at
@@ -87,22 +88,24 @@ WRONG = {
 }  # fmt: skip
 
 
-def make(mirror, operation, **changes):
+def make(operation, **changes):
     """Return right parameters of an operation, but for `changes`."""
     of_forward = FORWARD | (DROPOUT if operation == "dropout_probs" else {})
     more = {"backward": BACKWARD, "cache": CACHE}.get(operation.removeprefix("plan_"))
     if operation == "rotary":
-        return mirror["RotaryParams"](**(ROTARY | changes))
+        return _abi.RotaryParams(**(ROTARY | changes))
     own = set(more or ())
-    forward = mirror["ForwardParams"](**(of_forward | {k: v for k, v in changes.items() if k not in own}))
+    forward = _abi.ForwardParams(**(of_forward | {k: v for k, v in changes.items() if k not in own}))
     if more is None:
         return forward
-    return mirror[CHECKS[operation]](forward, **(more | {k: v for k, v in changes.items() if k in own}))
+    return getattr(_abi, CHECKS[operation])(
+        forward, **(more | {k: v for k, v in changes.items() if k in own})
+    )
 
 
 @pytest.mark.parametrize("operation", CHECKS)
-def test_right_parameters_pass(checker, mirror, operation):
-    assert checker.check(operation, make(mirror, operation)) == (0, "")
+def test_right_parameters_pass(checker, operation):
+    assert checker.check(operation, make(operation)) == (0, "")
 
 
 @pytest.mark.parametrize("operation", CHECKS)
@@ -112,8 +115,8 @@ def test_a_null_struct(checker, operation):
 
 
 @pytest.mark.parametrize("operation", CHECKS)
-def test_a_struct_of_zeros(checker, mirror, operation):
-    status, text = checker.check(operation, bytes(ctypes.sizeof(mirror[CHECKS[operation]])))
+def test_a_struct_of_zeros(checker, operation):
+    status, text = checker.check(operation, bytes(ctypes.sizeof(getattr(_abi, CHECKS[operation]))))
     assert status == INVALID and text.startswith(f"flash_attn_{operation}: ")
 
 
@@ -126,31 +129,31 @@ def test_a_struct_of_zeros(checker, mirror, operation):
         for value in values
     ],
 )
-def test_a_wrong_value_is_named(checker, mirror, operation, field, value):
-    status, text = checker.check(operation, make(mirror, operation, **{field: value}))
+def test_a_wrong_value_is_named(checker, operation, field, value):
+    status, text = checker.check(operation, make(operation, **{field: value}))
     assert status == INVALID
     got = f"{value:g}" if isinstance(value, float) else str(value)
     assert text.startswith(f"flash_attn_{operation}: {field} must be ") and text.endswith(f" got {got}"), text
 
 
 @pytest.mark.parametrize("operation, field", [(o, field) for o, fields in NULLS.items() for field in fields])
-def test_a_null_pointer_is_named(checker, mirror, operation, field):
-    status, text = checker.check(operation, make(mirror, operation, **{field: None}))
+def test_a_null_pointer_is_named(checker, operation, field):
+    status, text = checker.check(operation, make(operation, **{field: None}))
     assert status == INVALID and field in text and "must" in text, text
 
 
 @pytest.mark.parametrize("field", ["cu_seqlens_q", "cu_seqlens_k"])
-def test_packed_sequences_have_both_bounds(checker, mirror, field):
+def test_packed_sequences_have_both_bounds(checker, field):
     for operation in ("forward", "backward", "dropout_probs"):
-        assert checker.check(operation, make(mirror, operation, **{field: SOME}))[0] == INVALID
+        assert checker.check(operation, make(operation, **{field: SOME}))[0] == INVALID
     both = {"cu_seqlens_q": SOME, "cu_seqlens_k": SOME}
-    assert checker.check("backward", make(mirror, "backward", **both)) == (0, "")
-    assert checker.check("backward", make(mirror, "backward", **both, total_k=129))[0] == INVALID
+    assert checker.check("backward", make("backward", **both)) == (0, "")
+    assert checker.check("backward", make("backward", **both, total_k=129))[0] == INVALID
 
 
-def test_dropout_needs_its_state(checker, mirror):
+def test_dropout_needs_its_state(checker):
     for operation in ("forward", "backward"):
-        status, text = checker.check(operation, make(mirror, operation, dropout_p=0.25))
+        status, text = checker.check(operation, make(operation, dropout_p=0.25))
         assert status == INVALID and "rng_state" in text
 
 
@@ -189,8 +192,8 @@ def nulls(fields):
     ],
     ids=str,
 )  # fmt: skip
-def test_what_is_not_read_may_be_null(checker, mirror, operation, changes):
-    assert checker.check(operation, make(mirror, operation, **changes)) == (0, "")
+def test_what_is_not_read_may_be_null(checker, operation, changes):
+    assert checker.check(operation, make(operation, **changes)) == (0, "")
 
 
 CUDA_STUB = """
