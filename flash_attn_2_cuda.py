@@ -30,10 +30,9 @@ def fwd(
     """Return [out, softmax_lse, S_dmask, rng_state]; written to `out` if given."""
     from flash_attn import _operations
 
-    return _four(*_operations.forward(
-        q, k, v, p_dropout, softmax_scale, is_causal, window_size_left, window_size_right, softcap,
-        alibi_slopes, return_softmax, out, gen,
-    ))  # fmt: skip
+    window_size = window_size_left, window_size_right
+    options = p_dropout, softmax_scale, is_causal, window_size, softcap, alibi_slopes, None
+    return _four(*_operations.forward(q, k, v, options, return_softmax, out, gen))
 
 
 def varlen_fwd(
@@ -45,12 +44,14 @@ def varlen_fwd(
 ) -> list[Tensor]:  # fmt: skip
     """Return [out, softmax_lse, S_dmask, rng_state]; written to `out` if given."""
     from flash_attn import _operations
+    from flash_attn._calls import Sequences
 
-    return _four(*_operations.varlen_forward(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, p_dropout, softmax_scale, is_causal,
-        window_size_left, window_size_right, softcap, alibi_slopes, return_softmax, block_table, leftpad_k,
-        seqused_k, out, gen,
-    ))  # fmt: skip
+    sequences = Sequences(
+        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, leftpad_k, seqused_k, block_table
+    )
+    window_size = window_size_left, window_size_right
+    options = p_dropout, softmax_scale, is_causal, window_size, softcap, alibi_slopes, None
+    return _four(*_operations.varlen_forward(q, k, v, sequences, options, return_softmax, out, gen))
 
 
 def _like(given: Any, x: Any) -> Any:
@@ -76,14 +77,14 @@ def bwd(
     `gen` must be None: `rng_state` says what was dropped.
     """
     from flash_attn import _operations
+    from flash_attn._calls import Differentiated
 
     _refuse_generator(gen)
-
     dq, dk, dv = _like(dq, q), _like(dk, k), _like(dv, v)
-    softmax_d = _operations.backward(
-        dout, q, k, v, out, softmax_lse, dq, dk, dv, p_dropout, softmax_scale, is_causal, window_size_left,
-        window_size_right, softcap, alibi_slopes, deterministic, rng_state,
-    )  # fmt: skip
+    tensors = Differentiated(dout, q, k, v, out, softmax_lse)
+    window_size = window_size_left, window_size_right
+    options = p_dropout, softmax_scale, is_causal, window_size, softcap, alibi_slopes, None
+    softmax_d = _operations.backward(tensors, (dq, dk, dv), options, deterministic, rng_state)
     return [dq, dk, dv, softmax_d]
 
 
@@ -99,15 +100,15 @@ def varlen_bwd(
     `gen` must be None: `rng_state` says what was dropped.
     """
     from flash_attn import _operations
+    from flash_attn._calls import Differentiated, Sequences
 
     _refuse_generator(gen)
-
     dq, dk, dv = _like(dq, q), _like(dk, k), _like(dv, v)
-    softmax_d = _operations.varlen_backward(
-        dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-        p_dropout, softmax_scale, is_causal, window_size_left, window_size_right, softcap, alibi_slopes,
-        deterministic, rng_state,
-    )  # fmt: skip
+    tensors = Differentiated(dout, q, k, v, out, softmax_lse)
+    sequences = Sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    window_size = window_size_left, window_size_right
+    options = p_dropout, softmax_scale, is_causal, window_size, softcap, alibi_slopes, None
+    softmax_d = _operations.backward(tensors, (dq, dk, dv), options, deterministic, rng_state, sequences)
     return [dq, dk, dv, softmax_d]
 
 
@@ -120,9 +121,12 @@ def fwd_kvcache(
 ) -> list[Tensor]:  # fmt: skip
     """Return [out, softmax_lse]; k and v are appended to the cache in place."""
     from flash_attn import _kvcache
+    from flash_attn._calls import Cache
 
-    return list(_kvcache.forward_kvcache(
-        q, kcache, vcache, k, v, seqlens_k, rotary_cos, rotary_sin, cache_batch_idx, leftpad_k, block_table,
-        alibi_slopes, out, softmax_scale, is_causal, window_size_left, window_size_right, softcap,
-        rotary_interleaved, num_splits,
-    ))  # fmt: skip
+    cache = Cache(kcache, vcache, seqlens_k, cache_batch_idx, leftpad_k, block_table)
+    rotary = None
+    if rotary_cos is not None or rotary_sin is not None:
+        rotary = rotary_cos, rotary_sin, rotary_interleaved
+    window_size = window_size_left, window_size_right
+    options = 0.0, softmax_scale, is_causal, window_size, softcap, alibi_slopes, None
+    return list(_kvcache.forward_kvcache(q, cache, k, v, rotary, options, out, num_splits))

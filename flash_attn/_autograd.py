@@ -14,7 +14,8 @@ from flash_attn import _custom_ops as ops
 from flash_attn._dispatch import needs_dispatcher
 from flash_attn._forward_only import differentiable_once
 
-Gradients = tuple[Tensor | None, ...]
+InputGradients = tuple[Tensor | None, ...]
+"""Of the arguments of `forward`, None where there is none."""
 
 
 def must_record(inputs: Sequence[Tensor]) -> bool:
@@ -29,7 +30,7 @@ def must_record(inputs: Sequence[Tensor]) -> bool:
             needed |= x.requires_grad
     except AttributeError:
         return False
-    if getattr(forward_ad, "_current_level", -1) >= 0:
+    if forward_ad._current_level >= 0:
         _refuse_tangents(inputs)
     return needed and torch.is_grad_enabled()
 
@@ -61,7 +62,7 @@ def record(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     return function.apply(*arguments)
 
 
-def _buffers(inputs: Sequence[Tensor], needed: Sequence[bool]) -> tuple[list[Tensor | None], Gradients]:
+def _buffers(inputs: Sequence[Tensor], needed: Sequence[bool]) -> tuple[list[Tensor | None], InputGradients]:
     """Return unset gradients of the inputs that need one, and their parts dq, dk and dv."""
     gradients = [torch.empty_like(x) if need else None for x, need in zip(inputs, needed, strict=True)]
     return gradients, split(gradients)
@@ -106,7 +107,7 @@ class FlashAttention(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once("flash_attn")
-    def backward(ctx: Any, dout: Tensor | None, *unused: Tensor | None) -> Gradients:
+    def backward(ctx: Any, dout: Tensor | None, *unused: Tensor | None) -> InputGradients:
         if dout is None:
             return (None,) * len(ctx.needs_input_grad)
         out, lse, rng_state, slopes, sinks, *inputs = ctx.saved_tensors
@@ -143,7 +144,7 @@ class VarlenFlashAttention(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once("flash_attn")
-    def backward(ctx: Any, dout: Tensor | None, *unused: Tensor | None) -> Gradients:
+    def backward(ctx: Any, dout: Tensor | None, *unused: Tensor | None) -> InputGradients:
         if dout is None:
             return (None,) * len(ctx.needs_input_grad)
         out, lse, rng_state, slopes, sinks, cu_seqlens_q, cu_seqlens_k, *inputs = ctx.saved_tensors

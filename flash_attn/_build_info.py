@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from flash_attn._backends.cuda.library import Library, library_path, load
 from flash_attn._version import PROJECT_VERSION, __version__
 
 
@@ -15,6 +16,22 @@ def _manifest() -> dict[str, Any]:
         return json.loads(Path(__file__).with_name("_build.json").read_text())
     except FileNotFoundError:
         return {}
+
+
+def describe(manifest: dict[str, Any], library: Library | None) -> dict[str, Any]:
+    """Return what an installation with this manifest and library is, as `build_info` does."""
+    targets = library.targets if library else ()
+    return {
+        "version": __version__,
+        "project_version": PROJECT_VERSION,
+        "commit": manifest.get("commit"),
+        "library": str(library.path) if library else None,
+        "kernels": list(library.kernels) if library else [],
+        "targets": list(targets),
+        "families": sorted({target.partition(":")[0] for target in targets}),
+        "toolchain": manifest.get("nvcc"),
+        **{name: manifest.get(name, []) for name in ("archs", "head_dims", "dtypes", "directions")},
+    }
 
 
 def build_info() -> dict[str, Any]:
@@ -28,19 +45,4 @@ def build_info() -> dict[str, Any]:
     Raises:
         RuntimeError: the library is there but cannot be used.
     """
-    from flash_attn import _library
-
-    manifest = _manifest()
-    library = _library.load() if _library.library_path().exists() else None
-    targets = library.targets if library else ()
-    return {
-        "version": __version__,
-        "project_version": PROJECT_VERSION,
-        "commit": manifest.get("commit"),
-        "library": str(library.path) if library else None,
-        "kernels": list(library.kernels) if library else [],
-        "targets": list(targets),
-        "families": sorted({target.partition(":")[0] for target in targets}),
-        "toolchain": manifest.get("nvcc"),
-        **{name: manifest.get(name, []) for name in ("archs", "head_dims", "dtypes", "directions")},
-    }
+    return describe(_manifest(), load() if library_path().exists() else None)

@@ -1,151 +1,170 @@
-"""From the arguments of a public function to its operation: by autograd, by a custom op, or at once.
+"""The data of calls on their way from a public function to a backend: records without algorithms.
 
-Written for host time: arguments that are what they should be pass at a glance. `_operations` checks them.
+b = batch, s = sequence length, h = query heads, hk = heads of keys and values, d and dv = head dims.
 """
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from flash_attn import _kvcache, _operations
-from flash_attn import _validation as check
-from flash_attn._arguments import as_flag, as_float, refuse_gradients
-from flash_attn._autograd import FlashAttention, VarlenFlashAttention, must_record, record, split
-from flash_attn._custom_ops import _wrapped_flash_attn_forward, _wrapped_flash_attn_varlen_forward
-from flash_attn._dispatch import is_watched, needs_dispatcher
-from flash_attn._forward_only import forward_only
+Options = tuple[float, float | None, bool, Any, float, Tensor | None, Tensor | None]
+"""How scores are to be formed, as the caller said it, unchecked: (dropout_p, softmax_scale, causal,
+window_size, softcap, alibi_slopes, s_aux). A plain tuple, which every torch's compiler can trace.
+"""
 
-Window = tuple[int, int]
-Scoring = tuple[float, float | None, bool, int, int, float]
-Result = Tensor | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
+Tables = tuple[Tensor | None, Tensor | None, bool]
+"""(rotary_cos, rotary_sin, rotary_interleaved) as the caller said it."""
 
+Record = TypeVar("Record", bound=tuple)
+new: Callable[[type[Record], Iterable[Any]], Record] = tuple.__new__
+"""Make a record of all of its fields, in half the time that `Record(*fields)` takes."""
 
-def _result(return_attn_probs: bool, out: Tensor, lse: Tensor, probs: Tensor | None) -> Result:
-    if not return_attn_probs:
-        return out
-    return out, lse, torch.empty(0, dtype=out.dtype, device=out.device) if probs is None else probs
+Shapes = tuple[torch.Size, torch.Size, torch.Size]
+"""Those of q, k and v, or of q and the cache."""
 
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""dq, dk and dv, None where one is not wanted."""
 
-def window(window_size: Window) -> tuple[int, int]:
-    if type(window_size) is tuple and len(window_size) == 2:
-        left, right = window_size
-        if type(left) is int and type(right) is int:
-            return left, right
-    return check.as_window(window_size)
+Outputs = tuple[Tensor, Any, Tensor | None, Tensor | None]
+"""(out, lse, S_dmask, rng_state); lse is a Tensor, or None where the caller did not need one."""
 
 
-def _numbers(scoring: tuple[Any, ...]) -> Scoring:
-    """Return (dropout_p, softmax_scale, causal, left, right, softcap) as the types that a custom op takes."""
-    dropout_p, softmax_scale, causal, left, right, softcap = scoring
-    return (
-        as_float(dropout_p, "dropout_p"),
-        None if softmax_scale is None else as_float(softmax_scale, "softmax_scale"),
-        as_flag(causal, "causal"), *check.as_window((left, right)), as_float(softcap, "softcap"),
-    )  # fmt: skip
+class Scoring(NamedTuple):
+    """How scores are formed from q and k: windows are -1 where unlimited, causal is a right window of 0."""
+
+    softmax_scale: float
+    softcap: float
+    window_left: int
+    window_right: int
+    dropout_p: float
+    alibi_slopes: Tensor | None
+    sinks: Tensor | None
 
 
-def _refuse_out(out: Tensor | None) -> None:
-    if out is not None:
-        raise NotImplementedError("out must be None where a tensor requires grad: forward only")
+class Sequences(NamedTuple):
+    """How sequences are packed end to end, and which of their keys are used.
+
+    The lengths of the longest ones may be larger than they are. With a `block_table` keys lie in pages.
+    """
+
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
+    leftpad_k: Tensor | None = None
+    seqused_k: Tensor | None = None
+    block_table: Tensor | None = None
 
 
-def _written(made: Tensor, out: Tensor | None) -> Tensor:
-    """Return `out`, if given, with what the custom op has made."""
-    if out is None:
-        return made
-    check.check_like(out, "out", made, "the result")
-    return out.copy_(made)
+class Forward(NamedTuple):
+    """Attention of q (b, sq, h, d), k (b, sk, hk, d) and v (b, sk, hk, dv).
+
+    Of packed `sequences` q is (total_q, h, d), and k and v are (total_k, hk, d or dv), or pages (num_blocks,
+    page_size, hk, d or dv), for which `num_splits` counts. Without `need_lse` the LSE may be left out.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor | None
+    shapes: Shapes
+    scoring: Scoring
+    sequences: Sequences | None
+    num_splits: int
+    return_softmax: bool
+    generator: torch.Generator | None
+    need_lse: bool
 
 
-def attend(
-    inputs: tuple[Tensor, ...], dropout_p: float, softmax_scale: float | None, causal: bool,
-    window_size: Window, softcap: float, alibi_slopes: Tensor | None, deterministic: bool,
-    return_attn_probs: bool, out: Tensor | None = None, s_aux: Tensor | None = None,
-) -> Result:  # fmt: skip
-    """`flash_attn_func` of (q, k, v), (q, kv) or (qkv,)."""
-    if type(return_attn_probs) is not bool:
-        return_attn_probs = as_flag(return_attn_probs, "return_attn_probs")
-    scoring = (dropout_p, softmax_scale, causal, *window(window_size), softcap)
-    if alibi_slopes is not None:
-        refuse_gradients(alibi_slopes=alibi_slopes)
-    if must_record(inputs if s_aux is None else (*inputs, s_aux)):
-        _refuse_out(out)
-        result = record(
-            FlashAttention, s_aux, alibi_slopes, _numbers(scoring), as_flag(deterministic, "deterministic"),
-            return_attn_probs, *inputs,
-        )  # fmt: skip
-        return result if return_attn_probs else result[0]
-    q, k, v = split(inputs)
-    plain = type(q) is type(k) is type(v) is Tensor and alibi_slopes is None is s_aux and out is None
-    if is_watched() or (q.is_meta if plain else needs_dispatcher(*inputs, alibi_slopes, out, s_aux)):
-        made, lse, probs, _ = _wrapped_flash_attn_forward(
-            q, k, v, *_numbers(scoring), alibi_slopes, return_attn_probs, s_aux=s_aux
-        )  # fmt: skip
-        out = _written(made, out)
-    else:
-        out, lse, probs, _ = _operations.forward(
-            q, k, v, *scoring, alibi_slopes, return_attn_probs, out=out, need_lse=return_attn_probs,
-            s_aux=s_aux,
-        )  # fmt: skip
-    return _result(return_attn_probs, out, lse, probs)
+class Differentiated(NamedTuple):
+    """What a backward reads: the gradient of the output, and the tensors of the forward."""
+
+    dout: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    softmax_lse: Tensor
 
 
-def attend_varlen(
-    inputs: tuple[Tensor, ...], cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
-    max_seqlen_k: int, dropout_p: float, softmax_scale: float | None, causal: bool, window_size: Window,
-    softcap: float, alibi_slopes: Tensor | None, deterministic: bool, return_attn_probs: bool,
-    block_table: Tensor | None = None, out: Tensor | None = None, seqused_k: Tensor | None = None,
-    need_lse: bool = False, s_aux: Tensor | None = None,
-) -> Result:  # fmt: skip
-    """`flash_attn_varlen_func` of (q, k, v), (q, kv) or (qkv,); `need_lse` makes it (out, softmax_lse)."""
-    if type(return_attn_probs) is not bool or type(need_lse) is not bool:
-        return_attn_probs = as_flag(return_attn_probs, "return_attn_probs")
-        need_lse = as_flag(need_lse, "return_softmax_lse")
-    scoring = (dropout_p, softmax_scale, causal, *window(window_size), softcap)
-    if alibi_slopes is not None:
-        refuse_gradients(alibi_slopes=alibi_slopes)
-    recorded = inputs if s_aux is None else (*inputs, s_aux)
-    records = must_record(recorded)
-    indices = cu_seqlens_q, cu_seqlens_k, block_table, seqused_k
-    dispatched = needs_dispatcher(*inputs, *indices, alibi_slopes, out, s_aux)
-    if records or dispatched:
-        _refuse_out(out if records else None)
-        scoring = _numbers(scoring)
-        max_seqlen_q = check.check_max_seqlen(max_seqlen_q, "max_seqlen_q")
-        max_seqlen_k = check.check_max_seqlen(max_seqlen_k, "max_seqlen_k")
-    if records and block_table is None and seqused_k is None:
-        result = record(
-            VarlenFlashAttention, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, s_aux, alibi_slopes,
-            scoring, as_flag(deterministic, "deterministic"), return_attn_probs, *inputs,
-        )  # fmt: skip
-        return result if return_attn_probs else result[:2] if need_lse else result[0]
-    arguments = (
-        *split(inputs), cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *scoring, alibi_slopes,
-        return_attn_probs, block_table, None, seqused_k,
-    )  # fmt: skip
-    if dispatched:
-        made, lse, probs, _ = _wrapped_flash_attn_varlen_forward(*arguments, s_aux=s_aux)
-        out = _written(made, out)
-    else:
-        arguments = (*arguments, out, None, return_attn_probs or need_lse, s_aux)
-        if records:
-            what = "flash_attn_varlen_func with a block_table or seqused_k"
-            run = partial(_operations.varlen_forward, *arguments)
-            out, lse, probs, _ = forward_only(what, run, *recorded)
-        else:
-            out, lse, probs, _ = _operations.varlen_forward(*arguments)
-    return (out, lse) if need_lse and not return_attn_probs else _result(return_attn_probs, out, lse, probs)
+class Backward(NamedTuple):
+    """The gradients of a `Forward`, those that are wanted, to be written where `gradients` lie."""
+
+    tensors: Differentiated
+    gradients: Gradients
+    scoring: Scoring
+    sequences: Sequences | None
+    deterministic: bool
+    rng_state: Tensor | None
 
 
-def record_cache(*arguments: Any) -> tuple[Tensor, Any]:
-    """Return (out, lse) of `_kvcache.forward_kvcache` where a tensor may require grad: none gets any."""
-    q, k_cache, v_cache, k, v, _, rotary_cos, rotary_sin, _, _, _, alibi_slopes, *_, s_aux = arguments
-    refuse_gradients(alibi_slopes=alibi_slopes, rotary_cos=rotary_cos, rotary_sin=rotary_sin)
-    if k is not None:
-        refuse_gradients(k_cache=k_cache, v_cache=v_cache)
-    inputs = q, k_cache, v_cache, k, v, s_aux
-    return forward_only("flash_attn_with_kvcache", partial(_kvcache.forward_kvcache, *arguments), *inputs)
+class Cache(NamedTuple):
+    """A KV cache and how its rows are found; see `flash_attn_with_kvcache`."""
+
+    k: Tensor
+    v: Tensor
+    seqlens: Tensor | int | None
+    batch_idx: Tensor | None
+    leftpad: Tensor | None
+    block_table: Tensor | None
+
+    @property
+    def capacity(self) -> int:
+        """Number of keys that one sequence has room for."""
+        pages = 1 if self.block_table is None else self.block_table.shape[1]
+        return pages * self.k.shape[1]
+
+
+class Rotary(NamedTuple):
+    """Rotary tables cos, sin (s_ro, rotary_dim / 2) and the layout of pairs."""
+
+    cos: Tensor
+    sin: Tensor
+    interleaved: bool
+
+
+class CacheForward(NamedTuple):
+    """Attention of q (b, sq, h, d) over a cache, to which k (b, s_new, hk, d) and v are appended first.
+
+    k and v are both None where nothing is. `num_splits` 0 leaves the choice to the backend.
+    """
+
+    q: Tensor
+    cache: Cache
+    k: Tensor | None
+    v: Tensor | None
+    shapes: Shapes
+    rotary: Rotary | None
+    scoring: Scoring
+    out: Tensor | None
+    num_splits: int
+    need_lse: bool
+
+
+class Angles(NamedTuple):
+    """Tables cos, sin (s_ro, rotary_dim / 2), and where in them the tokens of a tensor stand.
+
+    Positions past the tables are an error where they are known (on CPU); elsewhere their tokens are left as
+    they are.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    offsets: int | Tensor
+    cu_seqlens: Tensor | None = None
+
+
+class Rotation(NamedTuple):
+    """The rotation of x (b, s, h, d), or (total, h, d) of packed sequences, by its angles; back if
+    `conjugate`.
+    """
+
+    x: Tensor
+    angles: Angles
+    interleaved: bool
+    conjugate: bool
+    inplace: bool

@@ -17,11 +17,13 @@ from torch import Tensor
 
 from flash_attn import _operations
 from flash_attn import _validation as check
+from flash_attn._calls import Differentiated, Sequences, new
 from flash_attn._dispatch import needs_dispatcher
 from flash_attn._forward_only import forward_only
 from flash_attn._layout import empty_out, empty_softmax_d, lse_dtype, probs_shape
 
-Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
+Filled = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Outputs, of which none is None."""
 
 _SCORING = (
     "float dropout_p, float? softmax_scale, bool causal, "
@@ -71,7 +73,7 @@ def _dispatched(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _filled(out: Tensor, lse: Tensor, probs: Tensor | None, rng_state: Tensor | None) -> Outputs:
+def _filled(out: Tensor, lse: Tensor, probs: Tensor | None, rng_state: Tensor | None) -> Filled:
     """Replace what a call has not made by tensors of any content, for callers that expect four."""
     if probs is None:
         probs = torch.empty(0, dtype=out.dtype, device=out.device)
@@ -85,12 +87,11 @@ def _flash_attn_forward(
     q: Tensor, k: Tensor, v: Tensor, dropout_p: float, softmax_scale: float | None, causal: bool,
     window_size_left: int, window_size_right: int, softcap: float, alibi_slopes: Tensor | None,
     return_softmax: bool, s_aux: Tensor | None = None,
-) -> Outputs:  # fmt: skip
+) -> Filled:  # fmt: skip
     """Return (out, softmax_lse, S_dmask, rng_state); shapes as in `flash_attn_func`, no gradients."""
-    return _filled(*_operations.forward(
-        q, k, v, dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes,
-        return_softmax, s_aux=s_aux,
-    ))  # fmt: skip
+    window_size = window_size_left, window_size_right
+    options = dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, s_aux
+    return _filled(*_operations.forward(q, k, v, options, return_softmax))
 
 
 @_dispatched
@@ -101,18 +102,21 @@ def _flash_attn_varlen_forward(
     alibi_slopes: Tensor | None = None, return_softmax: bool = False, block_table: Tensor | None = None,
     leftpad_k: Tensor | None = None, seqused_k: Tensor | None = None, zero_tensors: bool = False,
     num_splits: int = 0, s_aux: Tensor | None = None,
-) -> Outputs:  # fmt: skip
+) -> Filled:  # fmt: skip
     """Return (out, softmax_lse, S_dmask, rng_state); shapes as in `flash_attn_varlen_func`, no gradients.
 
     `seqused_k` int32 (b,) limits the keys used per sequence, `leftpad_k` int32 (b,) skips leading ones,
     counted in it. Rows outside the sequences are zero whatever `zero_tensors` says. `num_splits` is as in
     `flash_attn_with_kvcache` and counts where there is a `block_table`.
     """
-    return _filled(*_operations.varlen_forward(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
-        window_size_left, window_size_right, softcap, alibi_slopes, return_softmax, block_table, leftpad_k,
-        seqused_k, s_aux=s_aux, num_splits=num_splits,
-    ))  # fmt: skip
+    sequences = Sequences(
+        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, leftpad_k, seqused_k, block_table
+    )
+    window_size = window_size_left, window_size_right
+    options = dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, s_aux
+    return _filled(
+        *_operations.varlen_forward(q, k, v, sequences, options, return_softmax, num_splits=num_splits)
+    )
 
 
 @_dispatched
@@ -127,10 +131,10 @@ def _flash_attn_backward(
     softmax_d (b, h, sq rounded up to WORKSPACE_ROWS) is rowsum(dO * O) of each query, zero past sq.
     `deterministic` adds dq up in a fixed order.
     """
-    return _operations.backward(
-        dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal, window_size_left,
-        window_size_right, softcap, alibi_slopes, deterministic, rng_state,
-    )  # fmt: skip
+    tensors = new(Differentiated, (dout, q, k, v, out, softmax_lse))
+    window_size = window_size_left, window_size_right
+    options = dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, None
+    return _operations.backward(tensors, (dq, dk, dv), options, deterministic, rng_state)
 
 
 @_dispatched
@@ -145,16 +149,16 @@ def _flash_attn_varlen_backward(
 
     softmax_d (h, total_q + WORKSPACE_ROWS * b) is fp32, its layout the backend's own.
     """
-    return _operations.varlen_backward(
-        dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-        dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes,
-        deterministic, rng_state,
-    )  # fmt: skip
+    tensors = new(Differentiated, (dout, q, k, v, out, softmax_lse))
+    sequences = Sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    window_size = window_size_left, window_size_right
+    options = dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, None
+    return _operations.backward(tensors, (dq, dk, dv), options, deterministic, rng_state, sequences)
 
 
 def _fake_outputs(
     q: Tensor, v: Tensor, lse_shape: tuple[int, ...], probs: tuple[int, ...], has_probs: bool
-) -> Outputs:
+) -> Filled:
     out = empty_out(q, q.shape[-1], v.shape[-1])
     lse = q.new_empty(lse_shape, dtype=lse_dtype(q.dtype))
     return out, lse, q.new_empty(probs if has_probs else (0,)), q.new_empty((2,), dtype=torch.int64)
@@ -184,7 +188,10 @@ def _fake_varlen_forward(
 ):  # fmt: skip
     check.check_qkv(q, k, v, 3, 3 if block_table is None else 4)
     batch = _operations.check_sequences(q, cu_seqlens_q, cu_seqlens_k)
-    _operations.check_key_bounds(q, k, batch, block_table, leftpad_k, seqused_k)
+    sequences = Sequences(
+        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, leftpad_k, seqused_k, block_table
+    )
+    _operations.check_key_bounds(q, k, batch, sequences)
     _check_bias(q, batch, alibi_slopes, s_aux)
     total_q, num_heads, _ = q.shape
     probs = probs_shape(batch, num_heads, max_seqlen_q, max_seqlen_k)
@@ -198,7 +205,7 @@ def _fake_backward(
     (batch, seqlen_q, num_heads, _), _, _ = check.check_qkv(q, k, v, 4, 4)
     check.check_batch(k, batch)
     _check_bias(q, batch, alibi_slopes)
-    _operations.check_differentiated(dout, q, k, v, out, lse, (batch, num_heads, seqlen_q))
+    _operations.check_differentiated(Differentiated(dout, q, k, v, out, lse), (batch, num_heads, seqlen_q))
     return empty_softmax_d(q)
 
 
@@ -209,7 +216,7 @@ def _fake_varlen_backward(
     (total_q, num_heads, _), _, _ = check.check_qkv(q, k, v, 3, 3)
     batch = _operations.check_sequences(q, cu_seqlens_q, cu_seqlens_k)
     _check_bias(q, batch, alibi_slopes)
-    _operations.check_differentiated(dout, q, k, v, out, lse, (num_heads, total_q))
+    _operations.check_differentiated(Differentiated(dout, q, k, v, out, lse), (num_heads, total_q))
     return empty_softmax_d(q, batch)
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flash_attn import _device
+
 PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None)})
 """Types of arguments that are what they seem: memory on a device, or nothing."""
 
@@ -41,5 +43,5 @@ def is_traced(*tensors: Tensor | None) -> bool:
 
 
 def are_entries_known(x: Tensor, *others: Tensor | None) -> bool:
-    """Return whether tensors of one device can be read: on CPU, where that costs no synchronisation."""
-    return x.device.type == "cpu" and not is_traced(x, *others)
+    """Return whether tensors of one device can be read: by the CPU backend, without a synchronisation."""
+    return x.device.type == "cpu" and not is_traced(x, *others) and not _device.on_cuda(x)

@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import flash_attn
-from flash_attn import _abi, _library
+from flash_attn import _abi
+from flash_attn._backends.cuda.library import build_command, load
 from flash_attn._kernel_key import KernelKey
 from flash_attn._version import PROJECT_VERSION
 
@@ -122,7 +123,7 @@ def build() -> tuple[dict[str, Any], list[str]]:
 
 def kernels_that_run(device: int) -> list[str]:
     """Keys of the forward kernels that calls on this CUDA device run, over dtypes, head dims and masks."""
-    library = _library.load()
+    library = load()
     keys = []
     for dtype, head_dim, mask in product(_abi.Dtype, _abi.HEAD_DIMS, MASK_WINDOWS):
         window_left, window_right = MASK_WINDOWS[mask]
@@ -145,9 +146,9 @@ def gpu_notes(found: dict[str, Any], built: dict[str, Any], running: list[str]) 
     if not found["gpus_usable"]:
         return ["torch finds no GPU: attention runs on the CPU"]
     if not built["library"]:
-        return [f"no kernels are built, so the GPU is idle; build them: {_library.build_command()}"]
+        return [f"no kernels are built, so the GPU is idle; build them: {build_command()}"]
     if not running:
-        return [f"none of them runs on this GPU; build those that do: {_library.build_command()}"]
+        return [f"none of them runs on this GPU; build those that do: {build_command()}"]
     families = [f"{group['family']} ({group['count']})" for group in kernels_by_family(running, ())]
     return [f"run on this GPU: {', '.join(families)}"]
 

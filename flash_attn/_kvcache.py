@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flash_attn import _cuda_kvcache, _gpu
+from flash_attn import _backends, _device
 from flash_attn import _validation as check
 from flash_attn._abi import MAX_SEQLEN, ROTARY_MULTIPLE
 from flash_attn._arguments import as_flag, as_int, check_memory, check_tensor, fail
-from flash_attn._cpu_kvcache import Cache, Rotary
-from flash_attn._cpu_kvcache import forward_kvcache as forward_on_cpu
+from flash_attn._backends import cpu, cuda
+from flash_attn._calls import Cache, CacheForward, Options, Rotary, Scoring, Shapes, Tables, new
 from flash_attn._dispatch import is_tracing
 
 
@@ -34,7 +34,7 @@ def _check_cache(q: Tensor, cache: Cache, batch: int, entries: int) -> None:
         fail(ValueError, "k_cache", f"of at least q's batch size ({batch})", entries)
 
 
-def _check_new(q: Tensor, cache: Cache, shapes: check.Shapes, k: Tensor | None, v: Tensor | None) -> int:
+def _check_new(q: Tensor, cache: Cache, shapes: Shapes, k: Tensor | None, v: Tensor | None) -> int:
     """Check the keys and values to append; return how many there are per sequence.
 
     `shapes` are those of q and the cache.
@@ -65,16 +65,10 @@ def _check_new(q: Tensor, cache: Cache, shapes: check.Shapes, k: Tensor | None, 
     return k.shape[1]
 
 
-def _refuse_without_memory(**given: Any) -> None:
-    """Refuse tensors, given by name, without memory to read or to append to: there is no custom op."""
-    for name, x in given.items():
-        check_memory(x, name)
-
-
 def _check_on_cpu(cache: Cache, s_new: int) -> None:
     """Check on CPU that the cache can be written in place, and that lengths, rows and pages lie inside of it.
 
-    CUDA asks for more of its strides (`_cuda_kvcache`) and does not read the rest.
+    The CUDA backend asks for more of its strides and does not read the rest.
     """
     for x, name in ((cache.k, "k_cache"), (cache.v, "v_cache")):
         if x.stride(3) != 1 and x.shape[3] > 1:
@@ -93,10 +87,19 @@ def _check_on_cpu(cache: Cache, s_new: int) -> None:
             fail(ValueError, "cache_leftpad", "between 0 and cache_seqlens", cache.leftpad.tolist())
 
 
-def _check_rotary(
-    q: Tensor, cos: Tensor | None, sin: Tensor | None, interleaved: bool, appends: bool, last: int | None
-) -> Rotary:
+def _last_position(q: Tensor, cache: Cache, s_new: int, scoring: Scoring) -> int | None:
+    """Return the largest position that is rotated, None where that is not known without reading a GPU."""
+    seqlens, batch, seqlen_q = cache.seqlens, q.shape[0], q.shape[1]
+    if not batch or (_device.on_cuda(q) and not isinstance(seqlens, int)):
+        return None
+    longest = int(seqlens.max()) if isinstance(seqlens, Tensor) else seqlens or 0
+    moving = scoring.window_left >= 0 or scoring.window_right >= 0
+    return longest + max(s_new, seqlen_q if moving else 1) - 1
+
+
+def _check_rotary(q: Tensor, tables: Tables, appends: bool, last: int | None) -> Rotary:
     """Check the rotary tables; `last` is the largest position that they must hold, where it is known."""
+    cos, sin, interleaved = tables
     if cos is None or sin is None:
         missing, given = ("rotary_cos", "rotary_sin") if cos is None else ("rotary_sin", "rotary_cos")
         fail(ValueError, given, f"None where {missing} is", "a tensor")
@@ -120,67 +123,86 @@ def _check_rotary(
     return Rotary(cos, sin, as_flag(interleaved, "rotary_interleaved"))
 
 
+def _check_kind(
+    q: Tensor, cache: Cache, k: Any, v: Any, tables: Tables | None, options: Options, out: Any
+) -> None:
+    """Refuse calls of which there is no custom op, on tensors whose memory only a dispatcher knows.
+
+    The CUDA backend looks for the memory by itself.
+    """
+    if is_tracing():
+        raise NotImplementedError("flash_attn_with_kvcache is not implemented for torch.jit.trace")
+    if _device.on_cuda(q):
+        return
+    if q.is_meta:
+        raise NotImplementedError("flash_attn_with_kvcache is not implemented for meta tensors")
+    cos, sin, _ = tables or (None, None, None)
+    named = {
+        "q": q, "k_cache": cache.k, "v_cache": cache.v, "k": k, "v": v, "cache_seqlens": cache.seqlens,
+        "rotary_cos": cos, "rotary_sin": sin, "cache_batch_idx": cache.batch_idx,
+        "cache_leftpad": cache.leftpad, "block_table": cache.block_table, "alibi_slopes": options[5],
+        "out": out, "s_aux": options[6],
+    }  # fmt: skip
+    for name, x in named.items():
+        check_memory(x, name)
+
+
 def forward_kvcache(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None, v: Tensor | None,
-    cache_seqlens: int | Tensor | None, rotary_cos: Tensor | None, rotary_sin: Tensor | None,
-    cache_batch_idx: Tensor | None, cache_leftpad: Tensor | None, block_table: Tensor | None,
-    alibi_slopes: Tensor | None, out: Tensor | None, softmax_scale: float | None, causal: bool,
-    window_left: int, window_right: int, softcap: float, rotary_interleaved: bool, num_splits: int,
-    need_lse: bool = True, s_aux: Tensor | None = None,
+    q: Tensor, cache: Cache, k: Tensor | None, v: Tensor | None, tables: Tables | None, options: Options,
+    out: Tensor | None, num_splits: int, need_lse: bool = True,
 ) -> tuple[Tensor, Any]:  # fmt: skip
     """Return (out, lse (b, h, sq)); k and v are rotated and appended to the cache in place. No gradients.
 
     Without `need_lse`, CUDA does not compute the LSE: it is None.
     """
-    q_shape, k_shape, v_shape = check.check_qkv(q, k_cache, v_cache, 4, 4, ("q", "k_cache", "v_cache"))
-    on_cuda = _gpu.serves(q)
-    if is_tracing():
-        raise NotImplementedError("flash_attn_with_kvcache is not implemented for torch.jit.trace")
-    if not on_cuda:  # the CUDA backend asks for itself
-        if q.is_meta:
-            raise NotImplementedError("flash_attn_with_kvcache is not implemented for meta tensors")
-        _refuse_without_memory(
-            q=q, k_cache=k_cache, v_cache=v_cache, k=k, v=v, cache_seqlens=cache_seqlens,
-            rotary_cos=rotary_cos, rotary_sin=rotary_sin, cache_batch_idx=cache_batch_idx,
-            cache_leftpad=cache_leftpad, block_table=block_table, alibi_slopes=alibi_slopes, out=out,
-            s_aux=s_aux,
-        )  # fmt: skip
-    batch, seqlen_q, _, head_dim = q_shape
-    if cache_seqlens is not None and not isinstance(cache_seqlens, Tensor):
-        cache_seqlens = as_int(cache_seqlens, "cache_seqlens")
-    fields = k_cache, v_cache, cache_seqlens, cache_batch_idx, cache_leftpad, block_table
-    cache = tuple.__new__(Cache, fields)  # as in check_scoring
+    k_cache, v_cache, seqlens, _, _, block_table = cache
+    shapes = check.check_qkv(q, k_cache, v_cache, 4, 4, ("q", "k_cache", "v_cache"))
+    (batch, seqlen_q, _, head_dim), k_shape, v_shape = shapes
+    on_cuda = _device.on_cuda(q)
+    backend: _backends.Backend = cuda if on_cuda else cpu
+    if not on_cuda or is_tracing():
+        _check_kind(q, cache, k, v, tables, options, out)
+    if seqlens is not None and type(seqlens) is not int and not isinstance(seqlens, Tensor):
+        seqlens = as_int(seqlens, "cache_seqlens")
+        cache = cache._replace(seqlens=seqlens)
     _check_cache(q, cache, batch, k_shape[0])
-    s_new = _check_new(q, cache, (q_shape, k_shape, v_shape), k, v)
+    s_new = _check_new(q, cache, shapes, k, v)
     if type(num_splits) is not int or num_splits:
         num_splits = check.check_num_splits(num_splits)
     capacity = k_shape[1] if block_table is None else cache.capacity
     if capacity > MAX_SEQLEN:
         fail(ValueError, "k_cache", f"of room for at most {MAX_SEQLEN} keys a sequence", capacity)
-    scoring = check.check_scoring(
-        q, head_dim, batch, seqlen_q, capacity, 0.0, softmax_scale, causal, window_left, window_right,
-        softcap, alibi_slopes, s_aux, rotary_cos is not None,
-    )  # fmt: skip
-    last = None
-    if isinstance(cache_seqlens, int) and not 0 <= cache_seqlens <= capacity - s_new:
-        fail(ValueError, "cache_seqlens", f"in [0, {capacity - s_new}]", cache_seqlens)
+    scoring = check.check_scoring(options, q, head_dim, batch, seqlen_q, capacity, tables is not None)
+    if isinstance(seqlens, int) and not 0 <= seqlens <= capacity - s_new:
+        fail(ValueError, "cache_seqlens", f"in [0, {capacity - s_new}]", seqlens)
     if not on_cuda:
         _check_on_cpu(cache, s_new)
-    if rotary_cos is not None and batch and (not on_cuda or isinstance(cache_seqlens, int)):
-        longest = int(cache_seqlens.max()) if isinstance(cache_seqlens, Tensor) else cache_seqlens or 0
-        moving = scoring.window_left >= 0 or scoring.window_right >= 0
-        last = longest + max(s_new, seqlen_q if moving else 1) - 1
     rotary = None
-    if rotary_cos is not None or rotary_sin is not None:
-        rotary = _check_rotary(q, rotary_cos, rotary_sin, rotary_interleaved, k is not None, last)
+    if tables is not None:
+        rotary = _check_rotary(q, tables, k is not None, _last_position(q, cache, s_new, scoring))
     if out is not None:
         read = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "k": k, "v": v}
         check.check_out(out, q, v_shape, read)
     if s_new and not on_cuda:
         check.check_appended(k_cache, v_cache)
-    if on_cuda:
-        shapes = q_shape, k_shape, v_shape
-        return _cuda_kvcache.forward_kvcache(
-            q, cache, k, v, shapes, rotary, scoring, out, num_splits, need_lse
-        )  # fmt: skip
-    return forward_on_cpu(q, cache, k, v, rotary, scoring, out)
+    fields = q, cache, k, v, shapes, rotary, scoring, out, num_splits, need_lse
+    return backend.forward_kvcache(new(CacheForward, fields))
+
+
+def kvcache_num_splits(q: Tensor, k_cache: Tensor, block_table: Tensor | None = None) -> int:
+    """Return into how many parts `flash_attn_with_kvcache` splits the keys with num_splits 0.
+
+    Only their shapes count, not what they hold; on CPU keys are not split. Score modifiers and a larger head
+    dim of v are left out: on Hopper they may change the number of calls with many queries.
+
+    Raises:
+        TypeError, ValueError: tensors that a call would not take.
+        RuntimeError: the GPU is too old, or the library has no kernel for the call.
+    """
+    shapes = check.check_qkv(q, k_cache, k_cache, 4, 4, ("q", "k_cache", "k_cache"))
+    pages = 1
+    if block_table is not None:
+        check.check_index(block_table, "block_table", q, (q.shape[0], -1))
+        check.check_page_size(k_cache, "k_cache")
+        pages = block_table.shape[1]
+    return _backends.of(q).num_key_parts(q, k_cache, shapes, pages * k_cache.shape[1])

@@ -1,33 +1,32 @@
 """The operations behind the public functions: check the arguments, then run where the tensors are.
 
-Without autograd and without custom-op dispatch. What CUDA cannot do yet raises NotImplementedError here.
+Without autograd and without custom-op dispatch.
 """
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
-
 import torch
 from torch import Tensor
 
-from flash_attn import _cpu, _cuda, _cuda_backward, _cuda_kvcache, _gpu
+from flash_attn import _backends, _device
 from flash_attn import _validation as check
 from flash_attn._arguments import as_flag, check_memory, fail
-
-Outputs = tuple[Tensor, Any, Tensor | None, Tensor | None]
-"""(out, lse, S_dmask, rng_state); lse is a Tensor, or None where the caller did not need one."""
-
-
-def not_on_cuda(what: str) -> NoReturn:
-    """Say what CUDA cannot do yet and what can."""
-    raise NotImplementedError(f"{what} is not implemented on CUDA yet; the CPU backend has it")
+from flash_attn._calls import (
+    Backward,
+    Differentiated,
+    Forward,
+    Gradients,
+    Options,
+    Outputs,
+    Scoring,
+    Sequences,
+    new,
+)
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, softmax_scale: float | None = None,
-    causal: bool = False, window_left: int = -1, window_right: int = -1, softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None, return_softmax: bool = False, out: Tensor | None = None,
-    generator: torch.Generator | None = None, need_lse: bool = True, s_aux: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, options: Options, return_softmax: bool = False,
+    out: Tensor | None = None, generator: torch.Generator | None = None, need_lse: bool = True,
 ) -> Outputs:  # fmt: skip
     """Return (out, lse (b, h, sq), S_dmask, rng_state) of q (b, sq, h, d), k (b, sk, hk, d) and v.
 
@@ -38,15 +37,11 @@ def forward(
     (batch, seqlen_q, _, head_dim), (k_batch, seqlen_k, _, _), v_shape = shapes
     if k_batch != batch:
         check.check_batch(k, batch)
-    scoring = check.check_scoring(
-        q, head_dim, batch, seqlen_q, seqlen_k, dropout_p, softmax_scale, causal, window_left, window_right,
-        softcap, alibi_slopes, s_aux,
-    )  # fmt: skip
+    scoring = check.check_scoring(options, q, head_dim, batch, seqlen_q, seqlen_k)
     if out is not None:
         check.check_out(out, q, v_shape, {"q": q, "k": k, "v": v})
-    if _gpu.serves(q):
-        return _cuda.forward(q, k, v, out, shapes, scoring, return_softmax, generator, need_lse)
-    return _cpu.forward(q, k, v, out, shapes, scoring, return_softmax, generator)
+    fields = q, k, v, out, shapes, scoring, None, 0, return_softmax, generator, need_lse
+    return _backends.of(q).forward(new(Forward, fields))
 
 
 def check_sequences(q: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> int:
@@ -56,11 +51,9 @@ def check_sequences(q: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> in
     return batch
 
 
-def check_key_bounds(
-    q: Tensor, k: Tensor, batch: int, block_table: Tensor | None, leftpad_k: Tensor | None,
-    seqused_k: Tensor | None,
-) -> None:  # fmt: skip
+def check_key_bounds(q: Tensor, k: Tensor, batch: int, sequences: Sequences) -> None:
     """Check what says which keys of each sequence are used, but not what it says."""
+    leftpad_k, seqused_k, block_table = sequences[4:]
     for x, name in ((leftpad_k, "leftpad_k"), (seqused_k, "seqused_k")):
         if x is not None:
             check.check_index(x, name, q, (batch,))
@@ -71,30 +64,34 @@ def check_key_bounds(
             fail(ValueError, "leftpad_k", "None with a block_table", "a tensor")
 
 
-def _check_varlen(
-    q: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
-    total_k: int | None,
-) -> tuple[int, int, int]:  # fmt: skip
-    """Check the sequences of packed q and k; return (b, max_seqlen_q, max_seqlen_k). Paged: no `total_k`."""
+def _check_varlen(q: Tensor, k: Tensor, sequences: Sequences) -> tuple[int, Sequences]:
+    """Check how sequences are packed, on CPU what they say as well; return (b, sequences)."""
+    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, leftpad_k, seqused_k, block_table = sequences
     batch = check_sequences(q, cu_seqlens_q, cu_seqlens_k)
-    max_seqlen_q = check.check_max_seqlen(max_seqlen_q, "max_seqlen_q")
-    max_seqlen_k = check.check_max_seqlen(max_seqlen_k, "max_seqlen_k")
-    if q.is_cpu and not _gpu.serves(q):
+    longest_q = check.check_max_seqlen(max_seqlen_q, "max_seqlen_q")
+    longest_k = check.check_max_seqlen(max_seqlen_k, "max_seqlen_k")
+    if longest_q is not max_seqlen_q or longest_k is not max_seqlen_k:
+        sequences = sequences._replace(max_seqlen_q=longest_q, max_seqlen_k=longest_k)
+    reads = q.is_cpu and not _device.on_cuda(q)
+    if reads:
         check_memory(cu_seqlens_q, "cu_seqlens_q")
         check_memory(cu_seqlens_k, "cu_seqlens_k")
-        check.check_lengths(cu_seqlens_q, "cu_seqlens_q", q.shape[0], max_seqlen_q, "max_seqlen_q")
-        check.check_lengths(cu_seqlens_k, "cu_seqlens_k", total_k, max_seqlen_k, "max_seqlen_k")
-    return batch, max_seqlen_q, max_seqlen_k
+        total_k = k.shape[0] if block_table is None else None
+        check.check_lengths(cu_seqlens_q, "cu_seqlens_q", q.shape[0], longest_q, "max_seqlen_q")
+        check.check_lengths(cu_seqlens_k, "cu_seqlens_k", total_k, longest_k, "max_seqlen_k")
+    if block_table is not None or leftpad_k is not None or seqused_k is not None:
+        check_key_bounds(q, k, batch, sequences)
+        if reads:
+            _check_used_keys(k, sequences)
+    return batch, sequences
 
 
-def _check_used_keys(
-    k: Tensor, cu_seqlens_k: Tensor, block_table: Tensor | None, leftpad_k: Tensor | None,
-    seqused_k: Tensor | None,
-) -> None:  # fmt: skip
+def _check_used_keys(k: Tensor, sequences: Sequences) -> None:
     """Check on CPU that the keys used lie in their sequences, and those in pages that exist."""
+    leftpad_k, seqused_k, block_table = sequences[4:]
     for x, name in ((block_table, "block_table"), (leftpad_k, "leftpad_k"), (seqused_k, "seqused_k")):
         check_memory(x, name)
-    lengths = cu_seqlens_k.diff()
+    lengths = sequences.cu_seqlens_k.diff()
     if block_table is not None:
         capacity = block_table.shape[1] * k.shape[1]
         check.check_range(lengths, "cu_seqlens_k (paged)", 0, capacity)
@@ -107,117 +104,69 @@ def _check_used_keys(
 
 
 def varlen_forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
-    max_seqlen_k: int, dropout_p: float = 0.0, softmax_scale: float | None = None, causal: bool = False,
-    window_left: int = -1, window_right: int = -1, softcap: float = 0.0, alibi_slopes: Tensor | None = None,
-    return_softmax: bool = False, block_table: Tensor | None = None, leftpad_k: Tensor | None = None,
-    seqused_k: Tensor | None = None, out: Tensor | None = None, generator: torch.Generator | None = None,
-    need_lse: bool = True, s_aux: Tensor | None = None, num_splits: int = 0,
+    q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, options: Options, return_softmax: bool = False,
+    out: Tensor | None = None, generator: torch.Generator | None = None, need_lse: bool = True,
+    num_splits: int = 0,
 ) -> Outputs:  # fmt: skip
     """Return (out, lse (h, total_q), S_dmask, rng_state) of packed q (total_q, h, d); None as in `forward`.
 
-    k is (total_k, hk, d), or with `block_table` (b, max_blocks) pages (num_blocks, page_size, hk, d); v is as
+    k is (total_k, hk, d), or with a block table (b, max_blocks) pages (num_blocks, page_size, hk, d); v is as
     k, with dv. `num_splits` counts for pages.
     """
-    paged, on_gpu = block_table is not None, _gpu.serves(q)
-    shapes = check.check_qkv(q, k, v, 3, 4 if paged else 3)
-    total_k = None if paged else shapes[1][0]
-    batch, max_seqlen_q, max_seqlen_k = _check_varlen(
-        q, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, total_k
-    )  # fmt: skip
-    if paged or leftpad_k is not None or seqused_k is not None:
-        check_key_bounds(q, k, batch, block_table, leftpad_k, seqused_k)
-        if q.is_cpu and not on_gpu:
-            _check_used_keys(k, cu_seqlens_k, block_table, leftpad_k, seqused_k)
+    block_table = sequences.block_table
+    shapes = check.check_qkv(q, k, v, 3, 3 if block_table is None else 4)
+    batch, sequences = _check_varlen(q, k, sequences)
     if type(num_splits) is not int or num_splits:
         num_splits = check.check_num_splits(num_splits)
-    longest_k = min(max_seqlen_k, k.shape[0])
+    longest_q, longest_k = sequences.max_seqlen_q, min(sequences.max_seqlen_k, shapes[1][0])
     if block_table is not None:
-        longest_k = block_table.shape[1] * k.shape[1]
-    scoring = check.check_scoring(
-        q, shapes[0][2], batch, min(max_seqlen_q, shapes[0][0]), longest_k, dropout_p, softmax_scale, causal,
-        window_left, window_right, softcap, alibi_slopes, s_aux,
-    )  # fmt: skip
+        longest_k = block_table.shape[1] * shapes[1][1]
+    scoring = check.check_scoring(options, q, shapes[0][2], batch, min(longest_q, shapes[0][0]), longest_k)
     if out is not None:
         check.check_out(out, q, shapes[2], {"q": q, "k": k, "v": v})
-    if block_table is not None and on_gpu:
-        if scoring.dropout_p > 0.0:
-            not_on_cuda("dropout with a block_table")
-        return *_cuda_kvcache.varlen_forward(
-            q, k, v, out, scoring, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, seqused_k, block_table, need_lse,
-            num_splits,
-        ), None, None  # fmt: skip
-    backend, last = (_cuda, need_lse) if on_gpu else (_cpu, block_table)
-    return backend.varlen_forward(
-        q, k, v, out, shapes, scoring, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, leftpad_k,
-        seqused_k, return_softmax, generator, last,
-    )  # fmt: skip
+    fields = q, k, v, out, shapes, scoring, sequences, num_splits, return_softmax, generator, need_lse
+    return _backends.of(q).forward(new(Forward, fields))
 
 
-def check_differentiated(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor,
-    lse_shape: tuple[int, ...],
-) -> None:  # fmt: skip
+def check_differentiated(tensors: Differentiated, lse_shape: tuple[int, ...]) -> None:
     """Check what a backward is given of its forward, and the gradient of the output."""
+    dout, q, _, v, out, softmax_lse = tensors
     check.check_output(dout, "dout", q, v.shape)
     check.check_output(out, "out", q, v.shape)
     check.check_lse(softmax_lse, lse_shape, q)
 
 
-def _check_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor,
-    lse_shape: tuple[int, ...], gradients: check.Gradients, rng_state: Tensor | None, dropout_p: float,
-) -> Tensor | None:  # fmt: skip
-    """Check what only a backward is given; return the rng_state if it is used."""
-    check_differentiated(dout, q, k, v, out, softmax_lse, lse_shape)
-    check.check_gradients(gradients, (q, k, v), {"dout": dout, "out": out})
-    return check.check_rng_state(rng_state, q) if dropout_p else None
-
-
 def backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor, dq: Tensor | None,
-    dk: Tensor | None, dv: Tensor | None, dropout_p: float, softmax_scale: float | None, causal: bool,
-    window_left: int, window_right: int, softcap: float, alibi_slopes: Tensor | None, deterministic: bool,
-    rng_state: Tensor | None,
+    tensors: Differentiated, gradients: Gradients, options: Options, deterministic: bool,
+    rng_state: Tensor | None, sequences: Sequences | None = None,
 ) -> Tensor:  # fmt: skip
-    """Write dq, dk and dv, those that are not None; return softmax_d."""
-    (batch, seqlen_q, num_heads, head_dim), (_, seqlen_k, _, _), _ = check.check_qkv(q, k, v, 4, 4)
-    check.check_batch(k, batch)
-    scoring = check.check_scoring(
-        q, head_dim, batch, seqlen_q, seqlen_k, dropout_p, softmax_scale, causal, window_left, window_right,
-        softcap, alibi_slopes,
-    )  # fmt: skip
-    gradients, lse_shape = (dq, dk, dv), (batch, num_heads, seqlen_q)
-    state = _check_backward(
-        dout, q, k, v, out, softmax_lse, lse_shape, gradients, rng_state, scoring.dropout_p
-    )  # fmt: skip
-    run = _cuda_backward.backward if _gpu.serves(q) else _cpu.backward
+    """Write dq, dk and dv, those that are not None, zero past packed sequences; return softmax_d."""
+    scoring, lse_shape, sequences = _check_backward(tensors, options, sequences)
+    check_differentiated(tensors, lse_shape)
+    dout, q, k, v, out, _ = tensors
+    check.check_gradients(gradients, (q, k, v), {"dout": dout, "out": out})
+    state = check.check_rng_state(rng_state, q) if scoring.dropout_p else None
     deterministic = as_flag(deterministic, "deterministic")
-    return run(dout, q, k, v, out, softmax_lse, gradients, scoring, deterministic, state)
+    fields = tensors, gradients, scoring, sequences, deterministic, state
+    return _backends.of(q).backward(new(Backward, fields))
 
 
-def varlen_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor, dq: Tensor | None,
-    dk: Tensor | None, dv: Tensor | None, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
-    max_seqlen_k: int, dropout_p: float, softmax_scale: float | None, causal: bool, window_left: int,
-    window_right: int, softcap: float, alibi_slopes: Tensor | None, deterministic: bool,
-    rng_state: Tensor | None,
-) -> Tensor:  # fmt: skip
-    """Write dq, dk and dv, those that are not None, zero past the sequences; return softmax_d."""
-    (total_q, num_heads, head_dim), (total_k, _, _), _ = check.check_qkv(q, k, v, 3, 3)
-    batch, max_seqlen_q, max_seqlen_k = _check_varlen(
-        q, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, total_k
-    )  # fmt: skip
-    scoring = check.check_scoring(
-        q, head_dim, batch, min(max_seqlen_q, total_q), min(max_seqlen_k, total_k), dropout_p, softmax_scale,
-        causal, window_left, window_right, softcap, alibi_slopes,
-    )  # fmt: skip
-    gradients, lse_shape = (dq, dk, dv), (num_heads, total_q)
-    state = _check_backward(
-        dout, q, k, v, out, softmax_lse, lse_shape, gradients, rng_state, scoring.dropout_p
-    )  # fmt: skip
-    run = _cuda_backward.varlen_backward if _gpu.serves(q) else _cpu.varlen_backward
-    return run(
-        dout, q, k, v, out, softmax_lse, gradients, scoring, as_flag(deterministic, "deterministic"),
-        state, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-    )  # fmt: skip
+def _check_backward(
+    tensors: Differentiated, options: Options, sequences: Sequences | None
+) -> tuple[Scoring, tuple[int, ...], Sequences | None]:
+    """Check the inputs of a forward; return how scores are formed, the shape of its LSE, its sequences."""
+    _, q, k, v, _, _ = tensors
+    rank = 4 if sequences is None else 3
+    q_shape, k_shape, _ = check.check_qkv(q, k, v, rank, rank)
+    num_heads = q_shape[-2]
+    if sequences is None:
+        batch, seqlen_q, seqlen_k = q_shape[0], q_shape[1], k_shape[1]
+        check.check_batch(k, batch)
+        lse_shape: tuple[int, ...] = (batch, num_heads, seqlen_q)
+    else:
+        batch, sequences = _check_varlen(q, k, sequences)
+        seqlen_q = min(sequences.max_seqlen_q, q_shape[0])
+        seqlen_k = min(sequences.max_seqlen_k, k_shape[0])
+        lse_shape = (num_heads, q_shape[0])
+    scoring = check.check_scoring(options, q, q_shape[-1], batch, seqlen_q, seqlen_k)
+    return scoring, lse_shape, sequences

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from flash_attn import _cuda_rotary
+from flash_attn import _backends
 from flash_attn._arguments import as_flag
+from flash_attn._backends import cpu
+from flash_attn._calls import Angles, Rotation
 from flash_attn._dispatch import are_entries_known, is_traced
-from flash_attn._rotary import Angles, Offsets, kept, rotate
+from flash_attn._rotary import Offsets, check_contents, kept, saved
 
 Select = Callable[[Tensor], tuple[Tensor, ...]]
 
@@ -50,25 +52,18 @@ def _is_read_only(x: Tensor) -> bool:
     return x._base is not None and x._base.is_leaf
 
 
-def _rotate_one(
-    x: Tensor, angles: Angles, interleaved: bool, conjugate: bool, inplace: bool, by_operations: bool
-) -> Tensor:
-    if not by_operations and _cuda_rotary.can_rotate(x, *angles, interleaved):
-        return _cuda_rotary.rotate(x, *angles, interleaved, conjugate, inplace)
-    return rotate(x, *angles.rows(x), interleaved, conjugate, inplace)
-
-
 def _rotate(
     x: Tensor, turn: _Turn, tables: Sequence[Any], inplace: bool, by_operations: bool = False
 ) -> Tensor:
-    """Return x rotated, x itself if `inplace`; `tables` has four tensors (`Angles.tensors`) of each part."""
+    """Return x rotated, x itself if `inplace`; `tables` has four tensors (`saved`) of each part."""
     select, interleaved, conjugate, offset = turn
+    backend = cpu if by_operations else _backends.of(x)
     if select is None:
-        return _rotate_one(x, kept(offset, *tables), interleaved, conjugate, inplace, by_operations)
+        return backend.rotate(Rotation(x, kept(offset, *tables), interleaved, conjugate, inplace))
     target = x if inplace else x.clone()
     for i, part in enumerate(select(target)):
         angles = kept(offset, *tables[4 * i : 4 * i + 4])
-        _rotate_one(part, angles, interleaved, conjugate, True, by_operations)
+        backend.rotate(Rotation(part, angles, interleaved, conjugate, True))
     return target
 
 
@@ -124,12 +119,12 @@ def rotate_parts(
     if not type(interleaved) is type(conjugate) is type(inplace) is bool:
         interleaved, conjugate = as_flag(interleaved, "interleaved"), as_flag(conjugate, "conjugate")
         inplace = as_flag(inplace, "inplace")
-    tables = [t for _, angles in parts for t in angles.tensors()]
+    tables = [t for _, angles in parts for t in saved(angles)]
     _, _, offset, bounds = parts[0][1]
     if isinstance(offset, Tensor) or bounds is not None:
         if are_entries_known(x, *tables):
             for part, angles in parts:
-                angles.check_contents(part)
+                check_contents(angles, part)
         offset = 0 if isinstance(offset, Tensor) else offset
     turn = _Turn(select, interleaved, conjugate, offset)
     return _differentiable(x, turn, tables, inplace)

@@ -3,7 +3,7 @@
 b = batch, s = sequence length, h = query heads, hk = key/value heads (h is a multiple of hk), d = head dim, 1
 to 256. fp16 and bf16 on CUDA; those, fp32 and fp64 on CPU. Exact attention without the score matrix in
 memory: Dao et al., "FlashAttention" (2022); Dao, "FlashAttention-2" (2023). From here a call goes to
-`_calls`, then to `_operations`, then to `_cuda` or `_cpu`.
+`_entry`, then to `_operations`, then to a backend (`_backends`).
 """
 
 from __future__ import annotations
@@ -16,11 +16,9 @@ from torch import Tensor
 
 import flash_attn_2_cuda as flash_attn_gpu
 from flash_attn import _kvcache
-from flash_attn import _validation as check
 from flash_attn._abi import PROBS_BLOCK
 from flash_attn._arguments import as_flag
-from flash_attn._calls import Result, Window, attend, attend_varlen, record_cache, window
-from flash_attn._cuda_kvcache import kvcache_num_splits
+from flash_attn._calls import Cache, Sequences, new
 from flash_attn._custom_ops import (
     _flash_attn_backward,
     _flash_attn_forward,
@@ -31,7 +29,12 @@ from flash_attn._custom_ops import (
     _wrapped_flash_attn_varlen_backward,
     _wrapped_flash_attn_varlen_forward,
 )
+from flash_attn._entry import Result, attend, attend_varlen, record_cache
+from flash_attn._kvcache import kvcache_num_splits
 from flash_attn._layout import maybe_contiguous, round_multiple
+from flash_attn._packed import blame_parts, check_packed
+
+Window = tuple[int, int]
 
 __all__ = [
     "_flash_attn_backward",
@@ -55,8 +58,6 @@ __all__ = [
     "maybe_contiguous",
     "round_multiple",
 ]
-
-REFUSALS = (TypeError, ValueError, NotImplementedError)
 
 
 def _get_block_size_n(device: torch.device, head_dim: int, is_dropout: bool, is_causal: bool) -> int:
@@ -116,10 +117,8 @@ def flash_attn_func(
             missing.
         NotImplementedError: forward-mode derivatives.
     """
-    return attend(
-        (q, k, v), dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
-        return_attn_probs, out, s_aux,
-    )  # fmt: skip
+    options = dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, s_aux
+    return attend((q, k, v), options, deterministic, return_attn_probs, out)
 
 
 def flash_attn_qkvpacked_func(
@@ -134,16 +133,10 @@ def flash_attn_qkvpacked_func(
     return_attn_probs: bool = False,
 ) -> Result:
     """`flash_attn_func` of q, k, v packed in one tensor qkv (b, s, 3, h, d), uncopied."""
-    check.check_packed(qkv, "qkv", 5, 3)
-    try:
-        return attend(
-            (qkv,), dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
-            return_attn_probs,
-        )  # fmt: skip
-    except REFUSALS as error:
-        refusal = error
-    check.check_parts(qkv, "qkv")
-    raise refusal
+    check_packed(qkv, "qkv", 5, 3)
+    with blame_parts(qkv, "qkv"):
+        options = dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, None
+        return attend((qkv,), options, deterministic, return_attn_probs)
 
 
 def flash_attn_kvpacked_func(
@@ -159,16 +152,10 @@ def flash_attn_kvpacked_func(
     return_attn_probs: bool = False,
 ) -> Result:
     """`flash_attn_func` of q (b, sq, h, d) and k, v packed in one tensor kv (b, sk, 2, hk, d), uncopied."""
-    check.check_packed(kv, "kv", 5, 2)
-    try:
-        return attend(
-            (q, kv), dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
-            return_attn_probs,
-        )  # fmt: skip
-    except REFUSALS as error:
-        refusal = error
-    check.check_parts(kv, "kv", q)
-    raise refusal
+    check_packed(kv, "kv", 5, 2)
+    with blame_parts(kv, "kv", q):
+        options = dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, None
+        return attend((q, kv), options, deterministic, return_attn_probs)
 
 
 def flash_attn_varlen_func(
@@ -219,11 +206,13 @@ def flash_attn_varlen_func(
         out (total_q, h, dv), or with `return_softmax_lse` (out, softmax_lse), or with `return_attn_probs`
         (out, softmax_lse, S_dmask): softmax_lse (h, total_q), S_dmask as in `flash_attn_func`.
     """
+    sequences = Sequences(
+        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, None, seqused_k, block_table
+    )
+    options = dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, s_aux
     return attend_varlen(
-        (q, k, v), cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
-        window_size, softcap, alibi_slopes, deterministic, return_attn_probs, block_table, out, seqused_k,
-        return_softmax_lse, s_aux,
-    )  # fmt: skip
+        (q, k, v), sequences, options, deterministic, return_attn_probs, out, return_softmax_lse
+    )
 
 
 def flash_attn_varlen_qkvpacked_func(
@@ -240,20 +229,11 @@ def flash_attn_varlen_qkvpacked_func(
     return_attn_probs: bool = False,
 ) -> Result:
     """`flash_attn_varlen_func` of q, k, v packed in qkv (total, 3, h, d), cu_seqlens int32 (b + 1,)."""
-    check.check_packed(qkv, "qkv", 4, 3)
-    try:
-        return attend_varlen(
-            (qkv,), cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale, causal,
-            window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
-        )  # fmt: skip
-    except REFUSALS as error:
-        refusal = error
-    check.check_parts(qkv, "qkv")
-    check.check_cu_seqlens(cu_seqlens, "cu_seqlens", qkv)
-    max_seqlen = check.check_max_seqlen(max_seqlen, "max_seqlen")
-    if qkv.is_cpu:
-        check.check_lengths(cu_seqlens, "cu_seqlens", qkv.shape[0], max_seqlen, "max_seqlen")
-    raise refusal
+    check_packed(qkv, "qkv", 4, 3)
+    with blame_parts(qkv, "qkv", lengths=(cu_seqlens, max_seqlen)):
+        sequences = Sequences(cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+        options = dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, None
+        return attend_varlen((qkv,), sequences, options, deterministic, return_attn_probs)
 
 
 def flash_attn_varlen_kvpacked_func(
@@ -273,16 +253,11 @@ def flash_attn_varlen_kvpacked_func(
     return_attn_probs: bool = False,
 ) -> Result:
     """`flash_attn_varlen_func` of q (total_q, h, d) and k, v packed in one tensor kv (total_k, 2, hk, d)."""
-    check.check_packed(kv, "kv", 4, 2)
-    try:
-        return attend_varlen(
-            (q, kv), cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
-            window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
-        )  # fmt: skip
-    except REFUSALS as error:
-        refusal = error
-    check.check_parts(kv, "kv", q)
-    raise refusal
+    check_packed(kv, "kv", 4, 2)
+    with blame_parts(kv, "kv", q):
+        sequences = Sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        options = dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, None
+        return attend_varlen((q, kv), sequences, options, deterministic, return_attn_probs)
 
 
 def flash_attn_with_kvcache(
@@ -353,10 +328,10 @@ def flash_attn_with_kvcache(
             wanted = False
         if wanted or alibi_slopes is not None or rotary_cos is not None or s_aux is not None:
             run = record_cache
-    window_left, window_right = window(window_size)
-    out, lse = run(
-        q, k_cache, v_cache, k, v, cache_seqlens, rotary_cos, rotary_sin, cache_batch_idx, cache_leftpad,
-        block_table, alibi_slopes, out, softmax_scale, causal, window_left, window_right, softcap,
-        rotary_interleaved, num_splits, return_softmax_lse, s_aux,
-    )  # fmt: skip
+    cache = new(Cache, (k_cache, v_cache, cache_seqlens, cache_batch_idx, cache_leftpad, block_table))
+    tables = None
+    if rotary_cos is not None or rotary_sin is not None:
+        tables = rotary_cos, rotary_sin, rotary_interleaved
+    options = 0.0, softmax_scale, causal, window_size, softcap, alibi_slopes, s_aux
+    out, lse = run(q, cache, k, v, tables, options, out, num_splits, return_softmax_lse)
     return (out, lse) if return_softmax_lse else out

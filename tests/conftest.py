@@ -68,7 +68,7 @@ def device(request: pytest.FixtureRequest, install: Callable[..., None]) -> str:
     if request.param == "simulated":
         from standin import StandIn
 
-        install(StandIn(), hopper=True)
+        install(StandIn(hopper=True))
         return "cpu"
     return request.param
 
@@ -86,11 +86,11 @@ def has_kernel(dtype: torch.dtype, head_dim: int, direction: str = "forward") ->
     """Return whether this build, which may be trimmed, has kernels for a dtype, head dim and direction."""
     import torch
 
-    from flash_attn import _library
+    from flash_attn._backends.cuda.library import kernel_head_dim
     from flash_attn._kernel_key import KernelKey
 
     name = {torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
-    wanted = (direction, name, _library.kernel_head_dim(head_dim))
+    wanted = (direction, name, kernel_head_dim(head_dim))
     keys = filter(None, map(KernelKey.parse, kernels()))
     return any((key.direction, key.dtype, key.head_dim) == wanted for key in keys)
 
@@ -99,9 +99,9 @@ def uses_kernels(device: str) -> bool:
     """Return whether tensors of a device go down the CUDA path, simulated ones included."""
     import torch
 
-    from flash_attn import _gpu
+    from flash_attn import _device
 
-    return _gpu.serves(torch.empty(0, device=device))
+    return _device.on_cuda(torch.empty(0, device=device))
 
 
 def _require(direction: str, device: str, dtype: torch.dtype, *head_dims: int) -> None:
@@ -136,11 +136,11 @@ def require_split() -> Callable[..., None]:
 
 @pytest.fixture
 def install() -> Iterator[Callable[..., None]]:
-    """Send CPU tensors down the CUDA path, to the given library, with the arguments of `_gpu.stand_in`."""
-    from flash_attn import _gpu
+    """Send CPU tensors down the CUDA path, to the given library, with the arguments of `gpu.stand_in`."""
+    from flash_attn._backends.cuda import gpu
 
     with ExitStack() as stack:
-        yield lambda *library, **options: stack.enter_context(_gpu.stand_in(*library, **options))
+        yield lambda *library, **options: stack.enter_context(gpu.stand_in(*library, **options))
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from conftest import cuda_problem
 from fuzz.__main__ import FAMILIES, main, run_case
 from standin import StandIn, attention
 
-from flash_attn import _cuda
+from flash_attn._backends.cuda import attention_backward
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -40,9 +40,9 @@ def failures(family):
 
 def test_copies_that_kernels_cannot_read_are_found(monkeypatch):
     """Padding keeps a layout of channels last."""
-    monkeypatch.setattr(
-        _cuda, "aligned", lambda x, name: torch.nn.functional.pad(x.resolve_neg(), (0, -x.shape[-1] % 8))
-    )
+    pad = torch.nn.functional.pad
+    aligned = lambda x, name: pad(x.resolve_neg(), (0, -x.shape[-1] % 8))  # noqa: E731
+    monkeypatch.setattr(attention_backward, "aligned", aligned)
     assert "the stand-in refuses backward: dout has strides" in failures("func")
 
 

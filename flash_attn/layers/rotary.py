@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from flash_attn._arguments import as_flag, as_float, as_int, as_position, check_floating, fail
-from flash_attn._rotary import Angles, Offsets, angles_of, check_x, turned
+from flash_attn._backends.cpu.rotary import turned
+from flash_attn._calls import Angles
+from flash_attn._rotary import Offsets, angles_of, check_x
 from flash_attn._rotary_autograd import rotate_parts
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from oracle import Options, rotated
+from plans import forced
 from problems import (
     BF16,
     FEW_MASKS,
@@ -20,9 +21,8 @@ from problems import (
     zeros,
 )
 
-from flash_attn import _cuda_kvcache, _gpu, flash_attn_with_kvcache
+from flash_attn import _device, flash_attn_with_kvcache
 from flash_attn._abi import HEAD_DIMS, Design
-from flash_attn._splits import Plan
 from flash_attn.flash_attn_interface import kvcache_num_splits
 
 BATCH, CAPACITY, HEADS, HEADS_K, HEAD_DIM = 3, 96, 4, 2, 32
@@ -212,28 +212,28 @@ def test_num_splits_does_not_matter(num_splits, seqlen_q):
 @pytest.mark.parametrize("num_splits", [1, 3])
 @pytest.mark.parametrize("scoring", ["causal", "window", "modified"])
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_every_tile(seqlen_q, design, num_splits, scoring, head_dim, device, require_split, monkeypatch):
+def test_every_tile(seqlen_q, design, num_splits, scoring, head_dim, device, require_split):
     """Long tiles are for Hopper; other families take their largest instead."""
     require_split(device, BF16, head_dim)
-    check_tile(seqlen_q, design, num_splits, scoring, head_dim, monkeypatch)
+    check_tile(seqlen_q, design, num_splits, scoring, head_dim)
 
 
 @pytest.mark.parametrize("num_splits", [1, 3])
 @pytest.mark.parametrize("scoring", ["window", "modified"])
 @pytest.mark.parametrize("head_dim", ODD_HEAD_DIMS)
-def test_the_tile_of_unaligned_rows(num_splits, scoring, head_dim, device, require_split, monkeypatch):
+def test_the_tile_of_unaligned_rows(num_splits, scoring, head_dim, device, require_split):
     """It is taken for any number of queries, also where the wgmma design is asked for."""
     require_split(device, BF16, head_dim)
-    check_tile(MANY, Design.WGMMA, num_splits, scoring, head_dim, monkeypatch)
+    check_tile(MANY, Design.WGMMA, num_splits, scoring, head_dim)
 
 
-def check_tile(seqlen_q, design, num_splits, scoring, head_dim, monkeypatch):
-    monkeypatch.setattr(_cuda_kvcache, "plan", lambda *call: Plan(num_splits, design))
+def check_tile(seqlen_q, design, num_splits, scoring, head_dim):
     q, k_cache, v_cache, *_ = make(seqlen_q, head_dims=head_dim)
     modified = Options(causal=True, softcap=5.0, alibi_slopes=torch.rand(BATCH, HEADS))
     options = modified if scoring == "modified" else MASKS[scoring]
     lengths = [5, 70, CAPACITY]
-    out, lse = run_cache(q, k_cache, v_cache, options, cache_seqlens=int32(*lengths), num_splits=num_splits)
+    with forced(num_splits, design):
+        out, lse = run_cache(q, k_cache, v_cache, options, cache_seqlens=int32(*lengths))
     check_lengths(out, lse, q, (k_cache, v_cache), lengths, options)
 
 
@@ -243,17 +243,14 @@ def check_tile(seqlen_q, design, num_splits, scoring, head_dim, monkeypatch):
 )
 @pytest.mark.parametrize("page_size", [None, 16, 96])
 @pytest.mark.parametrize("head_dims", [(128, 128), (64, 40), (256, 256)], ids=str)
-def test_wgmma_tiles_over_many_blocks(
-    num_splits, mask, page_size, head_dims, device, require_split, monkeypatch
-):  # fmt: skip
+def test_wgmma_tiles_over_many_blocks(num_splits, mask, page_size, head_dims, device, require_split):
     """Parts of several blocks of keys, and more of them than there are multiprocessors."""
     require_split(device, BF16, max(head_dims))
-    monkeypatch.setattr(_cuda_kvcache, "plan", lambda *call: Plan(num_splits, Design.WGMMA))
     capacity, lengths = 1440, [5, 700, 1440]
     q, *caches = make(MANY, head_dims=head_dims, capacity=capacity)[:3]
     where, table = (caches, None) if page_size is None else in_pages(page_size, *caches)
-    named = {"cache_seqlens": int32(*lengths), "block_table": table, "num_splits": num_splits}
-    out, lse = run_cache(q, *where, mask, **named)
+    with forced(num_splits, Design.WGMMA):
+        out, lse = run_cache(q, *where, mask, cache_seqlens=int32(*lengths), block_table=table)
     check_lengths(out, lse, q, caches, lengths, mask)
 
 
@@ -261,7 +258,7 @@ def test_the_number_of_splits_can_be_asked_for(device):
     q, k_cache, *_ = make(2)
     table = torch.zeros(BATCH, 5000, dtype=torch.int32)
     assert kvcache_num_splits(q, k_cache) == 1  # two blocks of keys
-    assert (kvcache_num_splits(q, k_cache, table) > 1) == _gpu.serves(q)
+    assert (kvcache_num_splits(q, k_cache, table) > 1) == _device.on_cuda(q)
 
 
 def test_strided_cache_is_written_in_place():

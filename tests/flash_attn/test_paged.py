@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from oracle import Options
+from plans import forced
 from problems import (
     BF16,
     FEW_MASKS,
@@ -19,9 +20,8 @@ from problems import (
     run_varlen,
 )
 
-from flash_attn import _cuda_kvcache, flash_attn_varlen_func
+from flash_attn import flash_attn_varlen_func
 from flash_attn._abi import Design
-from flash_attn._splits import Plan
 from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
 
 LENGTHS = [1, 0, 37, 5, 1, 90], [70, 9, 37, 0, 1, 96]  # decoding beside prefill
@@ -58,10 +58,10 @@ def test_other_head_dims(page_size, head_dims):
 
 
 @pytest.mark.parametrize("head_dim_v", [64, 40, 27])
-def test_split_keys(head_dim_v, monkeypatch):
+def test_split_keys(head_dim_v):
     """In the tiles for many queries, the kernel of which on Hopper is another."""
-    monkeypatch.setattr(_cuda_kvcache, "plan", lambda *call: Plan(3, Design.WGMMA))
-    check(48, Options(causal=True), (LENGTHS[0], [700, 9, 37, 0, 1, 960]), (64, head_dim_v))
+    with forced(3, Design.WGMMA):
+        check(48, Options(causal=True), (LENGTHS[0], [700, 9, 37, 0, 1, 960]), (64, head_dim_v))
 
 
 def test_alibi_slopes_of_each_sequence():

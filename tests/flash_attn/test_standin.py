@@ -20,7 +20,7 @@ class Altering(StandIn):
     """Alters a field of what it is given, where it lies: "forward.q" is of the forward in a backward."""
 
     def __init__(self, kind, field, value):
-        super().__init__()
+        super().__init__(hopper=True)
         self.kind, self.field, self.value = kind, field, value
 
     def alter(self, kind, field, packed):
@@ -115,7 +115,7 @@ CHANGES = [
 
 @pytest.mark.parametrize("kind, field, value", CHANGES, ids=lambda x: getattr(x, "__name__", str(x)))
 def test_what_a_kernel_would_fault_on_is_refused(install, kind, field, value):
-    install(Altering(kind, field, value), hopper=True)
+    install(Altering(kind, field, value))
     with pytest.raises(RuntimeError, match=f"the stand-in refuses {kind}: "):
         call(kind)
 
@@ -123,7 +123,7 @@ def test_what_a_kernel_would_fault_on_is_refused(install, kind, field, value):
 @pytest.mark.parametrize("kind", STRUCTS)
 def test_the_calls_that_are_altered_are_served(install, kind):
     library = StandIn()
-    install(library, hopper=True)
+    install(library)
     assert call(kind).isfinite().all()
     records = {"forward": library.calls, "backward": library.backward_calls, "cache": library.cache_calls}
     assert len({**records, "rotary": library.rotary_calls}[kind]) == 1

@@ -23,7 +23,7 @@ from collections.abc import Iterator
 import torch
 from standin import StandIn
 
-from flash_attn import _gpu
+from flash_attn._backends.cuda import gpu
 
 from . import attention, caches, others
 from .case import Case, Wrong
@@ -46,7 +46,7 @@ def path(device: str, seed: int) -> Iterator[None]:
         yield
         return
     rng = random.Random(seed)
-    with _gpu.stand_in(StandIn(), hopper=rng.random() < 0.5, multiprocessors=rng.choice((132, 108, 7))):
+    with gpu.stand_in(StandIn(hopper=rng.random() < 0.5)):
         yield
 
 

@@ -14,7 +14,7 @@ import torch
 
 from flash_attn import build_info, flash_attn_func, flash_attn_qkvpacked_func
 from flash_attn._abi import HEAD_DIMS
-from flash_attn._cuda import DTYPE_NAMES
+from flash_attn._backends.cuda.tensors import DTYPE_NAMES
 from flash_attn.flash_attn_interface import _flash_attn_varlen_forward, flash_attn_varlen_func
 
 DTYPES = [dtype for dtype, name in DTYPE_NAMES.items() if name in build_info()["dtypes"]]

@@ -13,7 +13,9 @@ from oracle import Options
 from problems import BF16, HEAD_DIM_PAIRS, qkv
 from problems import check as check_result
 
-from flash_attn import _gpu, _tile_counter, flash_attn_func
+from flash_attn import build_info, flash_attn_func
+from flash_attn._backends.cuda import gpu
+from flash_attn._backends.cuda.tile_counter import TileCounters
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(cuda_problem()), reason=str(cuda_problem()))]
 
@@ -102,7 +104,8 @@ def test_counters_are_zero_after_calls():
     for shape in (LONG, WIDE, (2, 1, 4, 64, 64), (1, 40, 2, 128, 128)):
         flash_attn_func(*make(*shape), causal=True)
     torch.cuda.synchronize()
-    assert _tile_counter._counters and not any(x.any() for x in _tile_counter._counters.values())
+    counters = gpu.tile_counters.known.values()
+    assert counters and not any(x.any() for x in counters)
 
 
 def test_the_counter_of_a_stream_does_not_live_in_a_pool_of_the_caller(monkeypatch):
@@ -110,7 +113,8 @@ def test_the_counter_of_a_stream_does_not_live_in_a_pool_of_the_caller(monkeypat
     need_hopper()
     if not hasattr(torch.cuda, "use_mem_pool"):
         pytest.skip("this torch has no memory pools to choose")
-    monkeypatch.setattr(_tile_counter, "_counters", {})
+    counters = TileCounters()
+    monkeypatch.setattr(gpu, "tile_counter", counters.of)
     x, pool, stream = make(*WIDE), torch.cuda.MemPool(), torch.cuda.Stream()
     torch.cuda.synchronize()
     with torch.cuda.stream(stream), torch.cuda.use_mem_pool(pool):
@@ -118,14 +122,15 @@ def test_the_counter_of_a_stream_does_not_live_in_a_pool_of_the_caller(monkeypat
     stream.synchronize()
     check(*x, out)
     del out
-    assert _tile_counter._counters.keys() == {(stream.device_index, stream.cuda_stream)}
+    assert counters.known.keys() == {(stream.device_index, stream.cuda_stream)}
     blocks = [block for segment in pool.snapshot() for block in segment["blocks"]]
     assert all(block["state"] == "inactive" for block in blocks)
 
 
-def test_only_hopper_counts_tiles():
+def test_only_kernels_for_hopper_draw_tiles():
     flash_attn_func(*make(*WIDE))
-    assert _gpu.prepared(torch.cuda.current_device()).hopper == runs_on_hopper()
+    draws_tiles = gpu.prepared(torch.cuda.current_device()).draws_tiles
+    assert draws_tiles == (runs_on_hopper() and "sm90" in build_info()["families"])
 
 
 @pytest.mark.parametrize("head_dims", HEAD_DIM_PAIRS, ids=str)

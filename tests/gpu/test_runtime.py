@@ -8,7 +8,8 @@ from conftest import cuda_problem, kernels
 from oracle import Options
 from problems import BF16, FEW_MASKS, MASKS, bounds, check, check_varlen, packed_qkv, qkv
 
-from flash_attn import _abi, _library, flash_attn_func
+from flash_attn import _abi, flash_attn_func
+from flash_attn._backends.cuda.library import load
 from flash_attn._kernel_key import KernelKey
 from flash_attn.flash_attn_interface import flash_attn_gpu, flash_attn_varlen_func
 
@@ -173,7 +174,7 @@ def test_repeats_are_bitwise_equal(head_dim, dtype):
 
 def chosen_kernel(**fields: int) -> bytes | None:
     """Key of the kernel that would run for bf16 and these fields of the parameters."""
-    return _library.load().forward_kernel(bytes(_abi.ForwardParams(dtype=_abi.Dtype.BF16, **fields)))
+    return load().forward_kernel(bytes(_abi.ForwardParams(dtype=_abi.Dtype.BF16, **fields)))
 
 
 @pytest.mark.parametrize("family", ["sm80", "sm86"])

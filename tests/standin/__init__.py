@@ -1,6 +1,6 @@
 """The library's stand-in for tests without a GPU, installed below the CUDA backend by the fixture `install`.
 
-It has the functions of `_library.Library` and records their unpacked parameters. Unless told not to, it also
+It has the functions of `library.Library` and records their unpacked parameters. Unless told not to, it also
 computes what the kernels compute, in fp64 by the oracle's formulas, from the packed parameters alone, and
 refuses what a kernel would fault on or read wrong.
 """
@@ -16,27 +16,26 @@ from flash_attn import _abi
 
 from . import attention, cache, rotary
 from .memory import Memory, Refused
-from .params import FIELDS, unpack
+from .params import FIELDS, check_forward, unpack
 
-__all__ = ["FIELDS", "MULTIPROCESSORS", "STREAM", "StandIn", "make", "strides", "unpack"]
+__all__ = ["FIELDS", "STREAM", "StandIn", "make", "strides", "unpack"]
 
 STREAM = 4242
-MULTIPROCESSORS = 8
 
 
 class StandIn:
     """Stands in for the loaded library, on CPU memory.
 
     With a `status` other than 0, or without `computes`, it only records. `calls` and the like are lists of
-    (parameters, stream).
+    (parameters, stream). With `hopper` it plans as if it had kernels of the wgmma design.
     """
 
     kernels = targets = ()
 
-    def __init__(self, status: int = 0, family: int = 0, computes: bool = True) -> None:
+    def __init__(self, status: int = 0, family: int = 0, computes: bool = True, hopper: bool = False) -> None:
         self.calls, self.probs_calls, self.backward_calls = [], [], []
         self.cache_calls, self.rotary_calls = [], []
-        self.status, self.family, self.computes = status, family, computes
+        self.status, self.family, self.computes, self.hopper = status, family, computes, hopper
         self.text = b"kernel forward_sm90_bf16_d64_full is not built"
         self.last_error: Callable[[], bytes] = lambda: self.text
 
@@ -70,6 +69,28 @@ class StandIn:
 
     def rotary(self, packed: bytes, stream: int) -> int:
         return self._run("rotary", self.rotary_calls, rotary.rotate_rows, packed, stream)
+
+    def draws_tiles(self, device: int, family: int) -> int:
+        return self.hopper
+
+    def plan_cache(self, packed: bytes, plan: _abi.CachePlan) -> int:
+        """Split keys that fill more than one block, and leave many rows of an aligned cache to wgmma."""
+        params = unpack("cache", packed)
+        p = params.forward
+        check_forward(p)
+        rows = p.seqlen_q * (p.num_heads // p.num_heads_k)
+        plan.num_splits = params.num_splits or max(1, min(3, p.seqlen_k // 64))
+        plan.design = int(self.hopper and rows > 64 and p.k_row_stride % 8 == 0)
+        return int(_abi.Status.OK)
+
+    def plan_backward(self, packed: bytes, plan: _abi.BackwardPlan) -> int:
+        """Give each of the heads that share keys a part, unless nobody wants the gradients of keys."""
+        params = unpack("backward", packed)
+        p = params.forward
+        check_forward(p)
+        plan.key_parts = p.num_heads // p.num_heads_k if params.dk else 1
+        plan.head_dim = next(d for d in _abi.HEAD_DIMS if d >= max(p.head_dim, p.head_dim_v))
+        return int(_abi.Status.OK)
 
     def forward_kernel(self, packed: bytes) -> bytes | None:
         return b"stand-in"

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from checker import compile_cpp
 
 from codegen.compilation.selection import from_environment
-from flash_attn import _abi, _library
+from flash_attn import _abi
+from flash_attn._backends.cuda import library as _library
 
 
 def fake_library(**changes):
@@ -31,34 +33,29 @@ def fake_library(**changes):
     return SimpleNamespace(_name="libflash_attn.so", **{name: function(name) for name in _abi.FUNCTIONS})
 
 
-@pytest.fixture
-def opened(monkeypatch):
+PATH = Path("libflash_attn.so")
+
+
+@pytest.fixture(autouse=True)
+def unforced(monkeypatch):
     monkeypatch.delenv(_library.FORCE_FAMILY, raising=False)
 
-    def install(library):
-        monkeypatch.setattr(_library, "_open", lambda path: library)
 
-    return install
-
-
-def test_contents(opened):
-    opened(fake_library())
-    library = _library.open_library(_library.library_path())
+def test_contents():
+    library = _library.bind(fake_library(), PATH)
     assert library.kernels == ("kernel_0", "kernel_1")
     assert library.targets == ("sm80:80", "sm80:90+ptx")
     assert library.family == 0
 
 
-def test_no_kernels(opened):
-    opened(fake_library(flash_attn_kernel_count=0, flash_attn_targets=b""))
-    library = _library.open_library(_library.library_path())
+def test_no_kernels():
+    library = _library.bind(fake_library(flash_attn_kernel_count=0, flash_attn_targets=b""), PATH)
     assert library.kernels == () and library.targets == ()
 
 
-def test_signatures_are_declared(opened):
+def test_signatures_are_declared():
     fake = fake_library()
-    opened(fake)
-    _library.open_library(_library.library_path())
+    _library.bind(fake, PATH)
     for name, (result, arguments) in _abi.FUNCTIONS.items():
         assert getattr(fake, name).restype is result and getattr(fake, name).argtypes == list(arguments)
 
@@ -71,18 +68,16 @@ def test_signatures_are_declared(opened):
     ],
     ids=str,
 )
-def test_another_layout_is_refused(opened, changes):
-    opened(fake_library(**changes))
+def test_another_layout_is_refused(changes):
     with pytest.raises(RuntimeError, match=r"another version of flash-attn.*rebuild it with `pip install"):
-        _library.open_library(_library.library_path())
+        _library.bind(fake_library(**changes), PATH)
 
 
-def test_missing_function_is_refused(opened):
+def test_missing_function_is_refused():
     fake = fake_library()
     del fake.flash_attn_dropout_probs
-    opened(fake)
     with pytest.raises(RuntimeError, match="lacks flash_attn_dropout_probs: rebuild"):
-        _library.open_library(_library.library_path())
+        _library.bind(fake, PATH)
 
 
 def test_missing_file(tmp_path):

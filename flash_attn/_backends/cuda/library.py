@@ -29,7 +29,7 @@ NATIVE = "native"
 REBUILD = "pip install --force-reinstall --no-deps ."
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Library:
     """The loaded library; an operation takes packed parameters (of `PARAMS`) and a stream.
 
@@ -48,7 +48,7 @@ class Library:
     cache_kernel: Callable[[bytes], bytes | None]
     plan_backward: Callable[[bytes, _abi.BackwardPlan], int]
     plan_cache: Callable[[bytes, _abi.CachePlan], int]
-    draws_tiles: Callable[[int], int]
+    draws_tiles: Callable[[int, int], int]
     last_error: Callable[[], bytes]
     kernels: tuple[str, ...]
     targets: tuple[str, ...]
@@ -56,8 +56,8 @@ class Library:
 
 
 def library_path() -> Path:
-    """Return where the library lies, or would lie."""
-    return Path(__file__).with_name(LIBRARY_NAME)
+    """Return where the library lies, or would lie: at the top of the package."""
+    return Path(_abi.__file__).with_name(LIBRARY_NAME)
 
 
 def arch_of(capability: int, family: int = 0) -> str:
@@ -160,13 +160,12 @@ def _planner(function: Callable[..., int]) -> Callable[[bytes, ctypes.Structure]
     return lambda packed, plan: function(packed, ctypes.byref(plan))
 
 
-def open_library(path: Path) -> Library:
-    """Load the library at `path`.
+def bind(library: ctypes.CDLL, path: Path) -> Library:
+    """Return the functions of a library that was loaded from `path`.
 
     Raises:
-        RuntimeError: it is missing, cut short, cannot be loaded, or has another layout of arguments.
+        RuntimeError: a function is missing, or has another layout of arguments.
     """
-    library = _open(path)
     _declare(library)
     _check_layout(library)
     count = library.flash_attn_kernel_count()
@@ -189,6 +188,15 @@ def open_library(path: Path) -> Library:
         targets=tuple(filter(None, targets.split(","))),
         family=forced_family(),
     )
+
+
+def open_library(path: Path) -> Library:
+    """Load the library at `path`.
+
+    Raises:
+        RuntimeError: it is missing, cut short, or cannot be loaded, or as in `bind`.
+    """
+    return bind(_open(path), path)
 
 
 @cache

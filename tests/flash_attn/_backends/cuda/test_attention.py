@@ -7,12 +7,12 @@ import math
 
 import pytest
 import torch
-from standin import FIELDS, STREAM, StandIn, make, strides, unpack
+from standin import STREAM, StandIn, make, strides, unpack
 
-from flash_attn import _abi, _cuda, _gpu, _operations
-from flash_attn._validation import Scoring
+from flash_attn import _abi, _operations
+from flash_attn._backends.cuda import gpu
+from flash_attn._calls import Sequences
 
-SCORING = Scoring(0.125, 0.0, -1, -1, 0.0, None)
 BF16 = torch.bfloat16
 
 
@@ -23,8 +23,16 @@ def library(install):
     return recorder
 
 
-def run(*arguments, **named):
-    return _operations.forward(*arguments, **named)
+def options(dropout_p=0.0, causal=False, window_left=-1, window_right=-1, softcap=0.0, alibi_slopes=None):
+    return dropout_p, None, causal, (window_left, window_right), softcap, alibi_slopes, None
+
+
+def run(q, k, v, out=None, return_softmax=False, need_lse=True, **scores):
+    return _operations.forward(q, k, v, options(**scores), return_softmax, out, need_lse=need_lse)
+
+
+def run_varlen(q, k, v, *lengths, leftpad_k=None, seqused_k=None, **scores):
+    return _operations.varlen_forward(q, k, v, Sequences(*lengths, leftpad_k, seqused_k), options(**scores))
 
 
 def test_packed_fields(library):
@@ -55,16 +63,9 @@ def test_an_lse_that_nobody_wants_is_not_allocated(install):
     q, k, v = make()
     recorder = StandIn()
     install(recorder)
-    shapes = q.shape, k.shape, v.shape
-    out, lse, _, _ = _cuda.forward(q, k, v, None, shapes, SCORING, False, None, need_lse=False)
+    out, lse, _, _ = run(q, k, v, need_lse=False)
     assert lse is None and out.shape == q.shape
     assert recorder.calls[0][0].softmax_lse == 0
-
-
-def test_packer_equals_the_structure():
-    values = list(range(1, len(FIELDS["forward"]) + 1))
-    structure = _abi.ForwardParams(*values)
-    assert bytes(structure) == _abi.FORWARD_PARAMS.pack(*values)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, BF16])
@@ -145,7 +146,7 @@ def test_head_dim_of_v_differs(library, head_dim, head_dim_v, padded, varlen):
     if varlen:
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))
         cu = torch.tensor([0, 12, 20]).int()
-        out, *_ = _operations.varlen_forward(q, k, v, cu, cu, 12, 12)
+        out, *_ = run_varlen(q, k, v, cu, cu, 12, 12)
     else:
         out, *_ = run(q, k, v)
     params = library.calls[0][0]
@@ -237,9 +238,7 @@ def test_varlen_fields(library):
     used, pads = torch.tensor([4, 15]).int(), torch.tensor([1, 2]).int()
     q, k, v = (x.flatten(0, 1) for x in make())
     cu_q, cu_k = torch.tensor([0, 3, 20]).int(), torch.tensor([0, 4, 24]).int()
-    out, lse, _, _ = _operations.varlen_forward(
-        q, k, v, cu_q, cu_k, 17, 20, causal=True, seqused_k=used, leftpad_k=pads
-    )
+    out, lse, _, _ = run_varlen(q, k, v, cu_q, cu_k, 17, 20, causal=True, seqused_k=used, leftpad_k=pads)
     params = library.calls[0][0]
     pointers = (params.cu_seqlens_q, params.cu_seqlens_k, params.seqused_k, params.leftpad_k)
     assert pointers == tuple(x.data_ptr() for x in (cu_q, cu_k, used, pads))
@@ -253,19 +252,19 @@ def test_varlen_fields(library):
 def test_varlen_indices_are_made_contiguous(library):
     q, k, v = (x.flatten(0, 1) for x in make())
     cu = torch.tensor([[0, 9], [3, 9], [20, 9]]).int()[:, 0]
-    _operations.varlen_forward(q, k, v, cu, cu, 17, 17)
+    run_varlen(q, k, v, cu, cu, 17, 17)
     assert library.calls[0][0].cu_seqlens_q != cu.data_ptr()
 
 
 def test_varlen_unaligned_tensors_are_copied(library):
     q, k, v = (x.flatten(0, 1) for x in make(head_dim=60))
     cu = torch.tensor([0, 12, 20]).int()
-    out, *_ = _operations.varlen_forward(q, k, v, cu, cu, 12, 12)
+    out, *_ = run_varlen(q, k, v, cu, cu, 12, 12)
     params = library.calls[0][0]
     assert params.head_dim == 64 and out.shape == q.shape
     assert (params.q_row_stride, params.q_head_stride) == (4 * 64, 64) and params.q_batch_stride == 0
     q, k = q[..., :56].contiguous(), k[..., :56]
-    out, *_ = _operations.varlen_forward(q, k, k, cu, cu, 12, 12)
+    out, *_ = run_varlen(q, k, k, cu, cu, 12, 12)
     params = library.calls[1][0]
     assert (params.q, params.out) == (q.data_ptr(), out.data_ptr()) and params.k != k.data_ptr()
 
@@ -273,14 +272,14 @@ def test_varlen_unaligned_tensors_are_copied(library):
 def test_varlen_without_sequences(library):
     q, k, v = (x.flatten(0, 1) for x in make())
     cu = torch.tensor([0]).int()
-    out, lse, _, _ = _operations.varlen_forward(q, k, v, cu, cu, 0, 0)
+    out, lse, _, _ = run_varlen(q, k, v, cu, cu, 0, 0)
     assert not library.calls and not out.any() and (lse == math.inf).all()
 
 
 def test_varlen_without_a_single_query(library):
     q, k, v = (x.flatten(0, 1) for x in make())
     cu_q, cu_k = torch.zeros(2).int(), torch.tensor([0, len(k)]).int()
-    out, lse, _, _ = _operations.varlen_forward(q[:0], k, v, cu_q, cu_k, 128, len(k))
+    out, lse, _, _ = run_varlen(q[:0], k, v, cu_q, cu_k, 128, len(k))
     assert not library.calls and out.shape == q[:0].shape and lse.shape[1] == 0
 
 
@@ -312,16 +311,16 @@ def test_other_errors_carry_the_library_text(install, status):
 
 @pytest.mark.parametrize("hopper", [False, True])
 def test_a_tile_counter_is_given_on_hopper(install, hopper):
-    recorder = StandIn()
-    install(recorder, hopper=hopper)
+    recorder = StandIn(hopper=hopper)
+    install(recorder)
     run(*make())
     run(*make(), dropout_p=0.5, return_softmax=True)
     assert [params.tile_counter > 0 for params, _ in recorder.calls] == [hopper] * 2
 
 
 def test_empty_calls_ask_for_no_tile_counter(install, monkeypatch):
-    install(StandIn(), hopper=True)
-    monkeypatch.setattr(_gpu, "tile_counter", lambda *where: pytest.fail("asked"))
+    install(StandIn(hopper=True))
+    monkeypatch.setattr(gpu, "tile_counter", lambda *where: pytest.fail("asked"))
     run(*make(seqlen_k=0))
 
 

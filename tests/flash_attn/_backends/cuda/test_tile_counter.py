@@ -9,8 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from flash_attn import _tile_counter
-from flash_attn._tile_counter import tile_counter
+from flash_attn._backends.cuda.tile_counter import TileCounters
 
 
 class Gpus:
@@ -18,8 +17,11 @@ class Gpus:
 
     def __init__(self):
         self.current, self.capturing, self.made, self.waits = 0, {0: False, 1: False}, [], []
+        self.error = None
 
     def zero(self, device):
+        if self.error is not None:
+            raise self.error
         self.made.append((device, threading.get_ident()))
         return torch.zeros(1, dtype=torch.int32)
 
@@ -36,16 +38,18 @@ class Gpus:
 @pytest.fixture
 def gpus(monkeypatch):
     gpus = Gpus()
-    monkeypatch.setattr(_tile_counter, "_counters", {})
-    monkeypatch.setattr(_tile_counter, "_zero", gpus.zero)
-    monkeypatch.setattr(_tile_counter, "_current_device", lambda: gpus.current)
-    monkeypatch.setattr(_tile_counter, "_is_capturing", lambda: gpus.capturing[gpus.current])
     monkeypatch.setattr(torch.cuda, "device", gpus.on)
     monkeypatch.setattr(torch.cuda, "current_stream", gpus.stream)
     return gpus
 
 
-def test_one_for_each_stream_of_each_device(gpus):
+@pytest.fixture
+def tile_counter(gpus):
+    counters = TileCounters(gpus.zero, lambda: gpus.current, lambda: gpus.capturing[gpus.current])
+    return counters.of
+
+
+def test_one_for_each_stream_of_each_device(gpus, tile_counter):
     places = [(0, 10), (0, 11), (1, 10), (1, 11)]
     counters = [tile_counter(*place) for place in places]
     assert len({counter.data_ptr() for counter in counters}) == 4
@@ -54,29 +58,26 @@ def test_one_for_each_stream_of_each_device(gpus):
     assert [device for device, _ in gpus.made] == [0, 0, 1, 1]
 
 
-def test_the_stream_of_each_thread_is_shared_by_none(gpus):
+def test_the_stream_of_each_thread_is_shared_by_none(gpus, tile_counter):
     counters = [tile_counter(0, 2) for _ in range(2)]
     assert counters[0] is not counters[1] and not gpus.waits
 
 
-def test_it_is_made_in_another_thread_and_waited_for(gpus):
+def test_it_is_made_in_another_thread_and_waited_for(gpus, tile_counter):
     tile_counter(0, 10)
     assert gpus.waits == gpus.made and gpus.made[0][1] != threading.get_ident()
 
 
-def test_an_error_in_making_it_reaches_the_caller(gpus, monkeypatch):
-    def fail(device):
-        raise RuntimeError("out of memory")
-
-    monkeypatch.setattr(_tile_counter, "_zero", fail)
+def test_an_error_in_making_it_reaches_the_caller(gpus, tile_counter):
+    gpus.error = RuntimeError("out of memory")
     with pytest.raises(RuntimeError, match="out of memory"):
         tile_counter(0, 10)
-    monkeypatch.setattr(_tile_counter, "_zero", gpus.zero)
+    gpus.error = None
     assert tile_counter(0, 10).tolist() == [0]
 
 
 @pytest.mark.parametrize("device", [0, 1])
-def test_a_captured_call_has_its_own(gpus, device):
+def test_a_captured_call_has_its_own(gpus, tile_counter, device):
     """Made by the capturing thread, so that it comes from the graph's pool and is zeroed by each replay."""
     shared = tile_counter(device, 10)
     gpus.capturing[device] = True
@@ -87,12 +88,12 @@ def test_a_captured_call_has_its_own(gpus, device):
     assert tile_counter(device, 10) is shared and gpus.current == 0
 
 
-def test_a_capture_on_another_device_does_not_matter(gpus):
+def test_a_capture_on_another_device_does_not_matter(gpus, tile_counter):
     gpus.capturing[0] = True
     assert tile_counter(1, 10) is tile_counter(1, 10)
 
 
-def test_threads_that_start_on_one_stream_agree(gpus):
+def test_threads_that_start_on_one_stream_agree(gpus, tile_counter):
     start, found = threading.Barrier(8), []
 
     def ask():

@@ -7,29 +7,23 @@ from functools import partial
 import pytest
 import torch
 from refusals import raises
-from standin import MULTIPROCESSORS, STREAM, StandIn, make, strides
+from standin import STREAM, StandIn, make, strides
 
-from flash_attn import _cuda_kvcache, flash_attn_with_kvcache
-from flash_attn._cpu_kvcache import Cache, Rotary
-from flash_attn._splits import plan
-from flash_attn._validation import Scoring
+from flash_attn import _abi, flash_attn_varlen_func, flash_attn_with_kvcache
 
-SCORING = Scoring(0.125, 0.0, -1, -1, 0.0, None)
 LENGTHS = torch.tensor([5, 9], dtype=torch.int32)
 
 
 @pytest.fixture
 def library(install):
     recorder = StandIn()
-    install(recorder, multiprocessors=MULTIPROCESSORS)
+    install(recorder)
     return recorder
 
 
-def run(q, k_cache, v_cache, new=(None, None), rotary=None, scoring=SCORING, num_splits=0, **where):
-    fields = {"seqlens": LENGTHS, "batch_idx": None, "leftpad": None, "block_table": None} | where
-    shapes = q.shape, k_cache.shape, v_cache.shape
-    return _cuda_kvcache.forward_kvcache(
-        q, Cache(k_cache, v_cache, **fields), *new, shapes, rotary, scoring, None, num_splits, True
+def run(q, k_cache, v_cache, new=(None, None), rotary=(None, None), seqlens=LENGTHS, **named):
+    return flash_attn_with_kvcache(
+        q, k_cache, v_cache, *new, *rotary, seqlens, return_softmax_lse=True, **named
     )
 
 
@@ -38,7 +32,7 @@ def test_packed_fields(library):
     new = k_cache[:, :3].clone(), v_cache[:, :3].clone()
     cos, sin = torch.rand(2, 50, 8).bfloat16()
     index = torch.tensor([1, 0], dtype=torch.int32)
-    out, lse = run(q, k_cache, v_cache, new, Rotary(cos, sin, True), num_splits=1, batch_idx=index)
+    out, lse = run(q, k_cache, v_cache, new, (cos, sin), num_splits=1, cache_batch_idx=index)
     ((params, stream),) = library.cache_calls
     forward = params.forward
     assert stream == STREAM
@@ -67,11 +61,11 @@ def test_pages_and_splits(library):
     assert params.lse_partial - params.out_partial == 4 * rows * head_dim_v
 
 
-def test_the_heuristic_chooses_where_nobody_else_does(library):
+def test_the_library_plans_what_nobody_gives(library):
     q, k_cache, v_cache = make(seqlen_q=1, seqlen_k=4096)
     run(q, k_cache, v_cache)
     ((params, _),) = library.cache_calls
-    assert params.num_splits == plan(2, 2, 2, 4096, MULTIPROCESSORS).num_splits > 1
+    assert params.num_splits == 3 and params.out_partial
 
 
 @pytest.mark.parametrize(
@@ -79,24 +73,13 @@ def test_the_heuristic_chooses_where_nobody_else_does(library):
     [(100, 1, True, True), (100, 0, True, True), (100, 2, True, True), (32, 1, True, False),
      (100, 1, False, False)],
 )  # fmt: skip
-def test_hoppers_forward_kernel_has_a_tile_counter(install, seqlen_q, num_splits, hopper, counts):
-    recorder = StandIn()
-    install(recorder, multiprocessors=MULTIPROCESSORS, hopper=hopper)
+def test_the_wgmma_design_has_a_tile_counter(install, seqlen_q, num_splits, hopper, counts):
+    recorder = StandIn(hopper=hopper)
+    install(recorder)
     run(*make(batch=1, seqlen_q=seqlen_q, seqlen_k=640), num_splits=num_splits, seqlens=None)
     ((params, _),) = recorder.cache_calls
     assert params.design == counts
     assert (params.forward.tile_counter > 0) == counts
-
-
-def test_score_modifiers_keep_hopper_from_packing_heads(install):
-    """48 queries of 4 heads fill a tile, 48 of one do not: another kernel computes them faster."""
-    recorder = StandIn()
-    install(recorder, multiprocessors=MULTIPROCESSORS, hopper=True)
-    problem = make(batch=8, seqlen_q=48, seqlen_k=64, heads=8, heads_k=2)
-    run(*problem, num_splits=1, seqlens=None)
-    run(*problem, num_splits=1, seqlens=None, scoring=SCORING._replace(softcap=5.0))
-    plain, modified = (params.design for params, _ in recorder.cache_calls)
-    assert plain and not modified
 
 
 def moved(x, elements=1):
@@ -129,14 +112,14 @@ UNALIGNED = {
 @pytest.mark.parametrize("case", UNALIGNED)
 def test_an_unaligned_cache_is_used_where_it_lies(install, case):
     """With everything else copied, head dims padded, and without Hopper's tiles, which TMA copies."""
-    recorder = StandIn()
-    install(recorder, hopper=True)
+    recorder = StandIn(hopper=True)
+    install(recorder)
     q, *caches = make(seqlen_q=100, seqlen_k=640)
     k_cache, v_cache = UNALIGNED[case](*caches)
     dims = k_cache.shape[3], v_cache.shape[3]
     new = [cache[:, :3].clone() for cache in (k_cache, v_cache)]
     cos, sin = torch.rand(2, 800, 8).bfloat16()
-    out, _ = run(q[..., : dims[0]], k_cache, v_cache, new, Rotary(cos, sin, True), num_splits=3)
+    out, _ = run(q[..., : dims[0]], k_cache, v_cache, new, (cos, sin), num_splits=3)
     ((params, _),) = recorder.cache_calls
     forward, padded = params.forward, [-(-dim // 8) * 8 for dim in dims]
     assert out.shape == (2, 100, 4, dims[1])
@@ -168,14 +151,13 @@ def test_a_last_dimension_that_is_not_contiguous_is_refused(library):
         caches[name] = torch.empty(2, 16, 2, 128).bfloat16()[..., ::2]
         raises(ValueError, f"{name} must be contiguous in its last dimension", run, q, **caches)
     table, starts = torch.arange(2, dtype=torch.int32).view(2, 1), torch.tensor([0, 10, 20]).int()
-    pages = {"k": k_cache, "v": torch.empty(2, 16, 2, 128).bfloat16()[..., ::2]}
+    pages = [k_cache, torch.empty(2, 16, 2, 128).bfloat16()[..., ::2]]
     for name in ("v", "k"):
         raises(
-            ValueError, f"{name} must be contiguous in its last dimension", _cuda_kvcache.varlen_forward,
-            q.flatten(0, 1), **pages, out=None, scoring=SCORING, cu_seqlens_q=starts, cu_seqlens_k=starts,
-            max_seqlen_q=10, seqused_k=None, block_table=table, need_lse=False,
+            ValueError, f"{name} must be contiguous in its last dimension", flash_attn_varlen_func,
+            q.flatten(0, 1), *pages, starts, starts, 10, 10, block_table=table,
         )  # fmt: skip
-        pages = {"k": pages["v"], "v": k_cache}
+        pages.reverse()
     assert not library.cache_calls
 
 
@@ -200,3 +182,21 @@ def test_one_entry_may_have_stride_0(library):
     caches = (x.as_strided(x.shape, (0, *x.stride()[1:])) for x in (k_cache, v_cache))
     run(q, *caches, new, seqlens=5)
     assert len(library.cache_calls) == 1
+
+
+@pytest.mark.parametrize(
+    "status, ends",
+    [(_abi.Status.NOT_BUILT, "FLASH_ATTN_DIRECTIONS=forward,split pip install .`"), (3, "is not built")],
+)
+def test_a_launch_that_fails(install, status, ends):
+    install(StandIn(status))
+    with pytest.raises(RuntimeError, match=f"{ends}$"):
+        run(*make(seqlen_k=16))
+
+
+def test_dropout_over_pages_is_for_the_cpu(library):
+    q, k, v = make(batch=1, seqlen_q=16, seqlen_k=16)
+    starts, table = torch.tensor([0, 16]).int(), torch.zeros(1, 1).int()
+    with pytest.raises(NotImplementedError, match="dropout with a block_table is not implemented on CUDA"):
+        flash_attn_varlen_func(q[0], k, v, starts, starts, 16, 16, dropout_p=0.5, block_table=table)
+    assert not library.cache_calls and not library.calls

@@ -6,7 +6,7 @@ import ctypes
 
 import pytest
 import torch
-from standin import FIELDS, MULTIPROCESSORS, STREAM, StandIn, make, strides, unpack
+from standin import STREAM, StandIn, make, strides, unpack
 
 from flash_attn import (
     _abi,
@@ -23,7 +23,7 @@ NAMES = ("dq", "dk", "dv")
 @pytest.fixture
 def library(install):
     recorder = StandIn()
-    install(recorder, multiprocessors=MULTIPROCESSORS)
+    install(recorder)
     return recorder
 
 
@@ -78,13 +78,6 @@ def test_packed_fields(library):
     assert not any(getattr(forward, name) for name in (*absent, "tile_counter"))
 
 
-def test_packer_equals_the_structure():
-    forward = _abi.ForwardParams(q=5, lse_head_stride=6, dropout_p=0.5)
-    values = list(range(2, len(FIELDS["backward"]) + 1))
-    structure = _abi.BackwardParams(forward, *values)
-    assert bytes(structure) == _abi.BACKWARD_PARAMS.pack(bytes(forward), *values)
-
-
 def spaces(monkeypatch):
     """Record the workspaces that are allocated, as (address, number of elements)."""
     found = []
@@ -134,11 +127,9 @@ def test_the_parts_of_the_workspace_lie_apart(
     assert end == memory.data_ptr() + 4 * memory.numel()
 
 
-@pytest.mark.parametrize(
-    "heads, batch, parts", [((4, 2), 2, 2), ((4, 4), 2, 1), ((4, 2), 60, 1), ((9, 3), 1, 3)]
-)
+@pytest.mark.parametrize("heads, batch, parts", [((4, 2), 2, 2), ((4, 4), 2, 1), ((9, 3), 1, 3)])
 @pytest.mark.parametrize("varlen", [False, True])
-def test_heads_that_share_few_keys_are_split(library, monkeypatch, heads, batch, parts, varlen):
+def test_heads_that_share_keys_are_split_as_planned(library, monkeypatch, heads, batch, parts, varlen):
     q, k, v = make(batch, heads=heads[0], heads_k=heads[1])
     found = spaces(monkeypatch)
     rows, key_rows, batches = 128, 128, batch
@@ -376,7 +367,7 @@ class TestAutograd:
 
 def test_forced_family(install):
     recorder = StandIn(family=86)
-    install(recorder, multiprocessors=MULTIPROCESSORS)
+    install(recorder)
     q, k, v = make()
     run(q, k, v, like(q, k, v))
     assert recorder.backward_calls[0][0].forward.family == 86
@@ -385,7 +376,7 @@ def test_forced_family(install):
 @pytest.mark.parametrize("status", [_abi.Status.NOT_BUILT, _abi.Status.UNSUPPORTED_DEVICE])
 def test_a_build_without_backward_says_how_to_build_it(install, status):
     recorder = StandIn(status)
-    install(recorder, multiprocessors=MULTIPROCESSORS)
+    install(recorder)
     recorder.last_error = lambda: b"this build holds no backward kernel for bf16, head dim 100"
     q, k, v = make(head_dim=40, head_dim_v=104)
     with pytest.raises(RuntimeError) as caught:

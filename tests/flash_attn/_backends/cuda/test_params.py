@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from checker import Checker
 from standin import StandIn, make
 
-from flash_attn import _cuda_kvcache, _library, flash_attn_func, flash_attn_varlen_func
-from flash_attn._cpu_kvcache import Cache, Rotary
-from flash_attn._validation import Scoring
+from flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+from flash_attn._backends.cuda import library as _library
 
 LENGTHS = torch.tensor([5, 9], dtype=torch.int32)
 
@@ -24,7 +21,7 @@ def checker(tmp_path_factory):
 @pytest.fixture
 def seen(install, checker):
     """Names of the operations that were called, each with parameters that pass."""
-    names = []
+    names, library = [], StandIn()
 
     def operation(name):
         def call(packed, stream):
@@ -34,8 +31,9 @@ def seen(install, checker):
 
         return call
 
-    operations = {name: operation(name) for name in ("forward", "backward", "cache", "dropout_probs")}
-    install(SimpleNamespace(**operations, family=0, last_error=StandIn().last_error))
+    for name in ("forward", "backward", "cache", "dropout_probs"):
+        setattr(library, name, operation(name))
+    install(library)
     return names
 
 
@@ -69,10 +67,9 @@ def test_cache(seen, paged, num_splits, rows):
     new = k_cache[:, :2].clone(), v_cache[:, :2].clone()
     cos, sin = torch.rand(2, 50, 8).bfloat16()
     table = torch.arange(2, dtype=torch.int32).view(2, 1) if paged else None
-    cache = Cache(k_cache, v_cache, LENGTHS, None, None, table)
-    _cuda_kvcache.forward_kvcache(
-        q, cache, *new, (q.shape, k_cache.shape, v_cache.shape), Rotary(cos, sin, False),
-        Scoring(0.125, 0.0, -1, 0, 0.0, None), None, num_splits, True,
+    flash_attn_with_kvcache(
+        q, k_cache, v_cache, *new, cos, sin, LENGTHS, block_table=table, causal=True,
+        rotary_interleaved=False, num_splits=num_splits,
     )  # fmt: skip
     assert seen == ["cache"]
 

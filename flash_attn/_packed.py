@@ -1,0 +1,66 @@
+"""Arguments that pack q, k and v, or k and v, in one tensor: their checks, under the packed tensor's name."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor
+
+from flash_attn import _validation as check
+from flash_attn._arguments import check_tensor, fail
+
+REFUSALS = (TypeError, ValueError, NotImplementedError)
+
+
+def check_packed(x: Tensor, name: str, rank: int, count: int) -> None:
+    """Check that x of that rank packs `count` tensors (..., heads, d) as (..., count, heads, d)."""
+    check_tensor(x, name)
+    if x.dim() != rank or x.shape[-3] != count:
+        fail(ValueError, name, f"{rank}-dimensional with {count} in the last but two", tuple(x.shape))
+
+
+def check_parts(x: Tensor, name: str, q: Tensor | None = None) -> None:
+    """Check the parts of a packed tensor, alone or against q, under the packed tensor's name."""
+    part = x.select(-3, 0)
+    labels = ("q" if q is not None else name, name, name)
+    q = part if q is None else q
+    check.check_qkv(q, part, part, part.dim(), part.dim(), labels)
+    if part.dim() == 4:
+        check.check_batch(part, q.shape[0], name)
+
+
+class blame_parts:
+    """A call with the parts of a packed tensor: what it refuses of them is said of the packed tensor.
+
+    `q` is a tensor beside it; `lengths` is (cu_seqlens, max_seqlen) where these count for all parts.
+    """
+
+    __slots__ = ("lengths", "name", "packed", "q")
+
+    def __init__(
+        self, packed: Tensor, name: str, q: Tensor | None = None, lengths: tuple[Any, Any] | None = None
+    ) -> None:
+        self.packed, self.name, self.q, self.lengths = packed, name, q, lengths
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None or not issubclass(kind, REFUSALS):
+            return
+        try:
+            self._check()
+        except REFUSALS as blamed:
+            raise blamed from None
+
+    def _check(self) -> None:
+        check_parts(self.packed, self.name, self.q)
+        if self.lengths is not None:
+            cu_seqlens, max_seqlen = self.lengths
+            check.check_cu_seqlens(cu_seqlens, "cu_seqlens", self.packed)
+            max_seqlen = check.check_max_seqlen(max_seqlen, "max_seqlen")
+            if self.packed.is_cpu:
+                check.check_lengths(cu_seqlens, "cu_seqlens", self.packed.shape[0], max_seqlen, "max_seqlen")
