@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = parser(argv[0] if argv else "").parse_args(argv)
     except ModuleNotFoundError as error:
-        print(f"{error}: pip install -e '.[benchmark]'")
+        print(f"{error}: pip install torch tabulate tqdm")
         return 2
     if args.command not in WITHOUT_GPU:
         import torch

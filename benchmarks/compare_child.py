@@ -45,7 +45,7 @@ class Task:
 
 
 def tasks() -> Iterator[Task]:
-    """The rows of all of `TABLES`, those of caches for each of PAGE_SIZES."""
+    """The rows of `DEVICE_TABLES`, those of caches for each of PAGE_SIZES."""
     for direction in ("forward", "backward"):
         for setting in all_settings():
             name = f"d{setting.head_dim} {setting.mask} {setting.seqlen}"

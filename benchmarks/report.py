@@ -89,7 +89,8 @@ def measured(
                 results.append(measure(case))
                 bar.set_postfix(cells(results[-1]))
     finally:
-        print(table([cells(result) for result in results]), flush=True)
+        if results:
+            print(table([cells(result) for result in results]), flush=True)
     return results
 
 

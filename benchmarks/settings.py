@@ -12,8 +12,9 @@ HEAD_DIMS = (64, 128, 256)
 MASKS = ("full", "causal")
 WORK = {"forward": 1.0, "backward": 2.5, "both": 3.5}
 """FLOPs of each direction over those of the forward: the backward has five matrix products to its two."""
-TABLES = ("forward", "backward", "decode", "prefill")
-"""Of attention: what `python -m benchmarks compare` measures."""
+DEVICE_TABLES = ("forward", "backward", "decode", "prefill")
+TABLES = (*DEVICE_TABLES, "host")
+"""What `python -m benchmarks compare` measures: device time of attention, and the host time of a call."""
 SEQLENS = (512, 1024, 2048, 4096, 8192, 16384)
 
 

@@ -54,7 +54,7 @@ def device_medians(calls: Mapping[str, Call], budget_seconds: float) -> dict[str
     return {name: median(times) for name, times in _enqueue_rounds(calls, rounds).items()}
 
 
-def _batch_microseconds(call: Callable[[], object], calls_per_batch: int) -> float:
+def batch_microseconds(call: Callable[[], object], calls_per_batch: int) -> float:
     """Host time of one call, in microseconds, averaged over a batch that the launch queue can hold."""
     torch.cuda.synchronize()
     start = time.perf_counter_ns()
@@ -70,7 +70,7 @@ def host_medians(calls: Mapping[str, Call], batches: int, calls_per_batch: int =
         for name in order:
             with calls[name].context():
                 calls[name].run()
-                samples[name].append(_batch_microseconds(calls[name].run, calls_per_batch))
+                samples[name].append(batch_microseconds(calls[name].run, calls_per_batch))
     return {name: median(times) for name, times in samples.items()}
 
 

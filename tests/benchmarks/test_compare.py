@@ -11,7 +11,7 @@ from benchmarks import compare, compare_child
 from benchmarks.__main__ import parser
 from benchmarks.compare import NEW, OLD, CompareError, Row, Sample
 from benchmarks.providers import Call
-from benchmarks.settings import TABLES
+from benchmarks.settings import DEVICE_TABLES
 
 
 def said(us, total=1.0, setting="forward d64 full 512", projections=(0.5, -1.2)):
@@ -54,6 +54,17 @@ def test_means_are_of_each_table_and_must_not_be_low():
     assert barely == ["forward a: 0.979960 is below 0.98"]
 
 
+def test_host_times_have_a_bar_of_their_own_and_are_not_in_the_mean_of_all():
+    rows = [Row("host func", 98, 100), Row("forward a", 100, 100)]
+    assert not compare.complaints(rows, 0.98) and compare.means(rows)["all"] == 1
+    assert compare.means(rows[:1]).keys() == {"host"}
+    rows[0] = Row("host func", 96, 100)
+    assert compare.complaints(rows, 0.98) == [
+        "host func: 0.960000 is below 0.9709",
+        "mean of host: 0.960000 is below 0.9709",
+    ]
+
+
 def test_the_table():
     again, once = (
         compare.cells(row) for row in (Row("forward a", 90, 100, again=True), Row("decode b", 8, 4))
@@ -66,7 +77,9 @@ def test_the_table():
 def test_settings_are_those_of_the_tables():
     keys = [task.key for task in compare_child.tasks()]
     assert len(keys) == len(set(keys))
-    assert {task.table for task in compare_child.tasks()} == set(TABLES) == set(compare_child.timers(1.0))
+    assert (
+        {task.table for task in compare_child.tasks()} == set(DEVICE_TABLES) == set(compare_child.timers(1.0))
+    )
     chosen = compare.exactly([Row(keys[0], 1, 1), Row(keys[-1], 1, 1)])
     assert [key for key in keys if re.search(chosen, key)] == [keys[0], keys[-1]]
 
@@ -123,14 +136,17 @@ def answers(package, tmp_path):
     old, new = package("old"), package("new")
     asked = []
 
-    def start(say, *options):
+    def start(say, *options, host=None):
         def ask(folder, only, seconds):
             asked.append((folder.name, only))
             return {"commit": folder.name, "rows": say(folder.name, len(asked))}
 
+        def ask_host(old, new, only):
+            return {"commits": [old.name, new.name], "us": host or {}}
+
         words = ["compare", str(old), str(new), "--output", str(tmp_path), *options]
         args: argparse.Namespace = parser("compare").parse_args(words)
-        return compare.run(args, ask, lambda: {"device": "GPU"}), asked
+        return compare.run(args, ask, ask_host, lambda: {"device": "GPU"}), asked
 
     return start
 
@@ -146,7 +162,7 @@ def test_packages_take_turns_and_slow_settings_are_measured_again(answers, tmp_p
     status, asked = answers(say, "--rounds", "3", "--repeat-rounds", "2", "--only", "a|b")
     assert status == 0
     assert [side for side, _ in asked[:first]] == [OLD, NEW, NEW, OLD, OLD, NEW]
-    assert asked[0][1] == ["^(forward|backward|decode|prefill) ", "a|b"]
+    assert asked[0][1] == [f"^({'|'.join(DEVICE_TABLES)}) ", "a|b"]
     assert [only for _, only in asked[first:]] == [[r"^(?:forward\ a)$"]] * 4
     out, err = capsys.readouterr()
     assert re.search(r"^forward a .* 1\.000 +\*$", out, re.M) and "geometric mean, forward: 1.0000" in out
@@ -164,6 +180,18 @@ def test_what_stays_slow_fails(answers, capsys):
     status, _ = answers(lambda side, _: {"decode b": (1.0 + (side == NEW), 1.0, [])}, "--rounds", "1")
     assert status == 1
     assert "decode b: 0.500000 is below 0.98" in capsys.readouterr().out
+
+
+def test_host_times_come_from_one_process_with_both(answers, tmp_path, capsys):
+    status, asked = answers(
+        None, "--tables", "host", host={"func": (10.0, 10.2), "with_kvcache": (10.0, 9.0)}
+    )
+    assert status == 0 and asked == []
+    out = capsys.readouterr().out
+    assert re.search(r"^host func +10\.0 +10\.2 +0\.980", out, re.M) and "geometric mean, host: 1.04" in out
+    assert '"new": "new"' in (tmp_path / "compare.json").read_text()
+    assert answers(None, "--tables", "host", host={"func": (10.0, 10.4)})[0] == 1
+    assert answers(None, "--tables", "host", host={})[0] == 2
 
 
 def test_what_cannot_be_compared(answers, capsys, tmp_path):
