@@ -12,7 +12,8 @@ from conftest import cuda_problem, kernels
 from oracle import Options
 from problems import BF16, MASKS, bounds, check_gradients, check_varlen_gradients, int32, packed_qkv, qkv
 
-from flash_attn import _abi, _library, flash_attn_func
+from flash_attn import _abi, flash_attn_func
+from flash_attn._backends.cuda.library import load
 from flash_attn.flash_attn_interface import (
     _flash_attn_backward,
     _flash_attn_forward,
@@ -330,7 +331,7 @@ def test_the_forced_family_runs(family, window, mask):
         dtype=_abi.Dtype.BF16, head_dim=72, head_dim_v=104, window_left=window[0], window_right=window[1],
         family=_abi.Family[family.upper()],
     )  # fmt: skip
-    key = _library.load().backward_kernel(bytes(_abi.BackwardParams(forward)))
+    key = load().backward_kernel(bytes(_abi.BackwardParams(forward)))
     assert key == f"backward_{family}_bf16_d128_{mask}".encode()
 
 
