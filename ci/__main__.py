@@ -18,7 +18,9 @@ def main(arguments: list[str] | None = None) -> int:
         return result
     except (CiError, CodegenError) as error:
         print(f"ci: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    except ModuleNotFoundError as error:
+        print(f"ci: {error}: pip install --group release", file=sys.stderr)
+    return 2
 
 
 def parser() -> argparse.ArgumentParser:
