@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from types import TracebackType
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from flash_attn import _validation as check
 from flash_attn._arguments import check_tensor, fail
 
+Result = TypeVar("Result")
 REFUSALS = (TypeError, ValueError, NotImplementedError)
 
 
@@ -30,37 +31,24 @@ def check_parts(x: Tensor, name: str, q: Tensor | None = None) -> None:
         check.check_batch(part, q.shape[0], name)
 
 
-class blame_parts:
-    """A call with the parts of a packed tensor: what it refuses of them is said of the packed tensor.
+def blame_parts(
+    run: Callable[[], Result], packed: Tensor, name: str, q: Tensor | None = None,
+    lengths: tuple[Any, Any] | None = None,
+) -> Result:  # fmt: skip
+    """Return `run()`, a call with the parts of a packed tensor: what it refuses of them is said of that one.
 
-    `q` is a tensor beside it; `lengths` is (cu_seqlens, max_seqlen) where these count for all parts.
+    `q` is a tensor beside it; `lengths` is (cu_seqlens, max_seqlen) where these count for all parts. It is no
+    context manager, since compilers before torch 2.5 trace none that holds a tensor.
     """
-
-    __slots__ = ("lengths", "name", "packed", "q")
-
-    def __init__(
-        self, packed: Tensor, name: str, q: Tensor | None = None, lengths: tuple[Any, Any] | None = None
-    ) -> None:
-        self.packed, self.name, self.q, self.lengths = packed, name, q, lengths
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None or not issubclass(kind, REFUSALS):
-            return
-        try:
-            self._check()
-        except REFUSALS as blamed:
-            raise blamed from None
-
-    def _check(self) -> None:
-        check_parts(self.packed, self.name, self.q)
-        if self.lengths is not None:
-            cu_seqlens, max_seqlen = self.lengths
-            check.check_cu_seqlens(cu_seqlens, "cu_seqlens", self.packed)
-            max_seqlen = check.check_max_seqlen(max_seqlen, "max_seqlen")
-            if self.packed.is_cpu:
-                check.check_lengths(cu_seqlens, "cu_seqlens", self.packed.shape[0], max_seqlen, "max_seqlen")
+    try:
+        return run()
+    except REFUSALS as error:
+        refusal = error
+    check_parts(packed, name, q)
+    if lengths is not None:
+        cu_seqlens, max_seqlen = lengths
+        check.check_cu_seqlens(cu_seqlens, "cu_seqlens", packed)
+        max_seqlen = check.check_max_seqlen(max_seqlen, "max_seqlen")
+        if packed.is_cpu:
+            check.check_lengths(cu_seqlens, "cu_seqlens", packed.shape[0], max_seqlen, "max_seqlen")
+    raise refusal

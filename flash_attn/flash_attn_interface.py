@@ -9,6 +9,7 @@ memory: Dao et al., "FlashAttention" (2022); Dao, "FlashAttention-2" (2023). Fro
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -134,9 +135,9 @@ def flash_attn_qkvpacked_func(
 ) -> Result:
     """`flash_attn_func` of q, k, v packed in one tensor qkv (b, s, 3, h, d), uncopied."""
     check_packed(qkv, "qkv", 5, 3)
-    with blame_parts(qkv, "qkv"):
-        options = dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, None
-        return attend((qkv,), options, deterministic, return_attn_probs)
+    options = dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, None
+    run = partial(attend, (qkv,), options, deterministic, return_attn_probs)
+    return blame_parts(run, qkv, "qkv")
 
 
 def flash_attn_kvpacked_func(
@@ -153,9 +154,9 @@ def flash_attn_kvpacked_func(
 ) -> Result:
     """`flash_attn_func` of q (b, sq, h, d) and k, v packed in one tensor kv (b, sk, 2, hk, d), uncopied."""
     check_packed(kv, "kv", 5, 2)
-    with blame_parts(kv, "kv", q):
-        options = dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, None
-        return attend((q, kv), options, deterministic, return_attn_probs)
+    options = dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, None
+    run = partial(attend, (q, kv), options, deterministic, return_attn_probs)
+    return blame_parts(run, kv, "kv", q)
 
 
 def flash_attn_varlen_func(
@@ -230,10 +231,10 @@ def flash_attn_varlen_qkvpacked_func(
 ) -> Result:
     """`flash_attn_varlen_func` of q, k, v packed in qkv (total, 3, h, d), cu_seqlens int32 (b + 1,)."""
     check_packed(qkv, "qkv", 4, 3)
-    with blame_parts(qkv, "qkv", lengths=(cu_seqlens, max_seqlen)):
-        sequences = Sequences(cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-        options = dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, None
-        return attend_varlen((qkv,), sequences, options, deterministic, return_attn_probs)
+    sequences = Sequences(cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    options = dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, None
+    run = partial(attend_varlen, (qkv,), sequences, options, deterministic, return_attn_probs)
+    return blame_parts(run, qkv, "qkv", lengths=(cu_seqlens, max_seqlen))
 
 
 def flash_attn_varlen_kvpacked_func(
@@ -254,10 +255,10 @@ def flash_attn_varlen_kvpacked_func(
 ) -> Result:
     """`flash_attn_varlen_func` of q (total_q, h, d) and k, v packed in one tensor kv (total_k, 2, hk, d)."""
     check_packed(kv, "kv", 4, 2)
-    with blame_parts(kv, "kv", q):
-        sequences = Sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-        options = dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, None
-        return attend_varlen((q, kv), sequences, options, deterministic, return_attn_probs)
+    sequences = Sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    options = dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, None
+    run = partial(attend_varlen, (q, kv), sequences, options, deterministic, return_attn_probs)
+    return blame_parts(run, kv, "kv", q)
 
 
 def flash_attn_with_kvcache(
